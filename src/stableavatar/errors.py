@@ -1,0 +1,13 @@
+"""Errors whose text is for the user: what was wrong, in which file, and what to do."""
+
+
+class StableAvatarError(Exception):
+    """The base of every error that the package raises on purpose; its text is shown without a traceback."""
+
+
+class InputError(StableAvatarError, ValueError):
+    """A file or an option that was given cannot be used as it is."""
+
+
+class CheckpointError(StableAvatarError):
+    """A checkpoint is missing, damaged, or belongs to another model."""
