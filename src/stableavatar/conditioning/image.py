@@ -1,0 +1,71 @@
+"""The portrait into what the transformer needs of it: embeddings, and a reference condition (spec 1)."""
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKLWan
+from numpy.typing import NDArray
+from transformers import CLIPVisionModel
+from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
+
+from stableavatar.sampling.decoding import normalise_latents
+
+
+def picture_tensor(picture: NDArray[np.uint8]) -> torch.Tensor:
+    """A picture, uint8 `[H, W, 3]`, as float32 `[3, H, W]` in [-1, 1]."""
+    return torch.from_numpy(np.ascontiguousarray(picture)).permute(2, 0, 1).float() / 127.5 - 1
+
+
+def portrait_pixels(picture: torch.Tensor, size: int) -> torch.Tensor:
+    """What the portrait encoder sees: float32 `[1, 3, size, size]`.
+
+    Bicubic, not antialiased and squeezed to a square, as the weights were trained; normalised with CLIP's
+    mean and std.
+
+    Args:
+        picture: `[3, H, W]` in [-1, 1].
+    """
+    pixels = torch.nn.functional.interpolate(
+        picture[None].float(), size=(size, size), mode="bicubic", align_corners=False
+    )
+    mean, std = (
+        torch.tensor(v, device=picture.device).view(1, 3, 1, 1) for v in (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD)
+    )
+    return (pixels * 0.5 + 0.5 - mean) / std
+
+
+def portrait_embeddings(image_encoder: CLIPVisionModel, picture: torch.Tensor) -> torch.Tensor:
+    """Embeddings of the portrait: all tokens of the hidden state before the encoder's last block, `[1, P,
+    image_dim]`.
+
+    Args:
+        picture: `[3, H, W]` in [-1, 1].
+    """
+    pixels = portrait_pixels(picture, image_encoder.config.image_size)
+    pixels = pixels.to(image_encoder.device, image_encoder.dtype)
+    return image_encoder(pixels, output_hidden_states=True).hidden_states[-2]
+
+
+@torch.no_grad()
+def reference_condition(vae: AutoencoderKLWan, picture: torch.Tensor, frames: int) -> torch.Tensor:
+    """Mask and encoded reference clip of a window: float32 `[1, 4 + C, F, H/8, W/8]` on the autoencoder's
+    device.
+
+    The clip is the portrait, then mid-grey; its latents are the mode of what the autoencoder gives,
+    normalised. The mask is one for the first frame, which stands four times, so that frames + 3 fold into F
+    latents of 4 channels.
+
+    Args:
+        picture: `[3, H, W]` in [-1, 1]. frames: T = 4·(F-1)+1 frames of a window.
+    """
+    clip = picture.new_zeros(1, 3, frames, *picture.shape[1:])
+    clip[0, :, 0] = picture
+    raw = vae.encode(clip.to(vae.device, vae.dtype)).latent_dist.mode()
+    latents = normalise_latents(vae, raw.float())
+    return torch.cat([reference_mask(latents), latents], dim=1)
+
+
+def reference_mask(latents: torch.Tensor) -> torch.Tensor:
+    """The four mask channels beside latents `[B, C, F, H, W]`: ones for the first frame, which is known."""
+    mask = torch.zeros_like(latents[:, :4])
+    mask[:, :, 0] = 1
+    return mask
