@@ -1,0 +1,81 @@
+"""Contact sheets and stores of puppets: `python -m stableavatar.data.puppets preview --seed 0 --out sheet.png`."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from stableavatar.data.puppets.clip import make_clip
+from stableavatar.data.puppets.identity import Identity
+from stableavatar.data.puppets.render import Renderer
+from stableavatar.data.puppets.store import build_store
+from stableavatar.errors import InputError
+
+logger = logging.getLogger("stableavatar.data.puppets")
+
+
+def _preview(options: argparse.Namespace) -> None:
+    columns: int = options.columns
+    rows = []
+    if options.portraits:
+        for row in range(options.rows):
+            seeds = range(options.seed + row * columns, options.seed + (row + 1) * columns)
+            rows.append(
+                np.concatenate(
+                    [Renderer(Identity.from_seed(s), options.size).portrait() for s in seeds], axis=1
+                )
+            )
+    else:
+        for seed in range(options.seed, options.seed + options.rows):
+            clip = make_clip(seed, 4.0, size=options.size, expression=options.expression)
+            chosen = np.linspace(0, len(clip.frames) - 1, columns).astype(int)
+            rows.append(np.concatenate([clip.frames[k] for k in chosen], axis=1))
+            logger.info("%d: %s", seed, clip.prompt)
+    Image.fromarray(np.concatenate(rows, axis=0)).save(options.out)
+    logger.info("wrote %s", options.out)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command; returns its exit code."""
+    parser = argparse.ArgumentParser(prog="python -m stableavatar.data.puppets", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    preview = commands.add_parser("preview", help="a picture of several puppets, a row of moments each")
+    preview.add_argument("--seed", type=int, default=0, help="first seed")
+    preview.add_argument("--rows", type=int, default=6)
+    preview.add_argument("--columns", type=int, default=8)
+    preview.add_argument("--size", type=int, default=128)
+    preview.add_argument("--expression", default=None, help="in place of each seed's own")
+    preview.add_argument(
+        "--portraits", action="store_true", help="one portrait a cell instead of moments of a clip"
+    )
+    preview.add_argument("--out", type=Path, required=True)
+    store = commands.add_parser("store", help="render many clips into a folder for training")
+    store.add_argument("--folder", type=Path, required=True)
+    store.add_argument("--seed", type=int, default=0, help="first seed")
+    store.add_argument("--clips", type=int, default=1500)
+    store.add_argument("--seconds", type=float, default=4.0)
+    store.add_argument("--size", type=int, default=128)
+    store.add_argument("--processes", type=int, default=2)
+    options = parser.parse_args(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    try:
+        if options.command == "preview":
+            _preview(options)
+        else:
+            seeds = range(options.seed, options.seed + options.clips)
+            build_store(
+                options.folder, seeds, seconds=options.seconds, size=options.size, processes=options.processes
+            )
+    except InputError as error:
+        logger.error("%s", error)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

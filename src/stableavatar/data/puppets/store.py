@@ -1,0 +1,165 @@
+"""Rendered clips on disk, quick to read at random: one folder a clip, frames as a memory-mapped array.
+
+0000000042/frames.npy    uint8 [T, H, W, 3], opened as a memory map
+0000000042/labels.npz    samples, articulation [T, 6], masks (bit-packed), portrait
+0000000042/about.json    seed, prompt, expression, person, frames, size
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import multiprocessing
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from stableavatar.data.puppets.articulation import Articulation
+from stableavatar.data.puppets.clip import PuppetClip, make_clip
+from stableavatar.errors import InputError
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class StoredClip:
+    """A clip read back: `frames` is a memory map uint8 [T, H, W, 3]; the rest as in `PuppetClip`, loaded when asked."""
+
+    folder: Path
+    seed: int
+    prompt: str
+    expression: str
+    frames: NDArray[np.uint8]
+
+    def _label(self, name: str) -> NDArray[np.generic]:
+        with np.load(self.folder / "labels.npz") as labels:
+            return labels[name]
+
+    @property
+    def samples(self) -> NDArray[np.float32]:
+        """Sound, float32 mono at 16 kHz [T * 640]."""
+        return self._label("samples").astype(np.float32)
+
+    @property
+    def articulation(self) -> Articulation:
+        """The mouth's tracks."""
+        return Articulation.from_array(self._label("articulation").astype(np.float32))
+
+    @property
+    def portrait(self) -> NDArray[np.uint8]:
+        """The identity at rest, uint8 [H, W, 3]."""
+        return self._label("portrait").astype(np.uint8)
+
+    def _mask(self, name: str) -> NDArray[np.uint8]:
+        packed = self._label(name).astype(np.uint8)
+        bits = np.unpackbits(packed, axis=-1, count=int(self.frames.shape[2]))
+        return (bits * 255).astype(np.uint8)
+
+    @property
+    def face_masks(self) -> NDArray[np.uint8]:
+        """uint8 [T, H, W], 0 or 255."""
+        return self._mask("face_masks")
+
+    @property
+    def lip_masks(self) -> NDArray[np.uint8]:
+        """uint8 [T, H, W], 0 or 255."""
+        return self._mask("lip_masks")
+
+
+class ClipStore:
+    """Random access to a store that :func:`build_store` made (finished clips only), in order of their seeds."""
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        if not self.folder.is_dir():
+            raise InputError(f"There is no clip store in {self.folder}; make one with `build_store`.")
+        self.folders = sorted(entry for entry in self.folder.iterdir() if entry.name.isdigit())
+
+    def __len__(self) -> int:
+        return len(self.folders)
+
+    def __getitem__(self, index: int) -> StoredClip:
+        folder = self.folders[index]
+        about = json.loads((folder / "about.json").read_text(encoding="utf-8"))
+        return StoredClip(
+            folder=folder,
+            seed=int(about["seed"]),
+            prompt=str(about["prompt"]),
+            expression=str(about["expression"]),
+            frames=np.load(folder / "frames.npy", mmap_mode="r"),
+        )
+
+    def __iter__(self) -> Iterator[StoredClip]:
+        return (self[index] for index in range(len(self)))
+
+
+def _save(clip: PuppetClip, folder: Path) -> None:
+    partial_folder = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
+    partial_folder.mkdir(parents=True, exist_ok=True)
+    np.save(partial_folder / "frames.npy", clip.frames)
+    np.savez(
+        partial_folder / "labels.npz",
+        samples=clip.samples,
+        articulation=clip.articulation.as_array(),
+        face_masks=np.packbits(clip.face_masks > 0, axis=-1),
+        lip_masks=np.packbits(clip.lip_masks > 0, axis=-1),
+        portrait=clip.portrait,
+    )
+    about = {
+        "seed": clip.seed,
+        "prompt": clip.prompt,
+        "expression": clip.expression,
+        "person": clip.identity.person,
+        "frames": int(clip.frames.shape[0]),
+        "size": int(clip.frames.shape[1]),
+    }
+    (partial_folder / "about.json").write_text(json.dumps(about), encoding="utf-8")
+    if folder.exists():
+        shutil.rmtree(partial_folder)
+    else:
+        partial_folder.rename(folder)
+
+
+def _make_one(seed: int, folder: Path, seconds: float, size: int) -> int:
+    torch.set_num_threads(1)
+    _save(make_clip(seed, seconds, size=size), folder / f"{seed:010d}")
+    return seed
+
+
+def build_store(
+    folder: str | Path, seeds: Iterable[int], *, seconds: float = 4.0, size: int = 128, processes: int = 2
+) -> ClipStore:
+    """Render clips into `folder`; clips already there are kept, so an interrupted build can be run again.
+
+    A clip of 4 s at 128x128 takes about 5 MB. Each clip appears under its name only when complete.
+
+    Raises:
+        InputError: `processes` below 1, or what :func:`make_clip` raises.
+    """
+    if processes < 1:
+        raise InputError(f"A store is built by at least one process, got {processes}.")
+    target = Path(folder)
+    target.mkdir(parents=True, exist_ok=True)
+    missing = [seed for seed in seeds if not (target / f"{seed:010d}").exists()]
+    task = partial(_make_one, folder=target, seconds=seconds, size=size)
+    if processes == 1:
+        for done, seed in enumerate(missing, 1):
+            task(seed)
+            _report(done, len(missing))
+    elif missing:
+        with multiprocessing.get_context("spawn").Pool(processes) as pool:
+            for done, _ in enumerate(pool.imap_unordered(task, missing), 1):
+                _report(done, len(missing))
+    return ClipStore(target)
+
+
+def _report(done: int, total: int) -> None:
+    if done % 50 == 0 or done == total:
+        logger.info("%d of %d clips rendered", done, total)
