@@ -1,0 +1,257 @@
+"""Speech for the model, and sound for the output file: any recording in, nothing of it kept in memory."""
+
+import logging
+import tempfile
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import IO
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from stableavatar.errors import InputError
+from stableavatar.media.decoding import (
+    LARGEST_SAMPLE,
+    Mix,
+    Resampler,
+    check_span,
+    sound_format,
+    stream_sound,
+)
+from stableavatar.media.files import reason_of
+
+logger = logging.getLogger(__name__)
+
+Samples = NDArray[np.float32]
+
+SPEECH_RATE = 16000
+# What AAC and every player know; other rates are brought to the next higher of these.
+SOUND_RATES = (8000, 11025, 12000, 16000, 22050, 24000, 32000, 44100, 48000)
+# A mix with less than this share of the louder channel's energy has cancelled itself out.
+CANCELLED = 0.01
+_ITEM = np.dtype(np.float32).itemsize
+
+
+class Speech:
+    """A recording as mono float32 samples on disk, any stretch of which can be read; `len(speech)` counts them.
+
+    Channels are mixed to the mean of left and right (5.1 and 7.1 by ITU-R BS.775 first). One silent channel
+    only halves the level, which the model normalises. Where left and right cancel each other (a microphone
+    wired with opposite phase: the mean keeps less than a hundredth of the energy), the louder of the two is
+    taken alone.
+    """
+
+    def __init__(self, file: IO[bytes], length: int, sample_rate: int) -> None:
+        """`file` holds `length` float32 samples from its beginning on; it is closed by `close`."""
+        self._file = file
+        self._length = length
+        self._lock = threading.Lock()
+        self.sample_rate = sample_rate
+
+    @classmethod
+    def open(
+        cls,
+        path: str | Path,
+        sample_rate: int = SPEECH_RATE,
+        *,
+        start: float = 0.0,
+        duration: float | None = None,
+    ) -> "Speech":
+        """Decode `duration` seconds from `start` (default: the rest) of a recording or a video's sound.
+
+        The samples go to an unnamed temporary file (64 kB a second at 16 kHz; TMPDIR says where), never to
+        memory. A recording that is shorter gives what it has; one without samples has length 0.
+
+        Raises InputError: missing, a folder, empty, not media, no sound, cut off (unless `duration` ends
+        before the cut), damaged, samples that are NaN or infinite, `start` after the end, no room for the
+        temporary file.
+        """
+        mix: Mix = "mono" if sound_format(path).channels == 1 else "stereo"
+        speech, energies = cls._store(stream_sound(path, sample_rate, mix, start, duration), sample_rate)
+        left, right, mean = energies
+        if mean < CANCELLED * max(left, right):
+            speech.close()
+            louder: Mix = "left" if left >= right else "right"
+            logger.info(
+                "recording %s: left and right cancel each other; only the %s one is used", path, louder
+            )
+            speech, _ = cls._store(stream_sound(path, sample_rate, louder, start, duration), sample_rate)
+        return speech
+
+    @classmethod
+    def from_array(cls, samples: ArrayLike, sample_rate: int, *, speech_rate: int = SPEECH_RATE) -> "Speech":
+        """Speech from samples [n] or [n, channels] (averaged), resampled to `speech_rate` if need be.
+
+        Raises InputError for samples that are NaN or infinite, or another shape.
+        """
+        array = _as_channels(samples).mean(axis=1, keepdims=True, dtype=np.float32)
+        return cls._store(_resample_array(array, sample_rate, speech_rate), speech_rate)[0]
+
+    @classmethod
+    def _store(
+        cls, blocks: Iterator[Samples], sample_rate: int
+    ) -> tuple["Speech", tuple[float, float, float]]:
+        """Write the mean of the channels of every block; also the energies of left, right and mean."""
+        length, left, right, mean = 0, 0.0, 0.0, 0.0
+        file: IO[bytes] = tempfile.TemporaryFile(prefix="stableavatar-")  # noqa: SIM115  (closed by close)
+        try:
+            for block in blocks:
+                mono = np.ascontiguousarray(block.mean(axis=1, dtype=np.float32))
+                left += _energy(block[:, 0])
+                right += _energy(block[:, -1])
+                mean += _energy(mono)
+                length += len(mono)
+                try:
+                    file.write(mono.data)
+                except OSError as error:
+                    raise _no_room(error) from error
+            try:
+                file.flush()
+            except OSError as error:
+                raise _no_room(error) from error
+        except BaseException:
+            _discard(file)
+            raise
+        return cls(file, length, sample_rate), (left, right, mean)
+
+    def __len__(self) -> int:
+        return self._length
+
+    @property
+    def seconds(self) -> float:
+        """The length in seconds."""
+        return self._length / self.sample_rate
+
+    def samples(self, start: int, stop: int) -> Samples:
+        """Samples [stop - start] float32; zeros where the stretch reaches outside the recording.
+
+        Raises ValueError where `stop` is before `start`, or after `close`.
+        """
+        if stop < start:
+            raise ValueError(f"samples({start}, {stop}): stop is before start")
+        result = np.zeros(stop - start, dtype=np.float32)
+        begin, end = max(start, 0), min(stop, self._length)
+        if begin < end:
+            with self._lock:
+                self._file.seek(begin * _ITEM)
+                data = self._file.read((end - begin) * _ITEM)
+            result[begin - start : end - start] = np.frombuffer(data, dtype=np.float32)
+        return result
+
+    def blocks(self, size: int) -> Iterator[Samples]:
+        """The whole recording in order, in blocks [size]; the last one may be shorter."""
+        if size < 1:
+            raise ValueError(f"a block of {size} samples is not possible")
+        for start in range(0, self._length, size):
+            yield self.samples(start, min(start + size, self._length))
+
+    def close(self) -> None:
+        """Give the temporary file back to the system; done by the garbage collector as well."""
+        self._file.close()
+
+    def __enter__(self) -> "Speech":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class Sound:
+    """A recording as it goes into the output file: its own rate up to 48 kHz, one or two channels, streamed.
+
+    `sample_rate` (samples a second) and `channels` (1 or 2; more are mixed to stereo by ITU-R BS.775) are
+    known at once; `blocks` decodes from the beginning each time it is called. Nothing else is changed: what
+    is silent or of opposite phase on one side stays so.
+    """
+
+    def __init__(self, path: str | Path, start: float = 0.0, duration: float | None = None) -> None:
+        """The stretch of `duration` seconds from `start`, both as in `Speech.open`, with which it keeps step.
+
+        Raises InputError: missing, a folder, empty, not media, no sound; the rest when it is decoded.
+        """
+        check_span(start, duration)
+        found = sound_format(path)
+        self._path, self._start, self._duration = path, start, duration
+        self._array: Samples | None = None
+        self._array_rate = found.sample_rate
+        self.sample_rate = _output_rate(found.sample_rate)
+        self.channels = min(found.channels, 2)
+
+    @classmethod
+    def from_array(cls, samples: ArrayLike, sample_rate: int) -> "Sound":
+        """Sound from samples [n] or [n, 1 or 2] in [-1, 1].
+
+        Raises InputError for NaN, infinity or another shape.
+        """
+        sound = cls.__new__(cls)
+        array = _as_channels(samples)
+        if array.shape[1] > 2:
+            raise InputError(f"sound of {array.shape[1]} channels: give one or two")
+        sound._path, sound._start, sound._duration = "", 0.0, None
+        sound._array, sound._array_rate = array, sample_rate
+        sound.sample_rate = _output_rate(sample_rate)
+        sound.channels = array.shape[1]
+        return sound
+
+    def blocks(self) -> Iterator[Samples]:
+        """The sound in order, in blocks [n, channels] float32 clipped to [-1, 1].
+
+        Raises InputError where the file turns out to be cut off, damaged, or to hold NaN or infinite samples.
+        """
+        if self._array is not None:
+            source = _resample_array(self._array, self._array_rate, self.sample_rate)
+        else:
+            mix: Mix = "mono" if self.channels == 1 else "stereo"
+            source = stream_sound(self._path, self.sample_rate, mix, self._start, self._duration)
+        for block in source:
+            yield np.clip(block, -1.0, 1.0)
+
+
+def _output_rate(sample_rate: int) -> int:
+    return next((rate for rate in SOUND_RATES if rate >= sample_rate), SOUND_RATES[-1])
+
+
+def _as_channels(samples: ArrayLike) -> Samples:
+    array = np.asarray(samples)
+    if array.ndim == 1:
+        array = array[:, None]
+    if array.ndim != 2 or array.shape[1] == 0 or array.dtype.kind != "f":
+        raise InputError(
+            f"sound must be floating-point samples [n] or [n, channels], not {array.dtype} {array.shape}"
+        )
+    # NaN fails the comparison as well.
+    if array.size and not float(np.abs(array).max()) <= LARGEST_SAMPLE:
+        raise InputError("sound with samples that are no numbers (NaN or infinite)")
+    return array.astype(np.float32)
+
+
+def _resample_array(array: Samples, rate_in: int, rate_out: int) -> Iterator[Samples]:
+    if rate_in <= 0:
+        raise InputError(f"a sample rate of {rate_in} is not possible")
+    resampler = Resampler(rate_in, rate_out, array.shape[1])
+    for start in range(0, len(array), 1 << 16):
+        yield resampler.push(array[start : start + (1 << 16)])
+    yield resampler.finish()
+
+
+def _energy(samples: Samples) -> float:
+    return float(np.square(samples, dtype=np.float64).sum())
+
+
+def _no_room(error: OSError) -> InputError:
+    return InputError(
+        f"the decoded speech does not fit into the temporary folder {tempfile.gettempdir()} "
+        f"({reason_of(error)}). Make room, or set TMPDIR to a folder with room."
+    )
+
+
+def _discard(file: IO[bytes]) -> None:
+    try:
+        file.close()
+    except OSError as error:
+        # What could not be written is flushed once more on closing; the first error is the one to tell.
+        logger.debug("closing the temporary file: %s", error)
