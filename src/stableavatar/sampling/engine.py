@@ -7,7 +7,6 @@ is the cell of the real model; an order takes any callable of that kind.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
@@ -46,12 +45,8 @@ class Schedule:
         return latents.float() + delta * velocity.float()
 
 
-class Cell(Protocol):
-    """One step of one window."""
-
-    def __call__(self, window: Window, step: int, latents: torch.Tensor) -> torch.Tensor:
-        """Latents `[C, F, H, W]` before step `step` to latents after it, float32."""
-        ...
+# One step of one window: latents `[C, F, H, W]` before the step to latents after it, float32.
+Cell = Callable[[Window, int, torch.Tensor], torch.Tensor]
 
 
 @dataclass(frozen=True)
