@@ -15,7 +15,8 @@ text_encoder   ``models_t5_umt5-xxl-enc-bf16.pth``         transformers' ``UMT5E
 image_encoder  ``models_clip_open-clip-...-huge-14.pth``   transformers' ``CLIPVisionModel``
 =============  ==========================================  ===============================================
 
-A speech encoder is a transformers folder and keeps its names.
+A speech encoder is a transformers folder; only the prefix and the head of a speech recogniser, and an older
+spelling of its weight norm, are taken off.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ import torch
 
 from stableavatar.errors import CheckpointError
 
-Part = Literal["transformer", "vae", "text_encoder", "image_encoder"]
+Part = Literal["transformer", "vae", "text_encoder", "image_encoder", "speech_encoder"]
 StateDict = dict[str, torch.Tensor]
 
 # Wrappers that leave their mark on names: DDP, torch.compile, and files made for node editors.
@@ -210,6 +211,8 @@ VAE = NameTable(_vae_rules())
 TEXT_ENCODER = NameTable(_text_rules())
 IMAGE_ENCODER = NameTable(_image_rules())
 
+_TABLES = {"transformer": TRANSFORMER, "vae": VAE, "text_encoder": TEXT_ENCODER}
+
 _VISUAL = "visual."
 # What the portrait encoder has no use for: named, so that any other surplus is reported.
 _UNUSED_IMAGE_NAMES = re.compile(r"log_scale|textual\..+|(visual\.)?head")
@@ -232,7 +235,9 @@ def is_published(part: Part, names: Iterable[str]) -> bool:
     """Whether the tensors of a part carry published names; False for the library's own names."""
     if part == "image_encoder":
         return any(name.startswith(_VISUAL) or name in ("cls_embedding", "pos_embedding") for name in names)
-    return {"transformer": TRANSFORMER, "vae": VAE, "text_encoder": TEXT_ENCODER}[part].is_published(names)
+    if part == "speech_encoder":
+        return any(_speech_name(name) != name for name in names)
+    return _TABLES[part].is_published(names)
 
 
 def to_ours(part: Part, state: Mapping[str, torch.Tensor]) -> StateDict:
@@ -244,14 +249,12 @@ def to_ours(part: Part, state: Mapping[str, torch.Tensor]) -> StateDict:
     """
     if not is_published(part, state):
         renamed = dict(state)
-    elif part == "transformer":
-        renamed = _rename(TRANSFORMER, state)
-    elif part == "vae":
-        renamed = _rename(VAE, state)
-    elif part == "text_encoder":
-        renamed = _rename(TEXT_ENCODER, state)
-    else:
+    elif part == "image_encoder":
         renamed = _image_encoder_to_ours(state)
+    elif part == "speech_encoder":
+        renamed = {ours: tensor for name, tensor in state.items() if (ours := _speech_name(name)) is not None}
+    else:
+        renamed = _rename(_TABLES[part], state)
     if part == "text_encoder" and "shared.weight" in renamed:
         renamed.setdefault("encoder.embed_tokens.weight", renamed["shared.weight"])
     return renamed
@@ -268,7 +271,9 @@ def to_published(part: Part, state: Mapping[str, torch.Tensor]) -> StateDict:
     """
     if part == "image_encoder":
         return _image_encoder_to_published(state)
-    table = {"transformer": TRANSFORMER, "vae": VAE, "text_encoder": TEXT_ENCODER}[part]
+    if part == "speech_encoder":
+        return dict(state)
+    table = _TABLES[part]
     renamed: StateDict = {}
     for name, tensor in state.items():
         if part == "text_encoder" and name == "encoder.embed_tokens.weight":
@@ -288,6 +293,16 @@ def _published_or_raise(table: NameTable, name: str) -> str:
             f"the tensor {name} has no name in the published format; keep this model in its own folder"
         )
     return published
+
+
+def _speech_name(name: str) -> str | None:
+    """The name of a speech encoder's tensor in a bare ``Wav2Vec2Model``; None for the recogniser's head."""
+    if name.startswith("lm_head."):
+        return None
+    name = name.removeprefix("wav2vec2.")
+    convolution = "encoder.pos_conv_embed.conv"
+    older = {f"{convolution}.weight_{letter}": f"original{number}" for number, letter in enumerate("gv")}
+    return f"{convolution}.parametrizations.weight.{older[name]}" if name in older else name
 
 
 def _image_encoder_to_ours(state: Mapping[str, torch.Tensor]) -> StateDict:

@@ -1,0 +1,253 @@
+"""Where the parts of a model lie on disk: the published layout, diffusers layout, this project's own folders.
+
+`detect_layout` says which of them a folder is; `find_published` finds the published files
+(`spec/3-checkpoints.md`), says which are missing, and with which command they are to be had.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from stableavatar.checkpoints.files import has_weights, read_json
+from stableavatar.errors import CheckpointError, InputError
+
+Layout = Literal["own", "published", "diffusers"]
+
+VARIANTS = ("square", "rec-vec")
+
+# The sub-folders of this project's own layout, a part each.
+OWN_PARTS = (
+    "transformer",
+    "vae",
+    "text_encoder",
+    "tokenizer",
+    "image_encoder",
+    "speech_encoder",
+    "scheduler",
+)
+OWN_TRANSFORMER_CLASS = "StableAvatarTransformer3DModel"
+MODEL_INDEX = "model_index.json"
+
+# Folder names of the Wan bases: the published ones, then patterns for the same under other names.
+_BASE_FOLDERS: Mapping[str, tuple[str, ...]] = {
+    "1.3b": ("Wan2.1-Fun-V1.1-1.3B-InP", "Wan2.1*1.3B*"),
+    "14b": ("Wan2.1-I2V-14B-480P", "Wan2.1-I2V-14B-480P-Diffusers", "Wan2.1*I2V*14B*"),
+}
+_OVERLAY_FOLDERS: Mapping[str, str] = {"1.3b": "StableAvatar-1.3B", "14b": "StableAvatar-14B"}
+_OVERLAY_STEM = "transformer3d-"
+_WEIGHT_SUFFIXES = (".safetensors", ".pt", ".pth", ".gguf")
+
+_VAE_NAMES = ("Wan2.1_VAE.pth", "Wan2.1_VAE.safetensors", "vae")
+_TEXT_NAMES = ("models_t5_umt5-xxl-enc-bf16.pth", "models_t5_umt5-xxl-enc-bf16.safetensors", "text_encoder")
+_IMAGE_STEM = "models_clip_open-clip-xlm-roberta-large-vit-huge-14"
+_IMAGE_NAMES = (f"{_IMAGE_STEM}.pth", f"{_IMAGE_STEM}.safetensors", "image_encoder")
+_TOKENIZER_NAMES = ("google/umt5-xxl", "tokenizer")
+_SPEECH_NAMES = ("wav2vec2-base-960h", "wav2vec", "speech_encoder")
+_SEPARATOR_NAMES = ("Kim_Vocal_2.onnx",)
+
+
+@dataclass(frozen=True)
+class MissingPart:
+    """A part that was not found, where it was expected, and the command that gets it."""
+
+    part: str
+    expected: Path
+    command: str
+
+
+@dataclass(frozen=True)
+class PublishedLayout:
+    """The published files that lie below a folder; what is absent is None or not in the mapping.
+
+    Attributes:
+        root: the folder that holds the others (``checkpoints``).
+        bases: size (``1.3b``, ``14b``) to the folder or file of the Wan transformer.
+        overlays: size to variant (``square``, ``rec-vec``, or what else stands after ``transformer3d-``) to
+            StableAvatar's file.
+        vae, text_encoder, tokenizer, image_encoder, speech_encoder: files and folders of the other parts.
+        vocal_separator: the network that takes music away, not needed for speech alone.
+    """
+
+    root: Path
+    bases: Mapping[str, Path]
+    overlays: Mapping[str, Mapping[str, Path]]
+    vae: Path | None
+    text_encoder: Path | None
+    tokenizer: Path | None
+    image_encoder: Path | None
+    speech_encoder: Path | None
+    vocal_separator: Path | None
+
+    def missing(self, variant: str = "square", size: str = "1.3b") -> list[MissingPart]:
+        """What a model of this variant and size lacks to generate videos; empty if it is all there."""
+        _check_size(size)
+        base = self.root / _BASE_FOLDERS[size][0]
+        encoders = self.root / _BASE_FOLDERS["1.3b"][0]
+        overlay = self.root / _OVERLAY_FOLDERS[size] / f"{_OVERLAY_STEM}{variant}.pt"
+        wanted: list[tuple[str, Path | None, Path]] = [
+            ("the Wan base transformer", self.bases.get(size), base),
+            (f"the transformer {variant!r}", self.overlays.get(size, {}).get(variant), overlay),
+            ("the video autoencoder", self.vae, encoders / _VAE_NAMES[0]),
+            ("the prompt encoder", self.text_encoder, encoders / _TEXT_NAMES[0]),
+            ("the tokenizer", self.tokenizer, encoders / _TOKENIZER_NAMES[0]),
+            ("the portrait encoder", self.image_encoder, encoders / _IMAGE_NAMES[0]),
+            ("the speech encoder", self.speech_encoder, self.root / _SPEECH_NAMES[0]),
+        ]
+        command = download_command(self.root, variant, size)
+        return [MissingPart(part, expected, command) for part, found, expected in wanted if found is None]
+
+    def require(self, variant: str = "square", size: str = "1.3b") -> None:
+        """Check that nothing is missing.
+
+        Raises:
+            CheckpointError: names the missing parts, the first file's place, and the command that gets them.
+        """
+        if missing := self.missing(variant, size):
+            parts = ", ".join(part.part for part in missing)
+            raise CheckpointError(
+                f"{self.root}: {parts} not found (expected {missing[0].expected}); get them with:"
+                f" {missing[0].command}"
+            )
+
+    def transformer_files(self, variant: str = "square", size: str = "1.3b") -> tuple[Path, Path]:
+        """The base and the overlay of a variant, for `loading.load_transformer`.
+
+        Raises:
+            CheckpointError: one of them is missing; the variants that are there are named.
+        """
+        _check_size(size)
+        base, found = self.bases.get(size), self.overlays.get(size, {})
+        command = download_command(self.root, variant, size)
+        if base is None:
+            raise CheckpointError(f"{self.root}: has no {size} Wan base; get it with: {command}")
+        if variant not in found:
+            there = f"there are {', '.join(found)}" if found else "there are none"
+            raise CheckpointError(
+                f"{self.root}: has no {size} transformer {variant!r} ({there}); get it with: {command}"
+            )
+        return base, found[variant]
+
+
+def download_command(target: Path, variant: str = "square", size: str = "1.3b") -> str:
+    """The command that downloads what a model of this variant and size needs into a folder."""
+    sizes = "" if size == "1.3b" else f" --size {size}"
+    return f"stableavatar download --variant {variant}{sizes} --output {shlex.quote(str(target))}"
+
+
+def find_published(root: Path | str) -> PublishedLayout:
+    """Find the published files below a folder, or around it.
+
+    Args:
+        root: the folder ``checkpoints``, the folder that holds it, or one of the folders in it.
+
+    Raises:
+        CheckpointError: there is no such folder, or nothing published is found.
+    """
+    root = Path(root)
+    if not root.is_dir():
+        raise CheckpointError(f"{root}: there is no such folder; get the weights with:
+        {download_command(root)}")
+    candidates = [_layout_at(folder) for folder in _roots_around(root)]
+    best = max(candidates, key=_parts_found)
+    if not best.bases and not best.overlays and best.vae is None:
+        raise CheckpointError(
+            f"{root}: holds no published weights (no {_BASE_FOLDERS['1.3b'][0]}, no {_OVERLAY_FOLDERS['1.3b']});"
+            f" get them with: {download_command(root)}"
+        )
+    return best
+
+
+def detect_layout(path: Path | str) -> Layout:
+    """Which layout a folder has: this project's own, the published one, or a Wan base in diffusers layout.
+
+    Raises:
+        CheckpointError: it is none of them, or there is no such folder.
+    """
+    path = Path(path)
+    config = path / "transformer" / "config.json"
+    if config.is_file():
+        kind = read_json(config).get("_class_name")
+        if kind == OWN_TRANSFORMER_CLASS:
+            return "own"
+        if kind == "WanTransformer3DModel":
+            return "diffusers"
+        raise CheckpointError(f"{config}: describes a {kind}, not a transformer that this project computes")
+    find_published(path)
+    return "published"
+
+
+def _roots_around(root: Path) -> Iterable[Path]:
+    yield root
+    yield root / "checkpoints"
+    # A relative path such as "." has no parent in its text.
+    yield root.resolve().parent
+
+
+def _parts_found(layout: PublishedLayout) -> int:
+    others = (layout.vae, layout.text_encoder, layout.tokenizer, layout.image_encoder, layout.speech_encoder)
+    return 2 * len(layout.bases) + 2 * len(layout.overlays) + sum(part is not None for part in others)
+
+
+def _layout_at(root: Path) -> PublishedLayout:
+    folders = {size: _first_folder(root, patterns) for size, patterns in _BASE_FOLDERS.items()}
+    bases = {size: base for size, folder in folders.items() if folder and (base := _transformer_in(folder))}
+    overlays = {size: _overlays_in(root / folder) for size, folder in _OVERLAY_FOLDERS.items()}
+    # The encoders are the same files in both bases.
+    places = [folder for folder in folders.values() if folder is not None]
+    return PublishedLayout(
+        root=root,
+        bases=bases,
+        overlays={size: found for size, found in overlays.items() if found},
+        vae=_first_file(places, _VAE_NAMES),
+        text_encoder=_first_file(places, _TEXT_NAMES),
+        tokenizer=_first_file(places, _TOKENIZER_NAMES),
+        image_encoder=_first_file(places, _IMAGE_NAMES),
+        speech_encoder=_first_file([root], _SPEECH_NAMES),
+        vocal_separator=_first_file([root], _SEPARATOR_NAMES),
+    )
+
+
+def _first_folder(root: Path, patterns: Iterable[str]) -> Path | None:
+    for pattern in patterns:
+        if folders := sorted(folder for folder in root.glob(pattern) if folder.is_dir()):
+            return folders[0]
+    return None
+
+
+def _first_file(places: Iterable[Path], file_names: Iterable[str]) -> Path | None:
+    places = list(places)
+    for name in file_names:
+        for place in places:
+            if (place / name).is_file() or ((place / name).is_dir() and any((place / name).iterdir())):
+                return place / name
+    return None
+
+
+def _transformer_in(folder: Path) -> Path | None:
+    """The folder (or file) that `read_state_dict` reads as the base: in diffusers layout, a sub-folder."""
+    for place in (folder, folder / "transformer"):
+        if has_weights(place):
+            return place
+    quantised = sorted(folder.glob("*.gguf"))
+    return quantised[0] if quantised else None
+
+
+def _overlays_in(folder: Path) -> dict[str, Path]:
+    if not folder.is_dir():
+        return {}
+    files = sorted(f for f in folder.glob(f"{_OVERLAY_STEM}*") if f.suffix in _WEIGHT_SUFFIXES)
+    # Of two files of one variant, safetensors (sorted last) wins over .pt.
+    return {file.stem.removeprefix(_OVERLAY_STEM): file for file in sorted(files, key=_prefer_safetensors)}
+
+
+def _prefer_safetensors(file: Path) -> bool:
+    return file.suffix == ".safetensors"
+
+
+def _check_size(size: str) -> None:
+    if size not in _BASE_FOLDERS:
+        raise InputError(f"unknown model size {size!r}: choose one of {', '.join(_BASE_FOLDERS)}")
