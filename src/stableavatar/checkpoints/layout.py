@@ -149,13 +149,12 @@ def find_published(root: Path | str) -> PublishedLayout:
     """
     root = Path(root)
     if not root.is_dir():
-        raise CheckpointError(f"{root}: there is no such folder; get the weights with:
-        {download_command(root)}")
+        raise CheckpointError(f"{root}: is no folder; get the weights with: {download_command(root)}")
     candidates = [_layout_at(folder) for folder in _roots_around(root)]
     best = max(candidates, key=_parts_found)
     if not best.bases and not best.overlays and best.vae is None:
         raise CheckpointError(
-            f"{root}: holds no published weights (no {_BASE_FOLDERS['1.3b'][0]}, no {_OVERLAY_FOLDERS['1.3b']});"
+            f"{root}: holds no published weights ({_BASE_FOLDERS['1.3b'][0]}, {_OVERLAY_FOLDERS['1.3b']});"
             f" get them with: {download_command(root)}"
         )
     return best
@@ -183,8 +182,10 @@ def detect_layout(path: Path | str) -> Layout:
 def _roots_around(root: Path) -> Iterable[Path]:
     yield root
     yield root / "checkpoints"
-    # A relative path such as "." has no parent in its text.
-    yield root.resolve().parent
+    inside = [*_OVERLAY_FOLDERS.values(), *(name for names in _BASE_FOLDERS.values() for name in names)]
+    absolute = root.resolve()  # a relative path such as "." has no parent in its text
+    if any(absolute.match(pattern) for pattern in inside):
+        yield absolute.parent
 
 
 def _parts_found(layout: PublishedLayout) -> int:

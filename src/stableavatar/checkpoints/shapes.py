@@ -85,8 +85,8 @@ def transformer_settings(
         head_width = settings.get("attention_head_dim", WAN_HEAD_WIDTH)
         if width % head_width:
             raise shapes.error(
-                f"its width {width} is no multiple of {head_width}, the width of a head: it needs a config.json"
-                " with num_heads beside it"
+                f"its width {width} is no multiple of {head_width}, the width of a head: it needs a"
+                " config.json with num_heads beside it"
             )
         settings["num_attention_heads"] = width // head_width
     heads = int(settings["num_attention_heads"])
