@@ -35,7 +35,7 @@ _ITEM = np.dtype(np.float32).itemsize
 
 
 class Speech:
-    """A recording as mono float32 samples on disk, any stretch of which can be read; `len(speech)` counts them.
+    """A recording as mono float32 samples on disk, any stretch of which can be read; `len(speech)` of them.
 
     Channels are mixed to the mean of left and right (5.1 and 7.1 by ITU-R BS.775 first). One silent channel
     only halves the level, which the model normalises. Where left and right cancel each other (a microphone

@@ -7,7 +7,7 @@ What makes the length and the place of every sample right:
 - The resampler is fed silence after the last sample and its tail is taken, then the result is cut to
   round(samples * new rate / old rate).
 - In a video, time 0 is the start of picture or sound, whichever comes first: sound that begins later is
-  preceded by silence. Holes between packets (pauses in browser recordings, undecodable packets) become silence.
+  preceded by silence. Holes between packets (pauses in browser recordings, bad packets) become silence.
 """
 
 import logging

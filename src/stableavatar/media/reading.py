@@ -1,0 +1,161 @@
+"""Videos back in: frames, the settings written into a file, and what a file is like."""
+
+import json
+import logging
+from collections.abc import Generator
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+from av.stream import Disposition
+from av.video.reformatter import ColorRange, Colorspace, Interpolation
+from numpy.typing import NDArray
+
+from stableavatar.errors import InputError
+from stableavatar.media.decoding import sound_format, stream_sound
+from stableavatar.media.files import open_media, reason_of
+
+logger = logging.getLogger(__name__)
+
+Frame = NDArray[np.uint8]
+
+# Settings are one JSON object in the `comment` tag, under this name: every tool shows and keeps a comment.
+METADATA_KEY = "stableavatar"
+# FFmpeg's number for a file that does not say its matrix.
+_UNSPECIFIED = 2
+_ACCURATE = int(Interpolation.BICUBIC) | int(Interpolation.ACCURATE_RND) | int(Interpolation.FULL_CHR_H_INT)
+# What FFmpeg calls files of moving pictures. It decodes texts and stills as videos of one frame as well.
+_VIDEO_FORMATS = {
+    "mov", "mp4", "matroska", "webm", "avi", "mpegts", "mpeg", "mpegvideo", "asf", "flv", "ogg", "mxf",
+    "nut", "yuv4mpegpipe", "ivf", "h264", "hevc", "m4v", "rm", "dv", "wtv",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class MediaInfo:
+    """What is in a video file, counted and not estimated.
+
+    `fps` is the average frame rate; `sound_samples` is None where there is no sound.
+    """
+
+    width: int
+    height: int
+    fps: Fraction
+    frames: int
+    sound_rate: int | None = None
+    sound_channels: int | None = None
+    sound_samples: int | None = None
+
+    @property
+    def seconds(self) -> float:
+        """The length of the picture."""
+        return float(self.frames / self.fps)
+
+    @property
+    def sound_seconds(self) -> float:
+        """The length of the sound, 0 where there is none."""
+        return (self.sound_samples or 0) / (self.sound_rate or 1)
+
+
+def read_frames(path: str | Path, role: str = "video") -> Generator[Frame, None, None]:
+    """Decode a video frame by frame: uint8 [H, W, 3] sRGB, upright, with square pixels.
+
+    The matrix is the file's own; where it states none, BT.709 from 720 lines up and BT.601 below.
+
+    Raises InputError: missing, a folder, empty, no video, cut off or damaged.
+    """
+    with open_media(path, role) as container:
+        stream = _video_stream(container, path, role)
+        stream.thread_type = "AUTO"
+        count = 0
+        try:
+            for frame in container.decode(stream):
+                count += 1
+                yield _to_rgb(frame, stream.sample_aspect_ratio)
+        except av.FFmpegError as error:
+            raise InputError(
+                f"{role} {path}: damaged after frame {count} ({reason_of(error)}). Fetch the file again."
+            ) from error
+        if count == 0 or (_states_frames(container) and count < 0.98 * stream.frames):
+            raise InputError(
+                f"{role} {path}: cut off, only {count} of its frames can be read. Fetch the whole file."
+            )
+
+
+def read_metadata(path: str | Path) -> dict[str, str]:
+    """The settings that `VideoWriter` wrote into a file, or the file's own tags where it is from elsewhere.
+
+    Raises InputError: missing, a folder, empty, not media.
+    """
+    with open_media(path, "video") as container:
+        tags = dict(container.metadata)
+    try:
+        settings = json.loads(tags.get("comment", ""))[METADATA_KEY]
+    except (ValueError, KeyError, TypeError):
+        return tags
+    return {str(key): str(value) for key, value in settings.items()} if isinstance(settings, dict) else tags
+
+
+def probe(path: str | Path) -> MediaInfo:
+    """Size, frame rate, number of frames and length of the sound; reads the whole file, decodes the sound.
+
+    Raises InputError: missing, a folder, empty, no video, or sound that cannot be read.
+    """
+    with open_media(path, "video") as container:
+        stream = _video_stream(container, path, "video")
+        try:
+            frame = next(container.decode(stream), None)
+            if frame is None:
+                raise InputError(f"video {path}: no frame of it can be decoded. Fetch the file again.")
+            height, width = _to_rgb(frame, stream.sample_aspect_ratio).shape[:2]
+            container.seek(0)
+            frames = sum(packet.size > 0 and not packet.is_discard for packet in container.demux(stream))
+        except av.FFmpegError as error:
+            raise InputError(f"video {path}: damaged ({reason_of(error)}). Fetch the file again.") from error
+        fps = stream.average_rate or stream.guessed_rate or Fraction(25)
+        has_sound = bool(container.streams.audio)
+    if not has_sound:
+        return MediaInfo(width, height, Fraction(fps), frames)
+    sound = sound_format(path)
+    samples = sum(len(block) for block in stream_sound(path, sound.sample_rate, "mono"))
+    return MediaInfo(width, height, Fraction(fps), frames, sound.sample_rate, sound.channels, samples)
+
+
+def _video_stream(container: Any, path: str | Path, role: str) -> Any:
+    known = _VIDEO_FORMATS & set(container.format.name.split(","))
+    streams = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
+    if not known or not streams:
+        raise InputError(f"{role} {path}: has no moving picture. Name a video file.")
+    best = container.streams.best("video")
+    stream = best if best in streams else streams[0]
+    if stream.codec_context is None:
+        raise InputError(f"{role} {path}: its kind of video is not known. Convert it to MP4 (H.264).")
+    return stream
+
+
+def _states_frames(container: Any) -> bool:
+    return "mov" in container.format.name.split(",")
+
+
+def _to_rgb(frame: "av.VideoFrame", aspect: Fraction | None) -> Frame:
+    """A decoded frame as uint8 [H, W, 3], by its own matrix and range, with square pixels, turned upright."""
+    width = frame.width
+    # Encoders crop to odd ratios such as 4320:4313; only a real anamorphic picture is worth a resampling.
+    if aspect and abs(aspect - 1) > Fraction(1, 50):
+        width = max(1, round(frame.width * aspect))
+    source = None
+    if frame.colorspace == _UNSPECIFIED and not frame.format.is_rgb:
+        source = Colorspace.ITU709 if frame.height >= 720 else Colorspace.ITU601
+    converted = frame.reformat(
+        width=width,
+        format="rgb24",
+        src_colorspace=source,
+        dst_color_range=ColorRange.JPEG,
+        interpolation=_ACCURATE,
+    )
+    array = np.asarray(converted.to_ndarray(), dtype=np.uint8)
+    turns = round(frame.rotation / 90) % 4
+    return np.ascontiguousarray(np.rot90(array, turns)) if turns else array
