@@ -2,18 +2,23 @@
 command line."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields
 from fractions import Fraction
+from pathlib import Path
 from typing import Any, Literal
 
 from stableavatar.conditioning.speech import SpeechNormalisation
 from stableavatar.errors import InputError
+from stableavatar.media.timing import parse_fps
 from stableavatar.sampling.guidance import GuidanceRule
 from stableavatar.sampling.windows import Compat, OverlapWeights
 
 Fit = Literal["crop", "pad", "stretch"]
 Aspect = Literal["auto", "square", "tall", "wide"]
 NoAudio = Literal["output", "input"]
+Preset = Literal[
+    "ultrafast", "superfast", "veryfast", "faster", "fast", "medium", "slow", "slower", "veryslow"
+]
 
 SIZE_MULTIPLE = 16  # pixels: 8 of the autoencoder, 2 of the transformer's patches
 
@@ -129,36 +134,9 @@ class GenerateOptions:
 
     @property
     def frame_rate(self) -> Fraction:
-        """Frames a second as an exact fraction: 29.97 and 23.976 mean 30000/1001 and 24000/1001."""
-        near = round(self.fps)
-        broadcast = Fraction(near * 1000, 1001)
-        if near in (24, 30, 48, 60, 120) and abs(float(broadcast) - self.fps) < 0.005:
-            return broadcast
-        return Fraction(self.fps).limit_denominator(1001)
+        """Frames a second as an exact fraction: 29.97 means 30000/1001."""
+        return parse_fps(self.fps)
 
-    def with_defaults(
-        self, defaults: "SamplingDefaults", negative_prompt: str, seed: int
-    ) -> "GenerateOptions":
-        """These options with the model's settings in place of None (size, start and duration stay)."""
-        chosen = {
-            name: value
-            for name, value in asdict(defaults).items()
-            if name in _DEFAULTED and getattr(self, name) is None
-        }
-        if self.guidance == "audio-native":
-            chosen |= {
-                name: value for name, value in AUDIO_NATIVE_WEIGHTS.items() if getattr(self, name) is None
-            }
-        if self.negative_prompt is None:
-            chosen["negative_prompt"] = negative_prompt
-        if self.seed is None:
-            chosen["seed"] = seed
-        filled = replace(self, **chosen)
-        check_overlap(filled.window or 0, filled.overlap or 0)
-        return filled
-
-
-_DEFAULTED = ("steps", "text_scale", "audio_scale", "window", "overlap")
 
 # Weights of Audio Native Guidance where none are given. They mean more than a scale does: the guided
 # prediction is (1 + both) times the full one minus the rest.
@@ -204,6 +182,74 @@ class SamplingDefaults:
         return tuple2(self.sizes[aspect])
 
 
+@dataclass(frozen=True)
+class Settings(GenerateOptions):
+    """Options with everything that was left open filled in; with them a video can be repeated."""
+
+    negative_prompt: str = ""
+    width: int = 512
+    height: int = 512
+    steps: int = 50
+    text_scale: float = 3.0
+    audio_scale: float = 5.0
+    window: int = 81
+    overlap: int = 5
+    seed: int = 0
+
+    @classmethod
+    def resolve(
+        cls,
+        options: GenerateOptions,
+        defaults: SamplingDefaults,
+        *,
+        size: tuple[int, int],
+        negative_prompt: str,
+        seed: int,
+    ) -> "Settings":
+        """`options`, with the model's settings, a size (width, height), a negative prompt and a seed in place
+        of None.
+
+        Raises:
+            InputError: the overlap does not fit the window.
+        """
+        fallback = {
+            **asdict(defaults),
+            **(AUDIO_NATIVE_WEIGHTS if options.guidance == "audio-native" else {}),
+            "width": size[0],
+            "height": size[1],
+            "negative_prompt": negative_prompt,
+            "seed": seed,
+        }
+        chosen = {f.name: getattr(options, f.name) for f in fields(options)}
+        for name, value in chosen.items():
+            if value is None and name in fallback:
+                chosen[name] = fallback[name]
+        chosen["aspect"] = "auto"  # width and height now say it
+        return cls(**chosen)
+
+
+@dataclass(frozen=True)
+class OutputOptions:
+    """How the file is written.
+
+    Raises:
+        InputError: a value that cannot be, when the object is made.
+    """
+
+    quality: int = _option(
+        18,
+        "H.264 quality, 0 to 51; lower is better and larger, 18 looks like the frames.",
+        minimum=0,
+        maximum=51,
+    )
+    preset: Preset = _option("medium", "H.264 preset: slower ones make smaller files.")
+    frames: Path | None = _option(None, "A folder for the frames as PNG files, beside the video.")
+
+    def __post_init__(self) -> None:
+        for f in fields(self):
+            _check_range(f.name, getattr(self, f.name), f.metadata)
+
+
 def tuple2(size: Any) -> tuple[int, int]:
     """A pair that may have been read from JSON."""
     width, height = size
@@ -221,7 +267,7 @@ def check_overlap(window: int, overlap: int) -> None:
 
 
 def _check_range(name: str, value: Any, checks: Mapping[str, Any]) -> None:
-    if value is None or isinstance(value, str):
+    if value is None or isinstance(value, str | Path):
         return
     label = name.replace("_", " ")
     if value != value or value in (float("inf"), float("-inf")):

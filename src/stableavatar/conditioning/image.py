@@ -33,6 +33,7 @@ def portrait_pixels(picture: torch.Tensor, size: int) -> torch.Tensor:
     return (pixels * 0.5 + 0.5 - mean) / std
 
 
+@torch.no_grad()
 def portrait_embeddings(image_encoder: CLIPVisionModel, picture: torch.Tensor) -> torch.Tensor:
     """Embeddings of the portrait: all tokens of the hidden state before the encoder's last block, `[1, P,
     image_dim]`.
@@ -55,11 +56,12 @@ def reference_condition(vae: AutoencoderKLWan, picture: torch.Tensor, frames: in
     latents of 4 channels.
 
     Args:
-        picture: `[3, H, W]` in [-1, 1]. frames: T = 4·(F-1)+1 frames of a window.
+        picture: `[3, H, W]` in [-1, 1], on the device that the autoencoder computes on.
+        frames: T = 4·(F-1)+1 frames of a window.
     """
     clip = picture.new_zeros(1, 3, frames, *picture.shape[1:])
     clip[0, :, 0] = picture
-    raw = vae.encode(clip.to(vae.device, vae.dtype)).latent_dist.mode()
+    raw = vae.encode(clip.to(vae.dtype)).latent_dist.mode()
     latents = normalise_latents(vae, raw.float())
     return torch.cat([reference_mask(latents), latents], dim=1)
 

@@ -2,41 +2,18 @@
 
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Literal, Protocol
+from typing import Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from transformers import Wav2Vec2Model
 
+from stableavatar.media.audio import SPEECH_RATE, Speech
+from stableavatar.media.timing import sample_position
 from stableavatar.sampling.windows import Window, WindowPlan
 
-SAMPLE_RATE = 16000  # of the speech that the encoder hears, mono
-
 SpeechNormalisation = Literal["window", "recording"]
-
-
-class SpeechSource(Protocol):
-    """A recording that can be read at any place; see `media.audio.Speech`."""
-
-    def __len__(self) -> int:
-        """Samples at 16 kHz."""
-        ...
-
-    def samples(self, start: int, stop: int) -> NDArray[np.float32]:
-        """Mono samples `[stop - start]`, zeros outside the recording."""
-        ...
-
-
-def sample_at(frame: int, fps: Fraction) -> int:
-    """The sample at which a frame starts, rounded for this frame alone, so that no error adds up (fault
-    7)."""
-    return round(frame * SAMPLE_RATE / fps)
-
-
-def frames_of(samples: int, fps: Fraction) -> int:
-    """Frames of video for a recording: its length in frames, rounded (fault 18)."""
-    return round(samples * fps / SAMPLE_RATE)
 
 
 @dataclass(frozen=True)
@@ -52,7 +29,7 @@ class Loudness:
         return cls(float(np.mean(samples)), float(np.var(samples)))
 
     @classmethod
-    def of_recording(cls, speech: SpeechSource, block: int = 60 * SAMPLE_RATE) -> "Loudness":
+    def of_recording(cls, speech: Speech, block: int = 60 * SPEECH_RATE) -> "Loudness":
         """Of a whole recording, read block by block."""
         total = square = 0.0
         for start in range(0, len(speech), block):
@@ -97,7 +74,7 @@ class WindowSpeech:
     def __init__(
         self,
         speech_encoder: Wav2Vec2Model,
-        speech: SpeechSource,
+        speech: Speech,
         plan: WindowPlan,
         fps: Fraction,
         *,
@@ -113,11 +90,16 @@ class WindowSpeech:
     def stretch(self, window: Window) -> tuple[int, int]:
         """First sample of a window's speech, and the one after its last."""
         first = 4 * window.start
-        if self.plan.compat == "upstream":
-            if window is self.plan.windows[-1]:
-                return sample_at(first, self.fps), len(self.speech)
-            return sample_at(first, self.fps), sample_at(first + 4 * window.length, self.fps)
-        return sample_at(first, self.fps), sample_at(first + 4 * (window.length - 1) + 1, self.fps)
+        if self.plan.compat != "upstream":
+            stop = first + 4 * (window.length - 1) + 1
+        elif window.index < len(self.plan.windows) - 1:
+            stop = first + 4 * window.length
+        else:
+            return self._position(first), len(self.speech)
+        return self._position(first), self._position(stop)
+
+    def _position(self, frame: int) -> int:
+        return sample_position(frame, SPEECH_RATE, self.fps)
 
     def __call__(self, window: Window) -> torch.Tensor:
         """Features `[1, S, audio_dim]` of a window, kept in main memory after the first call."""

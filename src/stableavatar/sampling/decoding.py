@@ -42,6 +42,11 @@ def stream_decode(vae: AutoencoderKLWan, latents: Iterable[torch.Tensor]) -> Ite
         frames `[3, 8·H, 8·W]`, float32 in [-1, 1] on the autoencoder's device: one for the first latent, four
         for every other.
     """
+    hook = getattr(
+        vae, "_hf_hook", None
+    )  # of model offloading, which only watches encode, decode and forward
+    if hook is not None:
+        hook.pre_forward(vae)
     memory: list[torch.Tensor | None] = [None] * vae._cached_conv_counts["decoder"]
     patch = vae.config.patch_size
     for index, latent in enumerate(latents):

@@ -1,0 +1,473 @@
+"""Portrait, speech and prompt into a stream of frames, and into a file.
+
+    pipeline = AvatarPipeline.from_pretrained("tiny")
+    pipeline.generate("portrait.png", "speech.wav", "out.mp4")
+
+The way of the data: portrait and speech -> conditions -> plan of windows -> cells -> latents -> frames ->
+file.
+"""
+
+import contextlib
+import json
+import secrets
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, fields
+from fractions import Fraction
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKLWan, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from numpy.typing import NDArray
+from PIL import Image
+from transformers import CLIPVisionModel, PreTrainedTokenizerBase, UMT5EncoderModel, Wav2Vec2Model
+
+from stableavatar import __version__
+from stableavatar.conditioning.image import picture_tensor, portrait_embeddings, reference_condition
+from stableavatar.conditioning.speech import WindowSpeech
+from stableavatar.conditioning.text import DEFAULT_NEGATIVE_PROMPT, encode_prompts
+from stableavatar.errors import InputError
+from stableavatar.media.audio import SPEECH_RATE, Sound, Speech
+from stableavatar.media.image import fit_picture, read_picture
+from stableavatar.media.timing import frame_count
+from stableavatar.media.video import FrameWriter, VideoWriter
+from stableavatar.models.transformer import StableAvatarTransformer3DModel
+from stableavatar.options import GenerateOptions, OutputOptions, SamplingDefaults, Settings
+from stableavatar.sampling.decoding import stream_decode
+from stableavatar.sampling.engine import Conditions, Denoiser, Schedule, sample_lockstep
+from stableavatar.sampling.guidance import GUIDANCE_RULES
+from stableavatar.sampling.noise import GivenNoise, Noise, PositionalNoise
+from stableavatar.sampling.windows import Window, WindowPlan, latent_frames_for, plan_windows
+
+TINY = Path(__file__).parent / "assets" / "tiny"
+
+Frame = NDArray[np.uint8]
+Portrait = str | Path | Image.Image | Frame
+SpeechInput = str | Path | NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a video is.
+
+    Attributes:
+        stage: "sampling" counts cells (a step of a window), "decoding" frames.
+        done, total: how many of them. seconds_left: estimated from this stage's pace, None before the first.
+        step, steps, window, windows: where the sampling is, counted from 1.
+    """
+
+    stage: Literal["sampling", "decoding"]
+    done: int
+    total: int
+    seconds_left: float | None
+    step: int
+    steps: int
+    window: int
+    windows: int
+
+
+ProgressCallback = Callable[[Progress], None]
+
+
+class AvatarStream(Iterator[Frame]):
+    """Frames of a video, uint8 `[height, width, 3]`, made as they are asked for.
+
+    Attributes:
+        frame_count, frame_rate (frames a second), width, height: of the video.
+        options: the options with every default filled in; with them the video can be repeated.
+    """
+
+    def __init__(
+        self,
+        frames: Iterator[Frame],
+        frame_count: int,
+        frame_rate: Fraction,
+        options: Settings,
+    ) -> None:
+        self._frames = frames
+        self.frame_count = frame_count
+        self.frame_rate = frame_rate
+        self.options = options
+        self.width = options.width
+        self.height = options.height
+
+    def __next__(self) -> Frame:
+        return next(self._frames)
+
+
+@dataclass(frozen=True)
+class GeneratedVideo:
+    """What `generate` has made: the file, its length in frames, and the options that repeat it."""
+
+    path: Path
+    frame_count: int
+    frame_rate: Fraction
+    options: Settings
+
+
+class AvatarPipeline(DiffusionPipeline):
+    """Makes a portrait say a recording.
+
+    A diffusers pipeline: `from_pretrained`, `save_pretrained`, `to`, `enable_model_cpu_offload` and the like
+        work as there.
+
+    Args:
+        sampling_defaults: the model's own settings (`SamplingDefaults`), the released models' if None.
+    """
+
+    model_cpu_offload_seq = "text_encoder->image_encoder->speech_encoder->transformer->vae"
+
+    transformer: StableAvatarTransformer3DModel
+    vae: AutoencoderKLWan
+    text_encoder: UMT5EncoderModel
+    tokenizer: PreTrainedTokenizerBase
+    image_encoder: CLIPVisionModel
+    speech_encoder: Wav2Vec2Model
+    scheduler: FlowMatchEulerDiscreteScheduler
+
+    def __init__(
+        self,
+        transformer: StableAvatarTransformer3DModel,
+        vae: AutoencoderKLWan,
+        text_encoder: UMT5EncoderModel,
+        tokenizer: PreTrainedTokenizerBase,
+        image_encoder: CLIPVisionModel,
+        speech_encoder: Wav2Vec2Model,
+        scheduler: FlowMatchEulerDiscreteScheduler,
+        sampling_defaults: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        self.register_modules(
+            transformer=transformer,
+            vae=vae,
+            text_encoder=text_encoder,
+            tokenizer=tokenizer,
+            image_encoder=image_encoder,
+            speech_encoder=speech_encoder,
+            scheduler=scheduler,
+        )
+        self.defaults = SamplingDefaults(**(sampling_defaults or {}))
+        self.register_to_config(sampling_defaults=asdict(self.defaults))
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        source: str | Path,
+        *,
+        variant: str = "square",
+        size: str = "1.3b",
+        torch_dtype: torch.dtype = torch.float32,
+        **kwargs: Any,
+    ) -> "AvatarPipeline":
+        """Load a model.
+
+        Args:
+            source: "tiny" (ships with the package), a folder (this project's own, or the published checkpoints as they
+                lie on disk), or a hub id such as "FrancisRing/StableAvatar".
+            variant: which of the published transformers, "square" or "rec-vec". size: "1.3b" or "14b".
+            torch_dtype: of the weights.
+            kwargs: for a folder of this project's own or a hub id, as in diffusers.
+
+        Raises:
+            CheckpointError: files are missing, damaged, or of another model.
+            InputError: there is no such folder.
+        """
+        folder = TINY if str(source) == "tiny" else Path(source).expanduser()
+        if not folder.is_dir():
+            folder = resolve_hub_id(str(source), variant=variant, size=size)
+        if detect_layout(folder) == "own":
+            kwargs.setdefault("local_files_only", True)
+            return super().from_pretrained(folder, torch_dtype=torch_dtype, **kwargs)
+        if kwargs:
+            raise InputError(f"{', '.join(kwargs)} cannot be used with the published checkpoints in {folder}")
+        return cls(**load_published(folder, variant=variant, size=size, dtype=torch_dtype))
+
+    def stream(
+        self,
+        portrait: Portrait,
+        speech: SpeechInput | None,
+        *,
+        latents: torch.Tensor | None = None,
+        progress: ProgressCallback | None = None,
+        **options: Any,
+    ) -> AvatarStream:
+        """Frames of the portrait saying the speech.
+
+        Args:
+            portrait: a picture file, a Pillow image, or uint8 `[H, W, 3]`.
+            speech: an audio file, a video with sound, mono samples at 16 kHz, or None for a silent video of
+                `duration` seconds.
+            latents: the starting noise `[C, L, H/8, W/8]`, in place of the seed's.
+            progress: called after every cell and every frame.
+            options: fields of `GenerateOptions`.
+
+        Returns:
+            An iterator of uint8 `[height, width, 3]`. The conditions are checked now, the work is done with
+            the first frame (the order is lockstep: no frame is finished before the last step).
+
+        Raises:
+            InputError: a file or an option that cannot be used.
+        """
+        given = GenerateOptions(**options)
+        picture = _picture(portrait)
+        recording = _recording(speech, given)
+        try:
+            return self._stream(given, picture, recording, latents, progress)
+        except BaseException:
+            if recording is not None:
+                recording.close()
+            raise
+
+    def _stream(
+        self,
+        given: GenerateOptions,
+        picture: Frame,
+        recording: Speech | None,
+        latents: torch.Tensor | None,
+        progress: ProgressCallback | None,
+    ) -> AvatarStream:
+        options = self._resolve(given, picture)
+        fps = options.frame_rate
+        frames = _frames(recording, options)
+        if options.compat == "upstream":
+            frames = (frames - 1) // 4 * 4 + 1
+        plan = plan_windows(
+            latent_frames_for(frames),
+            latent_frames_for(options.window),
+            options.overlap,
+            compat=options.compat,
+        )
+        ratio = self.vae.config.scale_factor_spatial
+        shape = (self.vae.config.z_dim, options.height // ratio, options.width // ratio)
+        if latents is None:
+            noise: Noise = PositionalNoise(options.seed, *shape)
+        elif latents.shape == (shape[0], plan.latent_frames, *shape[1:]):
+            noise = GivenNoise(latents)
+        else:
+            wanted = (shape[0], plan.latent_frames, *shape[1:])
+            raise InputError(f"latents of shape {tuple(latents.shape)} do not fit: {wanted} is needed")
+        fitted = fit_picture(picture, options.width, options.height, options.fit)
+        run = _Run(self, options, plan, frames, fps, picture_tensor(fitted), recording, noise, progress)
+        return AvatarStream(run.frames(), frames, fps, options)
+
+    def _resolve(self, given: GenerateOptions, picture: Frame) -> Settings:
+        """The options with the model's settings, a size and a seed in place of None."""
+        if given.width is not None and given.height is not None:
+            size = given.width, given.height
+        else:
+            size = self.defaults.size_for(given.aspect, picture.shape[1], picture.shape[0])
+        return Settings.resolve(
+            given,
+            self.defaults,
+            size=size,
+            negative_prompt=DEFAULT_NEGATIVE_PROMPT,
+            seed=secrets.randbelow(2**32),
+        )
+
+    def generate(
+        self,
+        portrait: Portrait,
+        speech: SpeechInput | None,
+        output: str | Path,
+        *,
+        output_options: OutputOptions | None = None,
+        progress: ProgressCallback | None = None,
+        **options: Any,
+    ) -> GeneratedVideo:
+        """Write the portrait saying the speech as an MP4 with sound.
+
+        The file appears under its name when it is complete. Options, seed and version are in its metadata.
+
+        Args:
+            output: the MP4. output_options: quality, preset, and a folder for PNG frames.
+            portrait, speech, progress, options: see `stream`.
+
+        Raises:
+            InputError: a file or an option that cannot be used, or an output that cannot be written.
+        """
+        encoding = output_options or OutputOptions()
+        stream = self.stream(portrait, speech, progress=progress, **options)
+        settings = {f.name: getattr(stream.options, f.name) for f in fields(stream.options)}
+        metadata = {"stableavatar": json.dumps({"version": __version__, **settings}, ensure_ascii=False)}
+        with contextlib.ExitStack() as stack:
+            video = stack.enter_context(
+                VideoWriter(
+                    output,
+                    stream.width,
+                    stream.height,
+                    stream.frame_rate,
+                    sound=_sound(speech, stream.options),
+                    quality=encoding.quality,
+                    preset=encoding.preset,
+                    metadata=metadata,
+                )
+            )
+            pictures = stack.enter_context(FrameWriter(encoding.frames)) if encoding.frames else None
+            for frame in stream:
+                video.write(frame)
+                if pictures is not None:
+                    pictures.write(frame)
+        return GeneratedVideo(Path(output), stream.frame_count, stream.frame_rate, stream.options)
+
+
+class _Run:
+    """One video being made: conditions, then cells, then frames."""
+
+    def __init__(
+        self,
+        pipeline: AvatarPipeline,
+        options: Settings,
+        plan: WindowPlan,
+        frame_count: int,
+        fps: Fraction,
+        picture: torch.Tensor,
+        speech: Speech | None,
+        noise: Noise,
+        progress: ProgressCallback | None,
+    ) -> None:
+        self.pipeline = pipeline
+        self.options = options
+        self.plan = plan
+        self.frame_count = frame_count
+        self.fps = fps
+        self.picture = picture
+        self.speech = speech
+        self.noise = noise
+        self.progress = progress
+
+    def frames(self) -> Iterator[Frame]:
+        try:
+            latents = self._sample(self._conditions())
+        finally:
+            if self.speech is not None:
+                self.speech.close()
+        started = time.monotonic()
+        decoded = stream_decode(self.pipeline.vae, latents.unbind(1))
+        for index in range(self.frame_count):
+            frame = next(decoded)
+            pixels = ((frame + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+            self._report("decoding", index + 1, self.frame_count, started, len(self.plan.windows) - 1)
+            yield pixels.permute(1, 2, 0).cpu().numpy()
+
+    def _conditions(self) -> Conditions:
+        pipeline, options = self.pipeline, self.options
+        device = pipeline._execution_device
+        prompts = [options.prompt, options.negative_prompt]
+        text_length = pipeline.transformer.config.text_length
+        prompt, negative = encode_prompts(pipeline.tokenizer, pipeline.text_encoder, prompts, text_length)
+        picture = self.picture.to(device)
+        portrait = portrait_embeddings(pipeline.image_encoder, picture)
+        reference = reference_condition(pipeline.vae, picture, options.window)
+        return Conditions(prompt[None], negative[None], portrait, reference)
+
+    def _sample(self, conditions: Conditions) -> torch.Tensor:
+        pipeline, options = self.pipeline, self.options
+        rule = GUIDANCE_RULES[options.guidance]
+        guidance = rule(options.text_scale, options.audio_scale, has_audio=self.speech is not None)
+        schedule = Schedule.from_scheduler(pipeline.scheduler, options.steps)
+        speech: Callable[[Window], torch.Tensor | None] = _no_speech
+        if self.speech is not None:
+            speech = WindowSpeech(
+                pipeline.speech_encoder,
+                self.speech,
+                self.plan,
+                self.fps,
+                normalisation=options.speech_normalisation,
+            )
+        denoiser = Denoiser(
+            pipeline.transformer,
+            schedule,
+            guidance,
+            conditions,
+            speech,
+            window_latents=self.plan.window_latents,
+            no_audio=options.no_audio,
+        )
+        windows, started = len(self.plan.windows), time.monotonic()
+
+        def report(step: int, window: Window) -> None:
+            done = step * windows + window.index + 1
+            self._report("sampling", done, windows * len(schedule), started, window.index, step)
+
+        return sample_lockstep(
+            self.plan,
+            len(schedule),
+            self.noise,
+            denoiser,
+            weights=options.overlap_weights,
+            device=pipeline._execution_device,
+            progress=report,
+        )
+
+    def _report(
+        self,
+        stage: Literal["sampling", "decoding"],
+        done: int,
+        total: int,
+        started: float,
+        window: int,
+        step: int | None = None,
+    ) -> None:
+        if self.progress is None:
+            return
+        left = (time.monotonic() - started) / done * (total - done)
+        steps = self.options.steps
+        windows = len(self.plan.windows)
+        current = steps if step is None else step + 1
+        self.progress(Progress(stage, done, total, left, current, steps, window + 1, windows))
+
+
+def _no_speech(_window: Window) -> None:
+    return None
+
+
+def _picture(portrait: Portrait) -> Frame:
+    if isinstance(portrait, str | Path):
+        return read_picture(portrait)
+    if isinstance(portrait, Image.Image):
+        portrait = np.asarray(portrait.convert("RGB"))
+    if portrait.ndim != 3 or portrait.shape[2] != 3 or portrait.dtype != np.uint8:
+        raise InputError(
+            "a portrait given as an array must be uint8 [H, W, 3], "
+            f"not {portrait.dtype} {list(portrait.shape)}"
+        )
+    return portrait
+
+
+def _recording(speech: SpeechInput | None, options: GenerateOptions) -> Speech | None:
+    if speech is None:
+        if options.duration is None:
+            raise InputError("a video without speech needs a duration")
+        return None
+    if isinstance(speech, str | Path):
+        return Speech.open(speech, SPEECH_RATE, start=options.start, duration=options.duration)
+    return Speech.from_array(_cut(speech, options), SPEECH_RATE)
+
+
+def _cut(samples: NDArray[np.float32], options: GenerateOptions) -> NDArray[np.float32]:
+    first = round(options.start * SPEECH_RATE)
+    last = None if options.duration is None else first + round(options.duration * SPEECH_RATE)
+    return samples[first:last]
+
+
+def _sound(speech: SpeechInput | None, options: GenerateOptions) -> Sound | None:
+    if speech is None:
+        return None
+    if isinstance(speech, str | Path):
+        return Sound(speech, options.start, options.duration)
+    return Sound.from_array(_cut(speech, options), SPEECH_RATE)
+
+
+def _frames(recording: Speech | None, options: Settings) -> int:
+    fps = options.frame_rate
+    if recording is None:
+        frames = round((options.duration or 0) * fps)
+        what = f"{options.duration} s"
+    else:
+        frames = frame_count(len(recording), SPEECH_RATE, fps)
+        what = f"the speech ({recording.seconds:.3f} s)"
+    if frames < 1:
+        raise InputError(f"{what} is shorter than a frame ({float(1 / fps):.3f} s): give a longer recording")
+    return frames
