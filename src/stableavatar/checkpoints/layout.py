@@ -52,9 +52,10 @@ _SEPARATOR_NAMES = ("Kim_Vocal_2.onnx",)
 
 @dataclass(frozen=True)
 class MissingPart:
-    """A part that was not found, where it was expected, and the command that gets it."""
+    """A part that was not found: its name, what it is, where it was expected, and how to get it."""
 
     part: str
+    what: str
     expected: Path
     command: str
 
@@ -82,54 +83,68 @@ class PublishedLayout:
     speech_encoder: Path | None
     vocal_separator: Path | None
 
-    def missing(self, variant: str = "square", size: str = "1.3b") -> list[MissingPart]:
-        """What a model of this variant and size lacks to generate videos; empty if it is all there."""
+    def missing(
+        self, variant: str | None = "square", size: str = "1.3b", parts: Iterable[str] = OWN_PARTS
+    ) -> list[MissingPart]:
+        """What a model of this variant and size lacks to generate videos; empty if it is all there.
+
+        Args:
+            variant: of the transformer; None for its base alone.
+            size: ``1.3b`` or ``14b``.
+            parts: which of `OWN_PARTS` are asked for.
+        """
         _check_size(size)
         base = self.root / _BASE_FOLDERS[size][0]
         encoders = self.root / _BASE_FOLDERS["1.3b"][0]
-        overlay = self.root / _OVERLAY_FOLDERS[size] / f"{_OVERLAY_STEM}{variant}.pt"
-        wanted: list[tuple[str, Path | None, Path]] = [
-            ("the Wan base transformer", self.bases.get(size), base),
-            (f"the transformer {variant!r}", self.overlays.get(size, {}).get(variant), overlay),
-            ("the video autoencoder", self.vae, encoders / _VAE_NAMES[0]),
-            ("the prompt encoder", self.text_encoder, encoders / _TEXT_NAMES[0]),
-            ("the tokenizer", self.tokenizer, encoders / _TOKENIZER_NAMES[0]),
-            ("the portrait encoder", self.image_encoder, encoders / _IMAGE_NAMES[0]),
-            ("the speech encoder", self.speech_encoder, self.root / _SPEECH_NAMES[0]),
+        command = download_command(self.root, variant or VARIANTS[0], size)
+        wanted = [
+            ("transformer", "the Wan base transformer", self.bases.get(size), base),
+            ("vae", "the video autoencoder", self.vae, encoders / _VAE_NAMES[0]),
+            ("text_encoder", "the prompt encoder", self.text_encoder, encoders / _TEXT_NAMES[0]),
+            ("tokenizer", "the tokenizer", self.tokenizer, encoders / _TOKENIZER_NAMES[0]),
+            ("image_encoder", "the portrait encoder", self.image_encoder, encoders / _IMAGE_NAMES[0]),
+            ("speech_encoder", "the speech encoder", self.speech_encoder, self.root / _SPEECH_NAMES[0]),
         ]
-        command = download_command(self.root, variant, size)
-        return [MissingPart(part, expected, command) for part, found, expected in wanted if found is None]
+        absent = [
+            MissingPart(part, what, where, command) for part, what, found, where in wanted if found is None
+        ]
+        if variant is not None and variant not in self.overlays.get(size, {}):
+            file = self.root / _OVERLAY_FOLDERS[size] / f"{_OVERLAY_STEM}{variant}.pt"
+            advice = command if size == "1.3b" else f"a training of your own, whose result goes to {file}"
+            absent.append(MissingPart("transformer", f"the {size} transformer {variant!r}", file, advice))
+        parts = set(parts)
+        return [part for part in absent if part.part in parts]
 
-    def require(self, variant: str = "square", size: str = "1.3b") -> None:
-        """Check that nothing is missing.
-
-        Raises:
-            CheckpointError: names the missing parts, the first file's place, and the command that gets them.
-        """
-        if missing := self.missing(variant, size):
-            parts = ", ".join(part.part for part in missing)
-            raise CheckpointError(
-                f"{self.root}: {parts} not found (expected {missing[0].expected}); get them with:"
-                f" {missing[0].command}"
-            )
-
-    def transformer_files(self, variant: str = "square", size: str = "1.3b") -> tuple[Path, Path]:
-        """The base and the overlay of a variant, for `loading.load_transformer`.
+    def require(
+        self, variant: str | None = "square", size: str = "1.3b", parts: Iterable[str] = OWN_PARTS
+    ) -> None:
+        """Check that nothing is missing; for the arguments see `missing`.
 
         Raises:
-            CheckpointError: one of them is missing; the variants that are there are named.
+            CheckpointError: names the missing parts, the first one's place, the variants that are there, and
+                the command that gets what is missing.
         """
-        _check_size(size)
-        base, found = self.bases.get(size), self.overlays.get(size, {})
-        command = download_command(self.root, variant, size)
-        if base is None:
-            raise CheckpointError(f"{self.root}: has no {size} Wan base; get it with: {command}")
-        if variant not in found:
-            there = f"there are {', '.join(found)}" if found else "there are none"
-            raise CheckpointError(
-                f"{self.root}: has no {size} transformer {variant!r} ({there}); get it with: {command}"
-            )
-        return base, found[variant]
+        missing = self.missing(variant, size, parts)
+        if not missing:
+            return
+        what = ", ".join(part.what for part in missing)
+        commands = " and ".join(dict.fromkeys(part.command for part in missing))
+        variants = ", ".join(self.overlays.get(size, {})) or "none"
+        raise CheckpointError(
+            f"{self.root}: {what} not found (expected {missing[0].expected}; transformers there: {variants});"
+            f" to be had by: {commands}"
+        )
+
+    def transformer_files(
+        self, variant: str | None = "square", size: str = "1.3b"
+    ) -> tuple[Path, Path | None]:
+        """The base and the overlay of a variant (None: no overlay), for `loading.load_transformer`.
+
+        Raises:
+            CheckpointError: one of them is missing; see `require`.
+        """
+        self.require(variant, size, parts=["transformer"])
+        return self.bases[size], None if variant is None else self.overlays[size][variant]
 
 
 def download_command(target: Path, variant: str = "square", size: str = "1.3b") -> str:

@@ -32,7 +32,7 @@ from transformers import (
 )
 
 from stableavatar.checkpoints import names, shapes
-from stableavatar.checkpoints.files import read_json, read_state_dict
+from stableavatar.checkpoints.files import FLOAT8_DTYPES, read_json, read_state_dict
 from stableavatar.checkpoints.names import StateDict
 from stableavatar.errors import CheckpointError
 from stableavatar.models.transformer import StableAvatarTransformer3DModel
@@ -44,6 +44,9 @@ FRESH_ADAPTER_SEED = 20250808
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 Device = torch.device | str
+
+# What 8-bit weights become where no dtype is asked for.
+_EXPANDED_DTYPE = torch.bfloat16
 
 # How many tensors an error names before it only counts the rest.
 _NAMED_IN_ERRORS = 3
@@ -66,7 +69,7 @@ def load_transformer(
     overlay: Path | str | None = None,
     config: Mapping[str, Any] | None = None,
     *,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | None = torch.float32,
     device: Device = "cpu",
     allow_missing_audio: bool = False,
 ) -> StableAvatarTransformer3DModel:
@@ -79,8 +82,8 @@ def load_transformer(
             those of the base.
         config: constructor keywords, or a published ``config.json`` as a dict, where they are not to be read
             from files and shapes. Only what is given is fixed; the rest is still read.
-        dtype: of the parameters; timestep embedding, norms and modulation stay in float32. Stored float8 and
-            GGUF weights are converted.
+        dtype: of the parameters; None for the one that most of them are stored in (bfloat16 where that is 8
+            bits or GGUF). Timestep embedding, norms and modulation stay in float32.
         device: where the parameters go.
         allow_missing_audio: let the audio side be absent, to train it from the plain video model: its keys
             and values in the blocks start at zero, the adapter from a fixed seed.
@@ -114,7 +117,7 @@ def load_vae(
     path: Path | str,
     config: Mapping[str, Any] | None = None,
     *,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | None = torch.float32,
     device: Device = "cpu",
 ) -> AutoencoderKLWan:
     """The video autoencoder from ``Wan2.1_VAE.pth``, a file of the same names, or a diffusers folder.
@@ -137,7 +140,7 @@ def load_text_encoder(
     path: Path | str,
     config: Mapping[str, Any] | None = None,
     *,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | None = torch.float32,
     device: Device = "cpu",
 ) -> UMT5EncoderModel:
     """The prompt encoder from ``models_t5_umt5-xxl-enc-bf16.pth``, a file of the same names, or a folder.
@@ -159,7 +162,7 @@ def load_image_encoder(
     path: Path | str,
     config: Mapping[str, Any] | None = None,
     *,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | None = torch.float32,
     device: Device = "cpu",
 ) -> CLIPVisionModel:
     """The portrait encoder from ``models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth``, or a folder.
@@ -184,7 +187,7 @@ def load_speech_encoder(
     path: Path | str,
     config: Mapping[str, Any] | None = None,
     *,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | None = torch.float32,
     device: Device = "cpu",
 ) -> Wav2Vec2Model:
     """The speech encoder from a transformers folder such as ``wav2vec2-base-960h``, without its head.
@@ -243,9 +246,9 @@ def published_state_dict(transformer: StableAvatarTransformer3DModel) -> StateDi
     return names.to_published("transformer", transformer.state_dict())
 
 
-def _read(part: names.Part, path: Path | str, dtype: torch.dtype) -> _Tensors:
+def _read(part: names.Part, path: Path | str, dtype: torch.dtype | None) -> _Tensors:
     path = Path(path)
-    state = names.to_ours(part, read_state_dict(path, dequantize_to=dtype))
+    state = names.to_ours(part, read_state_dict(path, dequantize_to=dtype or _EXPANDED_DTYPE))
     return _Tensors(state, dict.fromkeys(state, path), path)
 
 
@@ -290,9 +293,10 @@ def _fresh_audio(model: StableAvatarTransformer3DModel, settings: Mapping[str, A
     return fresh
 
 
-def _place(model: ModelT, tensors: _Tensors, dtype: torch.dtype, device: Device) -> ModelT:
+def _place(model: ModelT, tensors: _Tensors, dtype: torch.dtype | None, device: Device) -> ModelT:
     """Check names and shapes, then hand the tensors to the model in their dtype and on their device."""
     _check(model.state_dict(), tensors)
+    dtype = dtype or _stored_dtype(tensors.state)
     keeps = _float32_names(model, dtype)
     moved: dict[int, torch.Tensor] = {}  # one copy of a tensor that has two names
     state: StateDict = {}
@@ -310,6 +314,16 @@ def _place(model: ModelT, tensors: _Tensors, dtype: torch.dtype, device: Device)
         for name, buffer in module.named_buffers(recurse=False):
             module._buffers[name] = buffer.to(device)
     return model.eval()
+
+
+def _stored_dtype(state: StateDict) -> torch.dtype:
+    """The dtype that most numbers of a checkpoint are stored in, if it is one to compute in."""
+    numbers: dict[torch.dtype, int] = {}
+    for tensor in state.values():
+        if tensor.is_floating_point():
+            numbers[tensor.dtype] = numbers.get(tensor.dtype, 0) + tensor.numel()
+    stored = max(numbers, key=lambda dtype: numbers[dtype], default=torch.float32)
+    return _EXPANDED_DTYPE if stored in FLOAT8_DTYPES else stored
 
 
 def _float32_names(model: nn.Module, dtype: torch.dtype) -> set[str]:

@@ -1,0 +1,215 @@
+"""From the published layout to this project's own folder, and the transformer back to published names.
+
+An own folder is in diffusers layout: a ``model_index.json`` and a sub-folder a part with ``config.json`` and
+safetensors. It is written beside its final name and renamed when complete.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+
+from stableavatar.checkpoints import loading
+from stableavatar.checkpoints.layout import (
+    MODEL_INDEX,
+    OWN_PARTS,
+    OWN_TRANSFORMER_CLASS,
+    PublishedLayout,
+    find_published,
+)
+from stableavatar.errors import InputError
+from stableavatar.models.transformer import StableAvatarTransformer3DModel
+
+logger = logging.getLogger(__name__)
+
+# Library and class of every part, as ``model_index.json`` names them.
+_CLASSES: Mapping[str, tuple[str, str]] = {
+    "transformer": ("stableavatar", OWN_TRANSFORMER_CLASS),
+    "vae": ("diffusers", "AutoencoderKLWan"),
+    "text_encoder": ("transformers", "UMT5EncoderModel"),
+    "tokenizer": ("transformers", "AutoTokenizer"),
+    "image_encoder": ("transformers", "CLIPVisionModel"),
+    "speech_encoder": ("transformers", "Wav2Vec2Model"),
+    "scheduler": ("diffusers", "FlowMatchEulerDiscreteScheduler"),
+}
+# Of the released models (spec 1, "Parts").
+_SCHEDULER_SHIFT = 5.0
+_TRAINING_STEPS = 1000
+
+
+def convert(
+    source: Path | str,
+    target: Path | str,
+    *,
+    variant: str = "square",
+    size: str = "1.3b",
+    overlay: Path | str | None = None,
+    parts: Iterable[str] = OWN_PARTS,
+    dtype: torch.dtype | None = None,
+    max_shard_size: str = "5GB",
+    overwrite: bool = False,
+) -> Path:
+    """Turn the published layout into an own folder. One part at a time is in memory.
+
+    Args:
+        source: a folder for `layout.find_published`.
+        target: the folder to write.
+        variant, size: which of the published transformers.
+        overlay: a transformer file in place of the variant's, such as a checkpoint of a training.
+        parts: which of `layout.OWN_PARTS`.
+        dtype: of the weights; None keeps the one that each part is stored in.
+        max_shard_size: from which size on weights are split into several files.
+        overwrite: replace a target that exists.
+
+    Returns:
+        the target.
+
+    Raises:
+        InputError: unknown parts; the target exists or cannot be written.
+        CheckpointError: weights are missing or not those of the model.
+    """
+    parts = list(dict.fromkeys(parts))
+    if unknown := [part for part in parts if part not in OWN_PARTS] or ([] if parts else ["none"]):
+        raise InputError(f"unknown parts {', '.join(unknown)}: choose from {', '.join(OWN_PARTS)}")
+    found = find_published(source)
+    found.require(variant if overlay is None else None, size, parts)
+    savers = _savers(found, variant, size, overlay, dtype, max_shard_size)
+    with _complete_or_nothing(Path(target), overwrite) as folder:
+        folder.mkdir()
+        for part in parts:
+            logger.info("converting the %s", part)
+            savers[part](folder / part)
+        write_model_index(folder, parts)
+    return Path(target)
+
+
+def write_model_index(folder: Path, parts: Iterable[str], extra: Mapping[str, Any] | None = None) -> None:
+    """Write ``model_index.json``: the class of each sub-folder, and what else a pipeline is to know."""
+    index = {
+        "_class_name": "AvatarPipeline",
+        "_diffusers_version": diffusers.__version__,
+        **{part: list(_CLASSES[part]) for part in parts},
+        **(extra or {}),
+    }
+    (folder / MODEL_INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def export_transformer(
+    transformer: StableAvatarTransformer3DModel | Path | str,
+    target: Path | str,
+    *,
+    dtype: torch.dtype | None = None,
+    overwrite: bool = False,
+) -> Path:
+    """Write a transformer under published names, for the published code or for those who have it on disk.
+
+    Args:
+        transformer: a model, or what `loading.load_transformer` reads, an own folder's ``transformer`` for
+            example.
+        target: a file that ends in ``.pt`` or ``.safetensors``.
+        dtype: of the weights; None keeps each tensor's own.
+        overwrite: replace a file that exists.
+
+    Returns:
+        the target.
+
+    Raises:
+        InputError: another suffix; the target exists or cannot be written.
+        CheckpointError: the source is not such a transformer.
+    """
+    target = Path(target)
+    if target.suffix not in (".pt", ".safetensors"):
+        raise InputError(f"{target}: should end in .pt or .safetensors")
+    if not isinstance(transformer, StableAvatarTransformer3DModel):
+        transformer = loading.load_transformer(transformer, dtype=None)
+    state = {
+        name: tensor.detach().to(device="cpu", dtype=dtype or tensor.dtype).contiguous()
+        for name, tensor in loading.published_state_dict(transformer).items()
+    }
+    with _complete_or_nothing(target, overwrite) as file:
+        if target.suffix == ".pt":
+            torch.save(state, file)
+        else:
+            save_file(state, file, metadata={"format": "pt"})
+    return target
+
+
+def _savers(
+    found: PublishedLayout,
+    variant: str,
+    size: str,
+    overlay: Path | str | None,
+    dtype: torch.dtype | None,
+    max_shard_size: str,
+) -> dict[str, Callable[[Path], object]]:
+    """How each part is read and written; nothing is read before its turn."""
+
+    def transformer(folder: Path) -> None:
+        base, published = found.transformer_files(variant if overlay is None else None, size)
+        model = loading.load_transformer(base, overlay or published, dtype=dtype)
+        model.save_pretrained(folder, max_shard_size=max_shard_size)
+
+    def encoder(load: Callable[..., Any], part: str) -> Callable[[Path], object]:
+        path: Path | None = getattr(found, part)
+        return lambda folder: load(path, dtype=dtype).save_pretrained(folder, max_shard_size=max_shard_size)
+
+    def tokenizer(folder: Path) -> None:
+        if found.tokenizer is not None:
+            loading.load_tokenizer(found.tokenizer).save_pretrained(folder)
+
+    def scheduler(folder: Path) -> None:
+        FlowMatchEulerDiscreteScheduler(
+            num_train_timesteps=_TRAINING_STEPS, shift=_SCHEDULER_SHIFT
+        ).save_pretrained(folder)
+
+    return {
+        "transformer": transformer,
+        "vae": encoder(loading.load_vae, "vae"),
+        "text_encoder": encoder(loading.load_text_encoder, "text_encoder"),
+        "tokenizer": tokenizer,
+        "image_encoder": encoder(loading.load_image_encoder, "image_encoder"),
+        "speech_encoder": encoder(loading.load_speech_encoder, "speech_encoder"),
+        "scheduler": scheduler,
+    }
+
+
+@contextmanager
+def _complete_or_nothing(target: Path, overwrite: bool) -> Iterator[Path]:
+    """A name beside the target to write to; takes the target's place if all goes well, else is removed."""
+    if target.exists() and not overwrite:
+        raise InputError(f"{target}: exists already; choose another name or ask to overwrite it")
+    partial = target.parent / f".{target.name}.{os.getpid()}.partial"
+    previous = target.parent / f".{target.name}.{os.getpid()}.previous"
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        yield partial
+        if target.exists():
+            target.rename(previous)
+        partial.rename(target)
+        _remove(previous)
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"{target}: cannot be written ({reason})") from error
+    finally:
+        if previous.exists() and not target.exists():
+            previous.rename(target)
+        _remove(partial)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

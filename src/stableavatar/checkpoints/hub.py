@@ -1,0 +1,306 @@
+"""Published weights and own folders from the Hugging Face hub, or a mirror of it.
+
+Where things come from and go to is set as everywhere: ``HF_ENDPOINT`` names a mirror, ``HF_TOKEN`` a token,
+``HF_HOME`` the cache, ``HF_HUB_OFFLINE=1`` forbids the network. Only what a variant needs is fetched, the
+free space is checked before, and the SHA-256 of large files after.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from huggingface_hub.hf_api import RepoFile
+
+from stableavatar.checkpoints.layout import MODEL_INDEX, OWN_PARTS, VARIANTS
+from stableavatar.errors import CheckpointError, InputError
+
+logger = logging.getLogger(__name__)
+
+PUBLISHED_REPOSITORY = "FrancisRing/StableAvatar"
+BASE_14B_REPOSITORY = "Wan-AI/Wan2.1-I2V-14B-480P"
+
+_BASE_1_3B = "Wan2.1-Fun-V1.1-1.3B-InP"
+_BASE_14B = "Wan2.1-I2V-14B-480P"
+_ENCODERS = (
+    f"{_BASE_1_3B}/Wan2.1_VAE.pth",
+    f"{_BASE_1_3B}/models_t5_umt5-xxl-enc-bf16.pth",
+    f"{_BASE_1_3B}/models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth",
+    f"{_BASE_1_3B}/google/umt5-xxl/*",
+    "wav2vec2-base-960h/*.json",
+    "wav2vec2-base-960h/*.txt",
+    "wav2vec2-base-960h/*.safetensors",
+    "wav2vec2-base-960h/*.bin",
+)
+_TRANSFORMER_1_3B = (f"{_BASE_1_3B}/config.json", f"{_BASE_1_3B}/diffusion_pytorch_model*")
+_TRANSFORMER_14B = ("config.json", "diffusion_pytorch_model*")
+_OWN_PATTERNS = (MODEL_INDEX, *(f"{part}/*" for part in OWN_PARTS))
+
+_REPOSITORY_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+# The HTTP client's own base error: of httpx, under whichever name the hub's library brings it.
+_HTTP_ERROR: type[Exception] = HfHubHTTPError.__mro__[1]
+_HASHED_AT_ONCE = 1 << 22
+
+
+@dataclass(frozen=True)
+class HubFile:
+    """A file of a repository: path, size in bytes, SHA-256 where the hub states one (large files)."""
+
+    path: str
+    size: int
+    sha256: str | None
+
+
+def published_patterns(variant: str, size: str = "1.3b", *, vocal_separator: bool = False) -> list[str]:
+    """Which files of `PUBLISHED_REPOSITORY` a model of this variant and size needs.
+
+    Args:
+        variant: ``square`` or ``rec-vec``.
+        size: ``1.3b``, or ``14b``: the encoders alone, since its base lies in `BASE_14B_REPOSITORY`.
+        vocal_separator: also the network that takes music away.
+
+    Raises:
+        InputError: unknown variant or size.
+    """
+    if variant not in VARIANTS:
+        raise InputError(f"unknown variant {variant!r}: choose one of {', '.join(VARIANTS)}")
+    if size not in ("1.3b", "14b"):
+        raise InputError(f"unknown model size {size!r}: choose 1.3b or 14b")
+    patterns = list(_ENCODERS)
+    if size == "1.3b":
+        patterns += [*_TRANSFORMER_1_3B, f"StableAvatar-1.3B/transformer3d-{variant}.pt"]
+    if vocal_separator:
+        patterns.append("Kim_Vocal_2.onnx")
+    return patterns
+
+
+def download(
+    target: Path | str,
+    variant: str = "square",
+    size: str = "1.3b",
+    *,
+    repo_id: str = PUBLISHED_REPOSITORY,
+    base_14b_repo_id: str = BASE_14B_REPOSITORY,
+    revision: str | None = None,
+    vocal_separator: bool = False,
+) -> Path:
+    """Download what a published model needs into a folder, in the published layout.
+
+    What is there already is kept; an interrupted download goes on where it stopped.
+
+    Args:
+        target: the folder, made if need be; for `layout.find_published` afterwards.
+        variant, size, vocal_separator: see `published_patterns`. For ``14b`` the Wan base comes from
+            `base_14b_repo_id`; its transformer with audio was not released.
+        repo_id: the repository of the published layout, or a copy of it.
+        revision: branch, tag or commit of `repo_id`.
+
+    Returns:
+        the target.
+
+    Raises:
+        InputError: unknown variant or size; too little free space; the target cannot be written.
+        CheckpointError: no connection, no such repository or revision, no permission, or a damaged file.
+    """
+    target = Path(target).expanduser()
+    jobs = [(repo_id, revision, target, published_patterns(variant, size, vocal_separator=vocal_separator))]
+    if size == "14b":
+        jobs.append((base_14b_repo_id, None, target / _BASE_14B, list(_TRANSFORMER_14B)))
+    planned = []
+    for repository, wanted_revision, folder, patterns in jobs:
+        commit, files = list_files(repository, patterns, revision=wanted_revision)
+        planned.append((repository, commit, folder, files))
+    _check_space(target, sum(file.size for _, _, folder, files in planned for file in _absent(folder, files)))
+    for repository, commit, folder, files in planned:
+        _fetch(repository, commit, folder, files)
+    return target
+
+
+def list_files(
+    repo_id: str, patterns: list[str], *, revision: str | None = None
+) -> tuple[str, list[HubFile]]:
+    """The commit that a revision stands for, and the files of a repository that match patterns.
+
+    Raises:
+        CheckpointError: no connection, no such repository or revision, no permission, or no file matches.
+    """
+    api = HfApi(endpoint=_endpoint())
+    with _translated(repo_id, revision):
+        commit = api.repo_info(repo_id, revision=revision).sha or revision or "main"
+        entries = [
+            entry
+            for entry in api.list_repo_tree(repo_id, recursive=True, revision=commit)
+            if isinstance(entry, RepoFile)
+        ]
+    files = [
+        HubFile(entry.path, entry.size, entry.lfs.sha256 if entry.lfs is not None else None)
+        for entry in entries
+    ]
+    wanted = [file for file in files if any(fnmatchcase(file.path, pattern) for pattern in patterns)]
+    if not wanted:
+        raise CheckpointError(
+            f"{repo_id}: holds none of the files looked for ({', '.join(patterns[:3])}, ...)"
+        )
+    return commit, wanted
+
+
+def resolve(name: Path | str, *, variant: str = "square", revision: str | None = None) -> Path:
+    """A folder of weights by its path or by the id of a hub repository.
+
+    A repository in this project's or in the published layout is fetched into the cache of the hub's library;
+    without a connection, a cached copy is used.
+
+    Args:
+        name: a path, or an id such as ``FrancisRing/StableAvatar``.
+        variant: which published transformer to fetch, if it is in the published layout.
+        revision: branch, tag or commit.
+
+    Raises:
+        InputError: neither an existing path nor an id.
+        CheckpointError: the repository cannot be had, or holds no model.
+    """
+    path = Path(name).expanduser()
+    if path.exists():
+        return path
+    repo_id = str(name)
+    if not _REPOSITORY_ID.fullmatch(repo_id):
+        raise InputError(f"{name}: no such file or folder, nor the id of a hub repository (owner/name)")
+    patterns = [*_OWN_PATTERNS, *published_patterns(variant)]
+    with _translated(repo_id, revision):
+        folder = Path(
+            snapshot_download(repo_id, revision=revision, allow_patterns=patterns, endpoint=_endpoint())
+        )
+    if not folder.is_dir() or not any(folder.iterdir()):
+        raise CheckpointError(f"{repo_id}: holds no model in this project's or in the published layout")
+    return folder
+
+
+def _endpoint() -> str | None:
+    """The mirror, read at every call: the hub's library reads it once, when it is imported."""
+    return os.environ.get("HF_ENDPOINT") or None
+
+
+def _fetch(repo_id: str, commit: str, folder: Path, files: list[HubFile]) -> None:
+    before = {file.path: _stamp(folder / file.path) for file in files}
+    with _translated(repo_id, commit):
+        snapshot_download(
+            repo_id,
+            revision=commit,
+            local_dir=folder,
+            allow_patterns=[_literal(file.path) for file in files],
+            endpoint=_endpoint(),
+        )
+    for file in files:
+        path = folder / file.path
+        if _stamp(path) == before[file.path] and path.is_file():
+            continue
+        if not path.is_file():
+            raise CheckpointError(f"{path}: was not downloaded; run the download again")
+        if file.sha256 is not None and (found := _sha256(path)) != file.sha256:
+            path.unlink()
+            raise CheckpointError(
+                f"{path}: damaged on the way (SHA-256 {found[:12]}, should be {file.sha256[:12]}), removed;"
+                " run the download again"
+            )
+        logger.info("%s: downloaded, %s", path, _readable(file.size))
+
+
+def _literal(path: str) -> str:
+    """A pattern that matches this path alone."""
+    return re.sub(r"([*?\[])", r"[\1]", path)
+
+
+def _stamp(path: Path) -> tuple[int, int] | None:
+    if not path.is_file():
+        return None
+    status = path.stat()
+    return status.st_size, status.st_mtime_ns
+
+
+def _absent(folder: Path, files: list[HubFile]) -> list[HubFile]:
+    return [f for f in files if not (folder / f.path).is_file() or (folder / f.path).stat().st_size != f.size]
+
+
+def _check_space(target: Path, needed: int) -> None:
+    place = target.absolute()
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    if needed > free:
+        raise InputError(
+            f"{target}: {_readable(needed)} are needed, {_readable(free)} are free; choose another folder or"
+            " make room"
+        )
+
+
+def _readable(size: int) -> str:
+    return f"{size / 1e9:.1f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(_HASHED_AT_ONCE):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+@contextmanager
+def _translated(repo_id: str, revision: str | None) -> Iterator[None]:
+    """Errors of the hub's library as ours, in words that say what to do."""
+    endpoint = _endpoint() or "https://huggingface.co"
+    unreachable = (
+        f"{repo_id}: {endpoint} cannot be reached, and there is no complete copy here; check the connection,"
+        " or name a mirror in HF_ENDPOINT"
+    )
+    try:
+        yield
+    except GatedRepoError as error:
+        raise CheckpointError(
+            f"{repo_id}: access must be asked for at {endpoint}/{repo_id}; then set HF_TOKEN to your token"
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise CheckpointError(
+            f"{repo_id}: no such repository at {endpoint}, or a private one; check the name, or set HF_TOKEN"
+        ) from error
+    except RevisionNotFoundError as error:
+        raise CheckpointError(f"{repo_id}: has no revision {revision!r}") from error
+    except OfflineModeIsEnabled as error:
+        raise CheckpointError(
+            f"{repo_id}: HF_HUB_OFFLINE forbids the network, and there is no copy here"
+        ) from error
+    except LocalEntryNotFoundError as error:
+        raise CheckpointError(unreachable) from error
+    except EntryNotFoundError as error:
+        raise CheckpointError(f"{repo_id}: a file is missing at {endpoint}; try again later") from error
+    except HfHubHTTPError as error:
+        raise CheckpointError(
+            f"{repo_id}: {endpoint} answered {error.response.status_code}; try again later, or set HF_TOKEN"
+        ) from error
+    except HFValidationError as error:
+        raise InputError(f"{repo_id}: is not the id of a hub repository (owner/name)") from error
+    except _HTTP_ERROR as error:
+        raise CheckpointError(unreachable) from error
+    except OSError as error:
+        raise InputError(
+            f"{error.filename or repo_id}: cannot be written ({error.strerror or error})"
+        ) from error
