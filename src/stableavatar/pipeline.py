@@ -25,6 +25,9 @@ from PIL import Image
 from transformers import CLIPVisionModel, PreTrainedTokenizerBase, UMT5EncoderModel, Wav2Vec2Model
 
 from stableavatar import __version__
+from stableavatar.checkpoints import hub
+from stableavatar.checkpoints.layout import detect_layout, find_published
+from stableavatar.checkpoints.published import load_published
 from stableavatar.conditioning.image import picture_tensor, portrait_embeddings, reference_condition
 from stableavatar.conditioning.speech import WindowSpeech
 from stableavatar.conditioning.text import DEFAULT_NEGATIVE_PROMPT, encode_prompts
@@ -35,6 +38,7 @@ from stableavatar.media.timing import frame_count
 from stableavatar.media.video import FrameWriter, VideoWriter
 from stableavatar.models.transformer import StableAvatarTransformer3DModel
 from stableavatar.options import GenerateOptions, OutputOptions, SamplingDefaults, Settings
+from stableavatar.placement.device import choose_device, choose_dtype
 from stableavatar.sampling.decoding import stream_decode
 from stableavatar.sampling.engine import Conditions, Denoiser, Schedule, sample_lockstep
 from stableavatar.sampling.guidance import GUIDANCE_RULES
@@ -158,16 +162,16 @@ class AvatarPipeline(DiffusionPipeline):
         *,
         variant: str = "square",
         size: str = "1.3b",
-        torch_dtype: torch.dtype = torch.float32,
+        dtype: torch.dtype = torch.float32,
         **kwargs: Any,
     ) -> "AvatarPipeline":
         """Load a model.
 
         Args:
-            source: "tiny" (ships with the package), a folder (this project's own, or the published checkpoints as they
-                lie on disk), or a hub id such as "FrancisRing/StableAvatar".
+            source: "tiny" (ships with the package), a folder (this project's own, or the published
+                checkpoints as they lie on disk), or a hub id such as "FrancisRing/StableAvatar".
             variant: which of the published transformers, "square" or "rec-vec". size: "1.3b" or "14b".
-            torch_dtype: of the weights.
+            dtype: of the weights.
             kwargs: for a folder of this project's own or a hub id, as in diffusers.
 
         Raises:
@@ -176,13 +180,13 @@ class AvatarPipeline(DiffusionPipeline):
         """
         folder = TINY if str(source) == "tiny" else Path(source).expanduser()
         if not folder.is_dir():
-            folder = resolve_hub_id(str(source), variant=variant, size=size)
+            folder = hub.resolve(str(source), variant=variant)
         if detect_layout(folder) == "own":
             kwargs.setdefault("local_files_only", True)
-            return super().from_pretrained(folder, torch_dtype=torch_dtype, **kwargs)
+            return super().from_pretrained(folder, dtype=dtype, **kwargs)
         if kwargs:
             raise InputError(f"{', '.join(kwargs)} cannot be used with the published checkpoints in {folder}")
-        return cls(**load_published(folder, variant=variant, size=size, dtype=torch_dtype))
+        return cls(**load_published(find_published(folder), variant, size, dtype))
 
     def stream(
         self,
@@ -417,6 +421,37 @@ class _Run:
         windows = len(self.plan.windows)
         current = steps if step is None else step + 1
         self.progress(Progress(stage, done, total, left, current, steps, window + 1, windows))
+
+
+def load(
+    source: str | Path = "tiny", *, device: str = "auto", dtype: str = "auto", **kwargs: Any
+) -> AvatarPipeline:
+    """Load a model and put it on a device.
+
+    Args:
+        source: "tiny", a folder, or a hub id; see `AvatarPipeline.from_pretrained`, which also takes
+            `kwargs`.
+        device: "auto" (CUDA, then Apple's MPS, then the CPU) or a torch device.
+        dtype: "auto" (bfloat16 on CUDA, float32 elsewhere), "float32", "bfloat16" or "float16".
+
+    Raises:
+        InputError: an unknown device or dtype, or a device that is not there.
+        CheckpointError: see `from_pretrained`.
+    """
+    chosen = choose_device(device)
+    return AvatarPipeline.from_pretrained(source, dtype=choose_dtype(dtype, chosen), **kwargs).to(chosen)
+
+
+def generate(
+    portrait: Portrait,
+    speech: SpeechInput | None,
+    output: str | Path,
+    *,
+    model: str | Path = "tiny",
+    **options: Any,
+) -> GeneratedVideo:
+    """Write the portrait saying the speech as an MP4 with sound; see `AvatarPipeline.generate`."""
+    return load(model).generate(portrait, speech, output, **options)
 
 
 def _no_speech(_window: Window) -> None:
