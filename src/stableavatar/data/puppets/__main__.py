@@ -1,4 +1,4 @@
-"""Contact sheets and stores of puppets: `python -m stableavatar.data.puppets preview --seed 0 --out sheet.png`."""
+"""Contact sheets, stores: `python -m stableavatar.data.puppets preview --seed 0 --out sheet.png`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a mouth does for a sound: a deterministic function from speech to lips, jaw, teeth and tongue, frame by frame."""
+"""What a mouth does for a sound: from speech to lips, jaw, teeth and tongue, frame by frame."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ Track = NDArray[np.float32]
 _HOPS_PER_SECOND = 100
 _WINDOW = 512
 _REST_WIDTH = 0.4
+_USUAL_SECOND = 1430.0
 _SILENCE_DB = -66.0
 """A recording whose loud frames lie below this level (dB of full scale) is silence as a whole."""
 
@@ -23,8 +24,8 @@ _SILENCE_DB = -66.0
 class Articulation:
     """Tracks of float32 [frames] in 0..1, one value a video frame.
 
-    `opening` is the gap between the lips (0 in silence), `width` the stretch of the mouth (0.4 at rest), `rounding`
-    pursed lips, `jaw` the drop of the chin, `teeth` and `tongue` how much of them is seen.
+    `opening` is the gap between the lips (0 in silence), `width` the stretch of the mouth (0.4 at rest),
+    `rounding` pursed lips, `jaw` the drop of the chin, `teeth` and `tongue` how much of them is seen.
     """
 
     opening: Track
@@ -58,7 +59,7 @@ class Articulation:
 
 
 def frames_of(samples: int, sample_rate: int, fps: float | Fraction) -> int:
-    """Frames whose start lies inside `samples` samples: frame k starts at sample round(k * sample_rate / fps)."""
+    """Whole frames in `samples` samples; frame k starts at sample round(k * sample_rate / fps)."""
     return max(1, int(Fraction(samples) * Fraction(fps) / sample_rate))
 
 
@@ -91,9 +92,9 @@ def articulate(
         sample_rate: samples a second, at least 8000; features reach up to 8 kHz.
         fps: frames of video a second.
 
-    Loudness is measured against the recording's own loud frames, so that quiet recordings articulate as well; the
-    vowel's first formant opens, the second stretches or rounds, hiss shows the teeth. Values are smoothed by about
-    one frame.
+    Loudness is measured against the recording's own loud frames, so that quiet recordings articulate as
+    well; the vowel's first formant opens, the second stretches or rounds, hiss shows the teeth. Values are
+    smoothed by about one frame.
 
     Raises:
         InputError: `samples` is not one-dimensional and finite, or the rate is too low.
@@ -115,7 +116,7 @@ def articulate(
     starts = centres + window - window // 2
     pieces = emphasised[starts[:, None] + np.arange(window)[None, :]] * np.hanning(window)
     power = np.abs(np.fft.rfft(pieces, axis=1)) ** 2 / window**2 * 8
-    frequencies = np.fft.rfftfreq(window, 1 / sample_rate)
+    frequencies = np.fft.rfftfreq(window, 1 / sample_rate).astype(np.float64)
 
     def band(low: float, high: float) -> NDArray[np.float64]:
         return power[:, (frequencies >= low) & (frequencies < high)].sum(axis=1)
@@ -134,14 +135,17 @@ def articulate(
     audible = _ramp(whole, float(np.clip(floor + 9, loud - 32, loud - 18)), loud - 10)
 
     first = _centroid(power, frequencies, 200, 1050)
-    second = _centroid(power, frequencies, 900, 2900)
+    second = _centroid(power, frequencies, 620, 2900)
     hiss = band(3600, 8000) / (band(180, 8000) + 1e-12)
     hissing = _ramp(hiss, 0.25, 0.7) * audible
     vowel = _ramp(first, 340, 640)
     openness = energy**0.85 * (0.34 + 0.66 * vowel) * (1 - 0.65 * hissing)
-    front = _ramp(second, 1350, 2050)
-    spread = audible * (front - 0.45)
-    rounded = energy * (1 - front) ** 1.5 * (1 - 0.75 * vowel) * (1 - hissing)
+    # Half of the recording's own timbre is taken out, so that a dull microphone does not round every vowel.
+    voiced = (energy > 0.4) & (hiss < 0.3)
+    timbre = float(np.median(second[voiced])) if voiced.any() else _USUAL_SECOND
+    front = _ramp(second - 0.5 * (timbre - _USUAL_SECOND), 1130, 1790)
+    spread = audible * np.where(front < 0.45, (front - 0.45) * (1 - 0.7 * vowel), front - 0.45)
+    rounded = energy * (1 - front) ** 1.5 * (1 - 0.9 * vowel) * (1 - hissing)
 
     per_frame = _HOPS_PER_SECOND / float(fps)
     when = (np.arange(frames) + 0.5) * per_frame + 2
@@ -154,7 +158,7 @@ def articulate(
     return Articulation(
         opening=opening,
         width=track(_REST_WIDTH + 0.95 * spread + 0.15 * hissing, 0.9),
-        rounding=track(rounded * 1.25, 0.9),
+        rounding=track(rounded * 1.4, 0.9),
         jaw=track(openness, 1.1),
         teeth=np.clip(track(0.9 * hissing + 0.55 * energy * front, 0.7), 0, 1),
         tongue=track(energy * front * (0.35 + 0.65 * (1 - vowel)), 0.8),

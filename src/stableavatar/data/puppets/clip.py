@@ -23,8 +23,9 @@ FPS = 25
 class PuppetClip:
     """One talking puppet at 25 frames a second.
 
-    `frames` uint8 [T, H, W, 3]; `samples` float32 mono at 16 kHz, T * 640 of them; `articulation` T values a track;
-    `face_masks`, `lip_masks` uint8 [T, H, W], 0 or 255; `portrait` uint8 [H, W, 3], the identity at rest.
+    `frames` uint8 [T, H, W, 3]; `samples` float32 mono at 16 kHz, T * 640 of them; `articulation` T values a
+    track; `face_masks`, `lip_masks` uint8 [T, H, W], 0 or 255; `portrait` uint8 [H, W, 3], the identity at
+    rest.
     """
 
     seed: int
@@ -58,7 +59,7 @@ def draw_prompt(seed: int, identity: Identity, expression: str) -> str:
 
 
 def clip_speech(seed: int, seconds: float, person: str) -> Samples:
-    """The sound of a clip: synthesised for training seeds, a shipped unseen recording for evaluation seeds."""
+    """The sound of a clip: synthesised for training seeds, a shipped recording for evaluation seeds."""
     if seed >= EVALUATION_SEED:
         return evaluation_speech(seed - EVALUATION_SEED, seconds)
     return training_speech(seed, seconds, person)
@@ -75,7 +76,8 @@ def make_clip(
     """Render the clip that belongs to `seed`; the same arguments always give the same bytes.
 
     Args:
-        seed: below 1,000,000 for training; from there on for evaluation, with voices and recordings of their own.
+        seed: below 1,000,000 for training; from there on for evaluation, with voices and recordings of their
+            own.
         seconds: length; frames are round(seconds * 25).
         size: side of the square picture in pixels, at least 32.
         expression: one of `EXPRESSIONS` in place of the seed's own.

@@ -121,7 +121,7 @@ class Mouth:
         smile: float,
         frame: int,
     ) -> Array:
-        """Paint the mouth onto `canvas` [H, W, 3], in place; returns the coverage of lips and what lies between."""
+        """Paint the mouth onto `canvas` [H, W, 3] in place; returns the coverage [H, W] of lips and gap."""
         who = self._identity
         opening = float(articulation.opening[frame])
         rounding = float(articulation.rounding[frame])

@@ -1,7 +1,7 @@
 """The still parts of a puppet's head, painted once into textures that the renderer bends and moves.
 
-The height of the face (nose, sockets, cheeks, chin) is modelled as a relief and lit from the identity's light, so
-that the shading is that of a body, not of a flat drawing.
+The height of the face (nose, sockets, cheeks, chin) is modelled as a relief and lit from the identity's
+light, so that the shading is that of a body, not of a flat drawing.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ _BELT = -0.1
 class HeadTextures:
     """Premultiplied RGBA layers [N, N, 4] in 0..1 and the face's coverage [N, N].
 
-    `back` is hair behind neck and shoulders, `head` skin and ears, `front` hair, spectacles and ear-rings before the
-    eyes. `lid` and `lip_shade` are colours the moving parts take over from the light.
+    `back` is hair behind neck and shoulders, `head` skin and ears, `front` hair, spectacles and ear-rings
+    before the eyes. `lid` and `lip_shade` are colours the moving parts take over from the light.
     """
 
     back: Array
@@ -63,7 +63,9 @@ def outline(identity: Identity, x: Array, y: Array, grow: float = 0.0) -> Array:
     """Implicit outline of skull and jaw: positive inside, 1 in the middle; `grow` widens it by head units."""
     half_width = identity.face_half_width + grow
     upper = (
-        1 - np.abs(x / half_width) ** 2 - (np.clip(_BELT - y, 0, None) / (identity.crown + _BELT + grow)) ** 2
+        1
+        - np.abs(x / half_width) ** 2
+        - (np.clip(_BELT - y, 0, None) / (identity.crown + _BELT + grow)) ** 2.3
     )
     # The power changes slowly below the belt: a jump there would show as a crease in the light.
     power = 2 + (identity.cheek_power - 2) * smoothstep(_BELT, 0.55, y)
@@ -85,7 +87,7 @@ def _relief(identity: Identity, grid: _Grid, inside: Array) -> Array:
     tip = nose_tip(identity)
     height = 0.75 * np.sqrt(np.clip(inside, 0, 1))
     along = smoothstep(identity.eye_y - 0.16, tip, y) * (1 - smoothstep(tip + 0.005, tip + 0.075, y))
-    width = 0.035 + (identity.nose_width * 0.45 - 0.035) * smoothstep(identity.eye_y, tip, y)
+    width = 0.045 + (identity.nose_width * 0.5 - 0.045) * smoothstep(identity.eye_y, tip, y)
     height += identity.nose_relief * along * np.exp(-0.5 * (x / width) ** 2)
     for side in (-1.0, 1.0):
         height += (
@@ -136,9 +138,7 @@ def _lit(colour: Colour | Array, shade: Array, light: Colour) -> Array:
     )
 
 
-def _paint_skin(
-    identity: Identity, grid: _Grid, rng: np.random.Generator
-) -> tuple[Array, Array, Array, Colour]:
+def _paint_skin(identity: Identity, grid: _Grid, rng: np.random.Generator) -> tuple[Array, Array, Colour]:
     x, y = grid.x, grid.y
     size = x.shape[0]
     inside = outline(identity, x, y)
@@ -203,10 +203,10 @@ def _paint_skin(
         over(skin, np.asarray(identity.skin) * 0.22, np.clip(ink, 0, 1).astype(np.float32))
     middle = blob(x, y, 0, 0.35, 0.3, 0.3)
     level = float((shade * middle).sum() / middle.sum())
-    return skin, face, distance, _tuple(np.asarray(identity.light_colour) * level)
+    return skin, face, _tuple(np.asarray(identity.light_colour) * level)
 
 
-def _tuple(values: Array | np.ndarray[tuple[int, ...], np.dtype[np.float64]]) -> Colour:
+def _tuple(values: Array) -> Colour:
     return float(values[0]), float(values[1]), float(values[2])
 
 
@@ -256,7 +256,7 @@ def _paint_beard(
         "goatee": np.maximum(goatee, moustache),
         "full": np.maximum(jaw, moustache),
     }[identity.beard]
-    cover = np.clip(region * identity.beard_density * (0.9 + 0.22 * strands), 0, 0.96).astype(np.float32)
+    cover = np.clip(region * identity.beard_density * (0.9 + 0.12 * strands), 0, 0.96).astype(np.float32)
     hair = np.asarray(identity.hair) * 0.85
     shade = 0.75 + 0.16 * strands + 0.25 * smoothstep(0.0, 0.2, distance)
     over(skin, hair * np.clip(shade, 0.3, 1.3)[..., None] * np.asarray(identity.light_colour), cover)
@@ -316,7 +316,7 @@ def _hair_cover(identity: Identity, grid: _Grid, rng: np.random.Generator) -> tu
     )
     half = identity.face_half_width
     shell = signed_distance(outline(identity, x, np.minimum(y, _BELT + 0.0), volume), grid.spacing) + ragged
-    shell_cover = smoothstep(-0.012, 0.012, shell)
+    shell_cover = smoothstep(-1.6 * grid.spacing, 1.6 * grid.spacing, shell)
     shift = x - identity.hair_part * 0.35
     line = identity.hairline + 0.0 * x
     if style == "parted":
@@ -340,7 +340,7 @@ def _hair_cover(identity: Identity, grid: _Grid, rng: np.random.Generator) -> tu
     if style in ("bob", "long", "curly"):
         spread = volume + 0.1 * smoothstep(0.0, 0.9, y) * (0.4 + identity.hair_curl)
         width = half + spread
-        sides = smoothstep(-0.012, 0.012, width - np.abs(x) + ragged) * smoothstep(
+        sides = smoothstep(-1.6 * grid.spacing, 1.6 * grid.spacing, width - np.abs(x) + ragged) * smoothstep(
             _BELT - 0.05, _BELT + 0.02, y
         )
         inner = half * temple + 0.03 * np.sin(5 * y) * identity.hair_curl - 0.05 * smoothstep(0.2, 1.0, y)
@@ -349,7 +349,7 @@ def _hair_cover(identity: Identity, grid: _Grid, rng: np.random.Generator) -> tu
         back = np.maximum(shell_cover * (y < _BELT), sides) * lower
     if style == "bun":
         knot = np.hypot(x - 0.1 * identity.hair_part, (y + identity.crown + 0.12) / 0.85)
-        back = 1 - smoothstep(-0.012, 0.012, knot - 0.3 + ragged)
+        back = 1 - smoothstep(-1.6 * grid.spacing, 1.6 * grid.spacing, knot - 0.3 + ragged)
     if style == "buzz":
         front = front * 0.8
     return front.astype(np.float32), back.astype(np.float32)
@@ -390,7 +390,9 @@ def _paint_cap(identity: Identity, grid: _Grid, rng: np.random.Generator) -> tup
     x, y = grid.x, grid.y
     shell = signed_distance(outline(identity, x, np.minimum(y, _BELT), 0.09), grid.spacing)
     rim = identity.hairline + 0.1 + 0.16 * (x / identity.face_half_width) ** 2
-    cover = smoothstep(-0.012, 0.012, shell) * (1 - smoothstep(-0.012, 0.012, y - rim))
+    cover = smoothstep(-1.6 * grid.spacing, 1.6 * grid.spacing, shell) * (
+        1 - smoothstep(-1.6 * grid.spacing, 1.6 * grid.spacing, y - rim)
+    )
     knit = 0.06 * np.sin(x * 60) + 0.04 * noise_field(rng, x.shape[0], x.shape[0], 40, 2)
     dome = np.sqrt(np.clip(outline(identity, x, np.minimum(y, _BELT), 0.12), 0, 1)).astype(np.float32)
     shade, _ = _light_relief(identity, grid, dome * 0.7, identity.relief)
@@ -401,14 +403,13 @@ def _paint_cap(identity: Identity, grid: _Grid, rng: np.random.Generator) -> tup
 
 
 def paint_head(identity: Identity, resolution: int) -> HeadTextures:
-    """Paint the still layers of a head, `resolution` x `resolution` pixels; the same for the same identity."""
+    """Paint the still layers of a head, `resolution` pixels a side; the same for the same identity."""
     rng = np.random.default_rng([identity.seed, 202])
     grid = _grid(resolution)
-    skin, face, distance, level = _paint_skin(identity, grid, rng)
+    skin, face, level = _paint_skin(identity, grid, rng)
     ears = np.zeros_like(skin)
     alpha = np.zeros_like(face)
     _paint_ears(identity, grid, ears, alpha, level)
-    over(ears, (0.0, 0.0, 0.0), np.zeros_like(face))
     rgb = ears
     over(rgb, skin, face)
     alpha = np.maximum(alpha, face)

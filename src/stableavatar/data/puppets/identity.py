@@ -1,7 +1,7 @@
 """Who a puppet is: every visible trait that does not change while it talks, drawn from a seed.
 
-Lengths are in head units: the face's half height is 1, x points right, y down, and the origin lies between nose and
-mouth's upper third so that the chin is at y = 1, the eyes near y = -0.2 and the mouth near y = 0.55.
+Lengths are in head units: the face's half height is 1, x points right, y down, and the origin lies between
+nose and mouth's upper third so that the chin is at y = 1, the eyes near y = -0.2 and the mouth near y = 0.55.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ _IRISES: tuple[Colour, ...] = (
 
 @dataclass(frozen=True)
 class Identity:
-    """A puppet's fixed traits. Make one with :meth:`from_seed`; lengths are in head units, colours in 0..1 RGB."""
+    """A puppet's fixed traits, by :meth:`from_seed`; lengths are in head units, colours in 0..1 RGB."""
 
     seed: int
     person: str
@@ -100,6 +100,7 @@ class Identity:
     lower_lip: float
     cupid_bow: float
     corner_lift: float
+    rest_smile: float
     lip: Colour
     lip_gloss: float
     tooth: Colour
@@ -125,6 +126,7 @@ class Identity:
     ambient: float
     relief: float
     contrast: float
+    vignette: float
     exposure: float
     saturation: float
     warmth: float
@@ -146,7 +148,8 @@ class Identity:
             traits.append("a knitted cap")
         else:
             length = {"buzz": "short ", "short": "short ", "bob": "", "long": "long ", "curly": "curly "}
-            traits.append(f"{length.get(self.hair_style, '')}{self.hair_name} hair")
+            colour = "" if self.rendering == "grey" else f"{self.hair_name} "
+            traits.append(f"{length.get(self.hair_style, '')}{colour}hair")
         if self.glasses != "none":
             traits.append("glasses")
         if self.beard in ("moustache", "full", "goatee"):
@@ -214,7 +217,7 @@ def _draw_identity(seed: int) -> Identity:
     )
     warm = uniform(-1, 1)
     drawn = rendering == "drawing"
-    scale = uniform(0.385, 0.46)
+    scale = uniform(0.385, 0.47) if rng.uniform() < 0.78 else uniform(0.335, 0.385)
     return Identity(
         seed=seed,
         person="woman" if woman else "man",
@@ -226,7 +229,7 @@ def _draw_identity(seed: int) -> Identity:
         face_half_width=uniform(0.67, 0.77) if woman else uniform(0.69, 0.82),
         jaw_power=uniform(1.9, 2.6) if woman else uniform(2.2, 3.4),
         cheek_power=uniform(1.8, 2.4) if woman else uniform(2.0, 3.0),
-        crown=uniform(1.08, 1.25),
+        crown=uniform(1.05, 1.18),
         ear_size=uniform(0.12, 0.18),
         hair_style=hair_style,
         hair_name=hair_name,
@@ -250,13 +253,14 @@ def _draw_identity(seed: int) -> Identity:
         shadow=uniform(0.1, 0.5),
         nose_width=uniform(0.11, 0.17) if woman else uniform(0.13, 0.2),
         nose_length=uniform(0.17, 0.27),
-        nose_relief=uniform(0.12, 0.22),
+        nose_relief=uniform(0.08, 0.18),
         mouth_y=uniform(0.51, 0.57),
         mouth_half_width=uniform(0.31, 0.38),
         upper_lip=uniform(0.05, 0.095),
         lower_lip=uniform(0.075, 0.13),
         cupid_bow=uniform(0.1, 0.45),
         corner_lift=uniform(-0.05, 0.005),
+        rest_smile=uniform(-0.12, 0.2),
         lip=lip,
         lip_gloss=uniform(0.05, 0.5),
         tooth=_mix((0.97, 0.96, 0.93), (0.88, 0.82, 0.68), uniform(0, 0.6)),
@@ -280,16 +284,17 @@ def _draw_identity(seed: int) -> Identity:
         scale=scale,
         centre=(0.5 + uniform(-0.04, 0.04), 0.975 - scale - uniform(0.02, 0.10)),
         tilt=float(rng.normal(0, 0.04)),
-        turn=float(np.clip(rng.normal(0, 0.09), -0.2, 0.2)),
+        turn=float(np.clip(rng.normal(0, 0.12), -0.26, 0.26)),
         light=light,
         light_colour=(1.0 + 0.08 * warm, 1.0, 1.0 - 0.1 * warm),
-        ambient=uniform(0.8, 0.92) if drawn else uniform(0.35, 0.7),
+        ambient=uniform(0.8, 0.92) if drawn else uniform(0.45, 0.76),
         relief=uniform(0.2, 0.5) if drawn else uniform(0.6, 1.0),
         contrast=uniform(0.85, 1.15),
-        exposure=uniform(0.85, 1.1),
+        vignette=uniform(0.0, 0.5) if rng.uniform() < 0.4 else 0.0,
+        exposure=uniform(0.9, 1.1),
         saturation=0.0 if rendering == "grey" else uniform(0.75, 1.15),
         warmth=float(rng.normal(0, 0.03)),
         blur=uniform(0, 0.004) if rng.uniform() < 0.4 else 0.0,
-        grain=uniform(0.0, 0.02),
+        grain=uniform(0.0, 0.02) if rng.uniform() < 0.5 else 0.0,
         outline=uniform(0.6, 1.0) if drawn else 0.0,
     )

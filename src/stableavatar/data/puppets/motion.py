@@ -1,4 +1,4 @@
-"""How a puppet carries itself: head sway, blinks, glances, brows on stressed syllables, and what its prompt says."""
+"""How a puppet carries itself: sway, blinks, glances, brows on stresses, and what its prompt says."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ _RAMP_SECONDS = 0.5
 class Motion:
     """Tracks of float32 [frames].
 
-    `shift_x`, `shift_y` in shares of the picture's side; `roll` in radians; `turn` and `nod` as displacement of the
-    face's nearest point in head units; `zoom` a factor near 1; `blink` 0 open to 1 shut; `brow` and `smile` -1 to 1;
-    `wide` extra opening of the eyes 0 to 1; `gaze_x`, `gaze_y` -1 to 1.
+    `shift_x`, `shift_y` in shares of the picture's side; `roll` in radians; `turn` and `nod` as displacement
+    of the face's nearest point in head units; `zoom` a factor near 1; `blink` 0 open to 1 shut; `brow` and
+    `smile` -1 to 1; `wide` extra opening of the eyes 0 to 1; `gaze_x`, `gaze_y` -1 to 1.
     """
 
     shift_x: Track
@@ -105,7 +105,7 @@ def _stresses(articulation: Articulation) -> NDArray[np.float64]:
 def make_motion(
     seed: int, articulation: Articulation, expression: str = "neutral", fps: float = 25.0
 ) -> Motion:
-    """Motion for a clip, deterministic in `seed`: frame 0 is at rest, the expression rises within half a second.
+    """Motion for a clip, deterministic in `seed`; frame 0 is at rest, the expression rises in half a second.
 
     Raises:
         InputError: `expression` is not one of :data:`EXPRESSIONS`.

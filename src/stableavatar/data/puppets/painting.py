@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageFilter
 
-Array = NDArray[np.float32]
+Array = NDArray[Any]
+"""Pictures and fields; float32 wherever it is kept."""
 
 
 def smoothstep(low: float | Array, high: float | Array, value: Array) -> Array:
@@ -23,12 +25,12 @@ def blob(x: Array, y: Array, cx: float, cy: float, rx: float, ry: float) -> Arra
 
 
 def over(canvas: Array, colour: Sequence[float] | Array, alpha: Array) -> None:
-    """Paint `colour` (three numbers or [H, W, 3]) onto `canvas` [H, W, 3] with coverage `alpha` [H, W], in place."""
+    """Paint `colour` (three numbers or [H, W, 3]) onto `canvas` [H, W, 3] in place; `alpha` [H, W] covers."""
     canvas += (np.asarray(colour, dtype=np.float32) - canvas) * alpha[..., None]
 
 
 def noise_field(rng: np.random.Generator, height: int, width: int, cells: float, octaves: int = 4) -> Array:
-    """Fractal value noise [height, width] of mean 0 and standard deviation near 1; `cells` waves across the width."""
+    """Fractal noise [height, width] of mean 0 and standard deviation 1; `cells` waves across the width."""
     total = np.zeros((height, width), dtype=np.float32)
     for octave in range(octaves):
         across = max(2, round(cells * 2**octave))

@@ -41,9 +41,9 @@ def evaluation_recording(index: int) -> Samples:
 
 
 def evaluation_speech(index: int, seconds: float) -> Samples:
-    """Speech for evaluation clip `index`: recording `index` mod 20, then the following ones for longer clips."""
+    """Speech for evaluation clip `index`: recording `index` mod 20, then the ones that follow it."""
     length = round(seconds * SAMPLE_RATE)
-    parts = []
+    parts: list[Samples] = []
     total = 0
     while total < length:
         part = evaluation_recording((index + len(parts)) % EVALUATION_RECORDINGS)

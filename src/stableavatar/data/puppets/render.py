@@ -1,11 +1,12 @@
-"""Frames of a puppet: still textures bent by the head's pose and jaw, then eyes and mouth drawn anew each frame.
+"""Frames of a puppet: still textures bent by pose and jaw, then eyes and mouth drawn anew each frame.
 
-Everything is evaluated per pixel in head coordinates with analytic soft edges, so any picture size works without
-supersampling. About 5 ms a frame at 128x128 on one core.
+Everything is evaluated per pixel in head coordinates with analytic soft edges, so any picture size works
+without supersampling. About 5 ms a frame at 128x128 on one core.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import numpy as np
@@ -24,6 +25,7 @@ from stableavatar.errors import InputError
 
 Frame = NDArray[np.uint8]
 
+_SHOULDER = 0.78
 _JAW_DROP = 0.13
 """How far the chin falls, in head units, at jaw = 1."""
 
@@ -50,6 +52,8 @@ class Renderer:
         self._grid_x, self._grid_y = grid_x.astype(np.float32), grid_y.astype(np.float32)
         rng = np.random.default_rng([identity.seed, 707])
         self._grain = (identity.grain * 0.5 * rng.standard_normal((size, size, 1))).astype(np.float32)
+        corner = (grid_x - 0.5) ** 2 + (grid_y - 0.5) ** 2
+        self._vignette = (1 - identity.vignette * corner)[..., None].astype(np.float32)
         self._grade, self._lift = _grading(identity)
 
     def _sample(self, sheets: torch.Tensor, u: Array, v: Array) -> Array:
@@ -65,26 +69,26 @@ class Renderer:
         return picked[0].permute(1, 2, 0).contiguous().numpy()
 
     def draw(self, articulation: Articulation, motion: Motion, frame: int) -> tuple[Frame, Frame, Frame]:
-        """Frame `frame` of the tracks: picture [size, size, 3], face mask and lip mask [size, size] (0 or 255)."""
+        """Frame `frame` of the tracks: picture [size, size, 3], face and lip mask [size, size] (0 or 255)."""
         who = self.identity
         roll = who.tilt + float(motion.roll[frame])
         scale = who.scale * float(motion.zoom[frame])
         # The head turns about the neck, not about the nose.
         pivot = 0.9
-        centre_x = who.centre[0] + float(motion.shift_x[frame]) + scale * pivot * np.sin(roll - who.tilt)
+        centre_x = who.centre[0] + float(motion.shift_x[frame]) + scale * pivot * math.sin(roll - who.tilt)
         centre_y = (
-            who.centre[1] + float(motion.shift_y[frame]) + scale * pivot * (1 - np.cos(roll - who.tilt))
+            who.centre[1] + float(motion.shift_y[frame]) + scale * pivot * (1 - math.cos(roll - who.tilt))
         )
         dx = (self._grid_x - centre_x) / scale
         dy = (self._grid_y - centre_y) / scale
-        cos, sin = float(np.cos(roll)), float(np.sin(roll))
+        cos, sin = math.cos(roll), math.sin(roll)
         x = cos * dx + sin * dy
         y = cos * dy - sin * dx
         dome = np.sqrt(np.clip(1 - (x / (who.face_half_width * 1.12)) ** 2 - ((y + 0.05) / 1.2) ** 2, 0, 1))
         u = x - (who.turn + float(motion.turn[frame])) * dome
         v = y - float(motion.nod[frame]) * dome
         jaw = _JAW_DROP * float(articulation.jaw[frame])
-        smile = float(motion.smile[frame])
+        smile = float(motion.smile[frame]) + who.rest_smile
         fall = jaw * smoothstep(who.mouth_y - 0.12, 1.0 + jaw, v)
         brow_y = who.eye_y - who.brow_height
         brow = 0.045 * float(motion.brow[frame])
@@ -107,7 +111,11 @@ class Renderer:
         picture = picture * (1 - sheet[..., 8:9]) + sheet[..., 5:8]
         graded = picture.reshape(-1, 3) @ self._grade + self._lift
         graded = graded.reshape(self.size, self.size, 3) + self._grain
-        graded = np.clip(graded, 0, 1)
+        graded *= self._vignette
+        # A film's shoulder: bright skin keeps its shading instead of clipping to white.
+        bright = np.maximum(graded - _SHOULDER, 0)
+        graded = np.minimum(graded, _SHOULDER) + (1 - _SHOULDER) * np.tanh(bright / (1 - _SHOULDER))
+        graded = np.maximum(graded, 0)
         if who.blur > 0:
             graded = blur(graded.astype(np.float32), who.blur * self.size)
         face_mask = face > 0.5
@@ -139,7 +147,8 @@ def _grading(identity: Identity) -> tuple[NDArray[np.float32], NDArray[np.float3
 def render_frames(
     identity: Identity, articulation: Articulation, motion: Motion, size: int = 128
 ) -> Iterator[tuple[Frame, Frame, Frame]]:
-    """Yield (picture uint8 [size, size, 3], face mask, lip mask uint8 [size, size] of 0 or 255) for every frame.
+    """Yield (picture [size, size, 3], face mask, lip mask [size, size] of 0 or 255), all uint8, frame by
+    frame.
 
     Raises:
         InputError: the tracks differ in length, or `size` is below 32.

@@ -1,14 +1,14 @@
-"""Voices for puppets: sentences spoken by eSpeak NG, split so that evaluation hears none of the training voices.
+"""Voices for puppets: sentences spoken by eSpeak NG, with voices set apart for evaluation.
 
-The synthesiser comes with pip (`espeakng-loader`); nothing needs a system package. Its output belongs to whoever runs
-it, whatever its own licence. Evaluation clips use the fixed recordings in `stableavatar/assets/evaluation` instead.
+The synthesiser comes with pip (`espeakng-loader`); nothing needs a system package. Its output belongs to
+whoever runs it, whatever its own licence. Evaluation clips use the fixed recordings in
+`stableavatar/assets/evaluation` instead.
 """
 
 from __future__ import annotations
 
 import _ctypes
 import ctypes
-import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,39 +24,22 @@ from stableavatar.errors import InputError
 SAMPLE_RATE = 16_000
 Samples = NDArray[np.float32]
 
-_LANGUAGES = (
-    "en-us", "en", "en-gb-x-rp", "en-gb-scotland", "en-029", "de", "fr", "es", "it", "pt-br", "nl", "sv", "pl",
-    "cmn", "tr", "fi", "id", "sw", "hi",
-)  # fmt: skip
-_LANGUAGE_SHARES = (
-    0.2,
-    0.12,
-    0.08,
-    0.06,
-    0.04,
-    0.05,
-    0.04,
-    0.05,
-    0.05,
-    0.04,
-    0.03,
-    0.03,
-    0.03,
-    0.06,
-    0.02,
-    0.02,
-    0.03,
-    0.02,
-    0.03,
-)
+_LANGUAGES = {
+    "en-us": 0.2, "en": 0.12, "en-gb-x-rp": 0.08, "en-gb-scotland": 0.06, "en-029": 0.04, "de": 0.05,
+    "fr": 0.04, "es": 0.05, "it": 0.05, "pt-br": 0.04, "nl": 0.03, "sv": 0.03, "pl": 0.03, "cmn": 0.06,
+    "tr": 0.02, "fi": 0.02, "id": 0.03, "sw": 0.02, "hi": 0.03,
+}  # fmt: skip
+"""eSpeak languages and how often each speaks."""
 TRAINING_VARIANTS = {
     "man": (
-        "m1", "m2", "m3", "m5", "m6", "m7", "klatt", "klatt2", "klatt3", "Alex", "Andy", "Denis", "Gene", "Gene2",
-        "Lee", "Michael", "Mike", "Reed", "adam", "antonio", "benjamin", "boris", "caleb", "david", "ed", "edward",
-        "gustave", "ian", "john", "max", "michel", "miguel", "pablo", "paul", "pedro", "quincy", "rob", "victor", "zac",
+        "m1", "m2", "m3", "m5", "m6", "m7", "klatt", "klatt2", "klatt3", "Alex", "Andy", "Denis",
+        "Gene", "Gene2", "Lee", "Michael", "Mike", "Reed", "adam", "antonio", "benjamin", "boris",
+        "caleb", "david", "ed", "edward", "gustave", "ian", "john", "max", "michel", "miguel",
+        "pablo", "paul", "pedro", "quincy", "rob", "victor", "zac",
     ),
     "woman": (
-        "f1", "f2", "f3", "f4", "Alicia", "Andrea", "Annie", "anika", "aunty", "belinda", "grandma", "steph", "steph2",
+        "f1", "f2", "f3", "f4", "Alicia", "Andrea", "Annie", "anika", "aunty", "belinda",
+        "grandma", "steph", "steph2",
     ),
 }  # fmt: skip
 UNSEEN_VARIANTS = {
@@ -69,12 +52,13 @@ _PARAMETER_RATE = 1
 _PARAMETER_PITCH = 3
 _PARAMETER_RANGE = 4
 _RETRIEVAL = 2
+_PHASES = 512
 
 
 @dataclass(frozen=True)
 class Voice:
-    """A speaker: eSpeak language and variant, words a minute, pitch and its range (0..99), and a resampling factor
-    that shifts pitch and formants together (1 = as synthesised)."""
+    """A speaker: eSpeak language and variant, words a minute, pitch and its range (0..99), and a resampling
+    factor that shifts pitch and formants together (1 = as synthesised)."""
 
     language: str
     variant: str
@@ -87,9 +71,9 @@ class Voice:
 def draw_voice(rng: np.random.Generator, person: str, unseen: bool = False) -> Voice:
     """A random voice for a "man" or "woman"; `unseen` picks from the variants kept for evaluation."""
     variants = (UNSEEN_VARIANTS if unseen else TRAINING_VARIANTS)[person]
-    shares = np.asarray(_LANGUAGE_SHARES)
+    shares = np.asarray(list(_LANGUAGES.values()))
     return Voice(
-        language=str(rng.choice(_LANGUAGES, p=shares / shares.sum())),
+        language=str(rng.choice(list(_LANGUAGES), p=shares / shares.sum())),
         variant=str(rng.choice(variants)),
         rate=int(rng.integers(125, 215)),
         pitch=int(rng.integers(25, 75)),
@@ -99,12 +83,12 @@ def draw_voice(rng: np.random.Generator, person: str, unseen: bool = False) -> V
 
 
 class _Engine:
-    """One loaded copy of the library. eSpeak keeps hidden state between utterances, so each recording gets a new copy:
-    the same voice and text then always give the same samples."""
+    """One loaded copy of the library. eSpeak keeps hidden state between utterances, so each recording gets a
+    new copy: the same voice and text then always give the same samples."""
 
     def __init__(self) -> None:
         try:
-            import espeakng_loader
+            import espeakng_loader  # type: ignore[import-untyped]
         except ImportError as error:
             raise InputError(
                 "Training clips need a speech synthesiser, which is not installed. "
@@ -156,18 +140,21 @@ class _Engine:
 
 
 def resample(samples: Samples, ratio: float) -> Samples:
-    """Linear-phase resampling to `ratio` times as many samples (0.2 to 4), band limited by a windowed sinc."""
+    """Linear-phase resampling to `ratio` times as many samples (0.2 to 4), by a windowed sinc."""
     cutoff = min(1.0, ratio)
-    reach = int(np.ceil(12 / cutoff))
-    length = int(len(samples) * ratio)
-    position = np.arange(length) / ratio
-    base = np.floor(position).astype(np.int64)
+    reach = int(np.ceil(10 / cutoff))
     offsets = np.arange(-reach + 1, reach + 1)
-    distance = (base[:, None] + offsets[None, :]) - position[:, None]
-    kernel = cutoff * np.sinc(cutoff * distance) * np.cos(0.5 * np.pi * np.clip(distance / reach, -1, 1)) ** 2
-    padded = np.pad(samples, (reach, 2 * reach))
-    taken = padded[base[:, None] + offsets[None, :] + reach]
-    return (taken * kernel).sum(axis=1).astype(np.float32)
+    phases = np.arange(_PHASES + 1) / _PHASES
+    distance = offsets[None, :] - phases[:, None]
+    kernels = (
+        cutoff * np.sinc(cutoff * distance) * np.cos(0.5 * np.pi * np.clip(distance / reach, -1, 1)) ** 2
+    )
+    position = np.arange(int(len(samples) * ratio)) / ratio
+    base = np.floor(position).astype(np.int64)
+    phase = np.rint((position - base) * _PHASES).astype(np.int64)
+    padded = np.pad(samples, (reach, 2 * reach)).astype(np.float32)
+    windows = np.lib.stride_tricks.sliding_window_view(padded, 2 * reach)
+    return np.einsum("nk,nk->n", windows[base + 1], kernels.astype(np.float32)[phase]).astype(np.float32)
 
 
 def synthesise(voice: Voice, phrases: list[str]) -> list[Samples]:
@@ -234,8 +221,8 @@ def _arrange(rng: np.random.Generator, phrases: list[Samples], length: int, long
 
 
 def training_speech(seed: int, seconds: float, person: str = "man") -> Samples:
-    """Speech for a training clip: float32 [seconds * 16000], phrases with pauses; one clip in four is silent for at
-    least a second somewhere. Deterministic in its arguments.
+    """Speech for a training clip: float32 [seconds * 16000], phrases with pauses; one clip in four is silent
+    for at least a second somewhere. Deterministic in its arguments.
 
     Raises:
         InputError: `seed` is an evaluation seed, or the synthesiser is missing.
@@ -261,8 +248,3 @@ def _speak(rng: np.random.Generator, voice: Voice, seconds: float, unseen: bool)
     phrases = synthesise(voice, [draw_sentence(rng, voice.language, unseen) for _ in range(count)])
     long_pause = bool(rng.uniform() < 0.25)
     return _colour(rng, _arrange(rng, phrases, length, long_pause), quiet_share=0.2)
-
-
-def cache_folder() -> str:
-    """Where made data goes: `$XDG_CACHE_HOME/stableavatar`, or `~/.cache/stableavatar`."""
-    return os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "stableavatar")

@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class StoredClip:
-    """A clip read back: `frames` is a memory map uint8 [T, H, W, 3]; the rest as in `PuppetClip`, loaded when asked."""
+    """A clip read back: `frames` is a memory map uint8 [T, H, W, 3], the rest is loaded when asked for."""
 
     folder: Path
     seed: int
@@ -74,7 +74,7 @@ class StoredClip:
 
 
 class ClipStore:
-    """Random access to a store that :func:`build_store` made (finished clips only), in order of their seeds."""
+    """Random access to the finished clips of a store that :func:`build_store` made, in order of seeds."""
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
