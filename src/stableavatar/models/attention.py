@@ -4,7 +4,7 @@ The kernel is diffusers' choice (`dispatch_attention_fn`), so `set_attention_bac
 work on the model.
 """
 
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from diffusers.models.attention import AttentionModuleMixin
@@ -15,7 +15,7 @@ from stableavatar.models.rope import RotaryTable, rotate
 
 
 class KernelProcessor:
-    """Runs attention on projected heads with the kernel, and the context parallelism, set on it by diffusers."""
+    """Runs attention on projected heads, with the kernel and the context parallelism that diffusers sets."""
 
     def __init__(self) -> None:
         self._attention_backend: Any = None
@@ -41,7 +41,7 @@ class _Attention(nn.Module, AttentionModuleMixin):
     """What self- and cross-attention share: projections, and RMSNorm of q and k over the whole width."""
 
     _default_processor_cls = KernelProcessor
-    _available_processors = [KernelProcessor]  # noqa: RUF012  (diffusers' attribute)
+    _available_processors: ClassVar = [KernelProcessor]
     _supports_qkv_fusion = False
     processor: KernelProcessor
 

@@ -7,6 +7,7 @@ or guidance.
 
 import math
 from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
@@ -127,10 +128,17 @@ class StableAvatarTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, 
     """
 
     _supports_gradient_checkpointing = True
-    _skip_layerwise_casting_patterns = ("patch_embedding", "condition_embedder", "norm")
-    _no_split_modules = ("StableAvatarTransformerBlock", "AudioAdapterBlock")
-    _keep_in_fp32_modules = ("time_embedder", "time_proj", "scale_shift_table", "norm1", "norm2", "norm3")
-    _repeated_blocks = ("StableAvatarTransformerBlock",)
+    _skip_layerwise_casting_patterns: ClassVar = ["patch_embedding", "condition_embedder", "norm"]
+    _no_split_modules: ClassVar = ["StableAvatarTransformerBlock", "AudioAdapterBlock"]
+    _keep_in_fp32_modules: ClassVar = [
+        "time_embedder",
+        "time_proj",
+        "scale_shift_table",
+        "norm1",
+        "norm2",
+        "norm3",
+    ]
+    _repeated_blocks: ClassVar = ["StableAvatarTransformerBlock"]
 
     @register_to_config
     def __init__(
