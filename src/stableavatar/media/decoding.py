@@ -24,7 +24,7 @@ from av.stream import Disposition
 from numpy.typing import NDArray
 
 from stableavatar.errors import InputError
-from stableavatar.media.files import open_media, reason_of
+from stableavatar.media.files import VIDEO_FORMATS, open_media, reason_of
 
 logger = logging.getLogger(__name__)
 
@@ -51,8 +51,8 @@ _GAINS = {
     **dict.fromkeys(("BC", "TBC"), (0.5, 0.5)),
     **dict.fromkeys(("LFE", "LFE2"), (0.0, 0.0)),
 }
-# WAV files without a channel mask: the order that six and eight channels have everywhere.
-_USUAL = {6: "5.1", 8: "7.1"}
+# WAV files without a channel mask: the order that two, six and eight channels have everywhere.
+_USUAL = {2: "stereo", 6: "5.1", 8: "7.1"}
 
 
 @dataclass(frozen=True)
@@ -156,7 +156,8 @@ def stream_sound(
     first = round(Fraction(start) * sample_rate)
     stop = None if duration is None else first + round(Fraction(duration) * sample_rate)
     position = 0
-    for block in _checked(_resampled(path, sample_rate, mix), path, sample_rate):
+    reading = _Reading(path)
+    for block in _checked(_resampled(reading, sample_rate, mix), path, sample_rate):
         begin, end = max(first - position, 0), None if stop is None else stop - position
         position += len(block)
         part = block[begin:end]
@@ -164,6 +165,7 @@ def stream_sound(
             yield part
         if stop is not None and position >= stop:
             return
+    reading.check()
     if position <= first and first > 0:
         raise InputError(
             f"recording {path}: a start at {start:g} s lies after its end, it has only "
@@ -191,12 +193,12 @@ def _checked(blocks: Iterator[Samples], path: str | Path, sample_rate: int) -> I
         yield block
 
 
-def _resampled(path: str | Path, sample_rate: int, mix: Mix) -> Iterator[Samples]:
+def _resampled(reading: "_Reading", sample_rate: int, mix: Mix) -> Iterator[Samples]:
     """The whole sound of a file, mixed and resampled; its format may change on the way (broadcasts do)."""
     resampler: Resampler | None = None
     current: tuple[int, tuple[str, ...]] | None = None
     gains = np.ones((1, 1), dtype=np.float32)
-    for rate, names, raw in _gathered(path):
+    for rate, names, raw in _gathered(reading):
         if current != (rate, names) or resampler is None:
             if resampler is not None:
                 yield resampler.finish()
@@ -207,12 +209,12 @@ def _resampled(path: str | Path, sample_rate: int, mix: Mix) -> Iterator[Samples
         yield resampler.finish()
 
 
-def _gathered(path: str | Path) -> Iterator[tuple[int, tuple[str, ...], Samples]]:
+def _gathered(reading: "_Reading") -> Iterator[tuple[int, tuple[str, ...], Samples]]:
     """Decoded frames put together into larger blocks of one format, for speed."""
     current: tuple[int, tuple[str, ...]] | None = None
     waiting: list[Samples] = []
     count = 0
-    for rate, names, raw in _decoded(path):
+    for rate, names, raw in _decoded(reading):
         if waiting and current is not None and (current != (rate, names) or count >= BLOCK):
             yield *current, np.concatenate(waiting)
             waiting, count = [], 0
@@ -223,17 +225,16 @@ def _gathered(path: str | Path) -> Iterator[tuple[int, tuple[str, ...], Samples]
         yield *current, np.concatenate(waiting)
 
 
-def _decoded(path: str | Path) -> Iterator[tuple[int, tuple[str, ...], Samples]]:
+def _decoded(reading: "_Reading") -> Iterator[tuple[int, tuple[str, ...], Samples]]:
     """(sample rate, channel names, samples [n, channels]) frame by frame from time 0 on, holes filled."""
+    path = reading.path
     with open_media(path, "recording") as container:
         stream = _sound_stream(container, path)
-        stated = _stated_seconds(container, stream, Path(path))
+        reading.stated = _stated_seconds(container, stream, Path(path))
         longest = None if container.duration is None else Fraction(container.duration, av.time_base) + 1
         end_of_file = _stated_end(container, stream)
-        reading = _Reading(path)
         time: Fraction | None = None  # where the sound so far ends, in the stream's own time
         origin = Fraction(0)
-        seconds = Fraction(0)
         waiting: tuple[int, tuple[str, ...], Samples] | None = None
         for frame in _frames(container, stream, reading):
             if frame.samples == 0:
@@ -254,30 +255,31 @@ def _decoded(path: str | Path) -> Iterator[tuple[int, tuple[str, ...], Samples]]
                 hole <= 10 if longest is None else at - origin <= longest
             ):
                 yield from _silence(hole, rate, names)
-                seconds += 0 if leading else hole
+                reading.seconds += 0 if leading else hole
             waiting = (rate, names, raw)
             time = at + Fraction(len(raw), rate)
-            seconds += Fraction(len(raw), rate)
+            reading.seconds += Fraction(len(raw), rate)
         if waiting is not None:
             rate, names, raw = waiting
             if end_of_file is not None and time is not None and time > end_of_file:
                 raw = raw[: max(len(raw) - round((time - end_of_file) * rate), 0)]
             yield rate, names, raw
-        reading.report(nothing=waiting is None)
-        _check_complete(path, stated, max(seconds, reading.end))
 
 
 @dataclass
 class _Reading:
-    """Counts packets that cannot be decoded; a few are normal (tags at the end of an MP3), many are not."""
+    """What was met while a file was read to its end; a caller who needs only its beginning does not ask."""
 
     path: str | Path
     packets: int = 0
-    damaged: int = 0
+    damaged: int = 0  # packets that cannot be decoded
+    stated: Fraction | None = None  # seconds of sound by the header
+    seconds: Fraction = Fraction(0)  # seconds of sound that were decoded
     end: Fraction = Fraction(0)  # seconds: where the last packet of any stream ends, where that is looked at
 
-    def report(self, nothing: bool) -> None:
-        if self.damaged and (nothing or self.damaged > max(3, self.packets // 50)):
+    def check(self) -> None:
+        """Raise InputError where the file is cut off or damaged; a few bad packets (tags in MP3) are normal."""
+        if self.damaged and (self.seconds == 0 or self.damaged > max(3, self.packets // 50)):
             raise InputError(
                 f"recording {self.path}: damaged, {self.damaged} of its {self.packets} packets cannot "
                 "be decoded. Fetch the file again or export it anew."
@@ -289,6 +291,14 @@ class _Reading:
                 self.damaged,
                 self.packets,
             )
+        there = max(self.seconds, self.end)
+        if self.stated is None or self.stated - there <= max(0.03, min(0.5, 0.05 * float(self.stated))):
+            return
+        raise InputError(
+            f"recording {self.path}: cut off, its header promises {float(self.stated):.1f} s but only "
+            f"{float(there):.1f} s could be read. Fetch the whole file again, or use what is there with a "
+            f"duration of at most {int(there * 10) / 10:g} s."
+        )
 
 
 def _frames(container: Any, stream: Any, reading: _Reading) -> Iterator["av.AudioFrame"]:
@@ -319,9 +329,12 @@ def _frames(container: Any, stream: Any, reading: _Reading) -> Iterator["av.Audi
 
 def _sound_stream(container: Any, path: str | Path) -> Any:
     stream = container.streams.best("audio")
+    if stream is None and VIDEO_FORMATS & set(container.format.name.split(",")):
+        raise InputError(f"recording {path}: has no sound, only pictures. Name a file with sound.")
     if stream is None:
-        held = "only pictures" if container.streams.video else "neither sound nor pictures"
-        raise InputError(f"recording {path}: has no sound, it holds {held}. Name a file with sound.")
+        raise InputError(
+            f"recording {path}: not a sound or video file. Name a recording, or a video with sound."
+        )
     if stream.codec_context is None:
         raise InputError(f"recording {path}: its kind of sound is not known. Convert it to WAV or MP3.")
     return stream
@@ -339,6 +352,9 @@ def _picture_start(container: Any, otherwise: Fraction) -> Fraction:
 def _to_float(frame: "av.AudioFrame", path: str | Path) -> Samples:
     """A frame's samples [n, channels] as float32 in [-1, 1]."""
     try:
+        if frame.format.is_planar and frame.layout.nb_channels >= 8:
+            # PyAV finds the end of the planes by a null pointer, which is missing after the eighth.
+            (frame,) = av.AudioResampler(format="flt").resample(frame)
         array = frame.to_ndarray()
     except (ValueError, KeyError) as error:
         raise InputError(
@@ -420,14 +436,3 @@ def _mp3_states_length(path: Path) -> bool:
             file.seek(0)
         head = file.read(4096)
     return b"Xing" in head or b"Info" in head
-
-
-def _check_complete(path: str | Path, stated: Fraction | None, seconds: Fraction) -> None:
-    if stated is None or stated - seconds <= max(0.03, min(0.5, 0.05 * float(stated))):
-        return
-    there = int(seconds * 10) / 10
-    raise InputError(
-        f"recording {path}: cut off, its header promises {float(stated):.1f} s but only "
-        f"{float(seconds):.1f} s could be read. Fetch the whole file again, or use what is there with a "
-        f"duration of at most {there:g} s."
-    )

@@ -7,6 +7,12 @@ import av.container
 
 from stableavatar.errors import InputError
 
+# What FFmpeg calls files of moving pictures. It decodes texts and stills as videos of one frame as well.
+VIDEO_FORMATS = {
+    "mov", "mp4", "matroska", "webm", "avi", "mpegts", "mpeg", "mpegvideo", "asf", "flv", "ogg", "mxf",
+    "nut", "yuv4mpegpipe", "ivf", "h264", "hevc", "m4v", "rm", "dv", "wtv",
+}  # fmt: skip
+
 
 def check_file(path: str | Path, role: str) -> Path:
     """The absolute path of a file that exists, is a file, may be read and is not empty.

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from stableavatar.errors import InputError
 from stableavatar.media.decoding import sound_format, stream_sound
-from stableavatar.media.files import open_media, reason_of
+from stableavatar.media.files import VIDEO_FORMATS, open_media, reason_of
 
 logger = logging.getLogger(__name__)
 
@@ -27,11 +27,6 @@ METADATA_KEY = "stableavatar"
 # FFmpeg's number for a file that does not say its matrix.
 _UNSPECIFIED = 2
 _ACCURATE = int(Interpolation.BICUBIC) | int(Interpolation.ACCURATE_RND) | int(Interpolation.FULL_CHR_H_INT)
-# What FFmpeg calls files of moving pictures. It decodes texts and stills as videos of one frame as well.
-_VIDEO_FORMATS = {
-    "mov", "mp4", "matroska", "webm", "avi", "mpegts", "mpeg", "mpegvideo", "asf", "flv", "ogg", "mxf",
-    "nut", "yuv4mpegpipe", "ivf", "h264", "hevc", "m4v", "rm", "dv", "wtv",
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -125,7 +120,7 @@ def probe(path: str | Path) -> MediaInfo:
 
 
 def _video_stream(container: Any, path: str | Path, role: str) -> Any:
-    known = _VIDEO_FORMATS & set(container.format.name.split(","))
+    known = VIDEO_FORMATS & set(container.format.name.split(","))
     streams = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
     if not known or not streams:
         raise InputError(f"{role} {path}: has no moving picture. Name a video file.")

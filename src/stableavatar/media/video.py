@@ -185,7 +185,7 @@ class VideoWriter:
             pass
         options = {"movflags": "+faststart"}
         if self._sound is not None:
-            # The edit list that cuts the sound counts in this; the default of milliseconds would cut too much.
+            # The edit list that cuts the sound counts in this; milliseconds, the default, cut too much.
             options["movie_timescale"] = str(self._sound.sample_rate)
         self._container = av.open(str(self._partial), "w", format="mp4", options=options)
         if self._metadata:

@@ -1,0 +1,495 @@
+"""Recordings in: lengths to the sample, places to the sample, and every way a file can be wrong."""
+
+import logging
+import os
+import struct
+import subprocess
+import sys
+import tempfile
+import wave
+from collections.abc import Callable
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from media_files import click, tone, write_sound, write_video, write_wav
+from stableavatar.errors import InputError
+from stableavatar.media.audio import Samples, Sound, Speech
+from stableavatar.media.decoding import Resampler, mix_gains
+
+BLACK = np.zeros((32, 32, 3), dtype=np.uint8)
+SHARED = Path(__file__).parents[2] / "shared" / "samples"
+
+
+def everything(speech: Speech) -> Samples:
+    return speech.samples(0, len(speech))
+
+
+def loudest(samples: Samples, rate: int) -> float:
+    """Seconds at which the loudest of samples [n] is."""
+    return float(np.abs(samples).argmax()) / rate
+
+
+@pytest.mark.parametrize("rate", [8000, 11025, 16000, 44100, 96000, 192000])
+@pytest.mark.parametrize("channels", [1, 2])
+def test_any_rate_has_exact_length_and_place(tmp_path: Path, rate: int, channels: int) -> None:
+    path = write_wav(tmp_path / "a.wav", click(1.0, rate, 0.5, channels), rate)
+    with Speech.open(path) as speech:
+        assert (len(speech), speech.sample_rate, speech.seconds) == (16000, 16000, 1.0)
+        assert loudest(everything(speech), 16000) == pytest.approx(0.5, abs=1.01 / 16000)
+
+
+@pytest.mark.parametrize(
+    ("name", "codec", "rate"),
+    [
+        ("a.flac", "flac", 44100),
+        ("a.mp3", "libmp3lame", 44100),
+        ("a.m4a", "aac", 44100),
+        ("a.opus", "libopus", 48000),
+        ("a.webm", "libopus", 48000),
+    ],
+)
+def test_priming_and_padding_of_codecs_are_not_sound(
+    tmp_path: Path, name: str, codec: str, rate: int
+) -> None:
+    path = write_sound(tmp_path / name, click(1.3, rate, 0.7), rate, codec)
+    speech = Speech.open(path)
+    assert len(speech) == round(1.3 * 16000)
+    assert loudest(everything(speech), 16000) == pytest.approx(0.7, abs=2 / 16000)
+
+
+def test_the_last_samples_are_there(tmp_path: Path) -> None:
+    samples = tone(0.5, 44100)
+    samples[-60:] = 0.9
+    speech = Speech.open(write_wav(tmp_path / "a.wav", samples, 44100))
+    assert everything(speech)[-12:-2].min() > 0.7
+
+
+@pytest.mark.parametrize("count", [1, 3, 40])
+def test_a_handful_of_samples(tmp_path: Path, count: int) -> None:
+    speech = Speech.open(write_wav(tmp_path / "a.wav", np.full(count, 0.5, np.float32), 8000))
+    assert len(speech) == 2 * count
+
+
+def test_no_samples_at_all(tmp_path: Path) -> None:
+    assert len(Speech.open(write_wav(tmp_path / "a.wav", np.zeros(0, np.float32), 16000))) == 0
+
+
+def test_pitch_is_kept(tmp_path: Path) -> None:
+    speech = Speech.open(write_wav(tmp_path / "a.wav", tone(1.0, 44100, 1000.0), 44100))
+    assert np.allclose(everything(speech)[100:-100], tone(1.0, 16000, 1000.0)[100:-100], atol=2e-3)
+
+
+def test_stereo_is_averaged(tmp_path: Path) -> None:
+    stereo = np.stack([tone(0.2, 16000), np.zeros(3200, np.float32)], axis=1)
+    speech = Speech.open(write_wav(tmp_path / "a.wav", stereo, 16000))
+    assert np.allclose(everything(speech), tone(0.2, 16000) / 2, atol=1e-4)
+
+
+def test_opposite_phase_does_not_become_silence(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    stereo = np.stack([tone(0.2, 16000, level=0.3), -tone(0.2, 16000, level=0.31)], axis=1)
+    path = write_wav(tmp_path / "a.wav", stereo, 16000)
+    with caplog.at_level(logging.INFO):
+        speech = Speech.open(path)
+    assert np.allclose(everything(speech), stereo[:, 1], atol=1e-4)
+    assert "cancel" in caplog.text
+
+
+@pytest.mark.parametrize(("layout", "channels"), [("5.1", 6), ("7.1", 8)])
+def test_surround_is_mixed_down(tmp_path: Path, layout: str, channels: int) -> None:
+    def mean_of(channel: int, level: float = 0.5) -> float:
+        samples = np.zeros((8000, channels), np.float32)
+        samples[:, channel] = tone(0.5, 16000, level=level)
+        speech = Speech.open(write_sound(tmp_path / "a.flac", samples, 16000, "flac", layout))
+        assert len(speech) == 8000
+        return float(np.sqrt(np.square(everything(speech)).mean()))
+
+    left, right, centre, low, back = (mean_of(channel) for channel in range(5))
+    assert left == pytest.approx(right, rel=1e-3)
+    assert centre == pytest.approx(left * 2**0.5, rel=1e-3)  # in both sides at -3 dB
+    assert back == pytest.approx(left / 2**0.5, rel=1e-3)
+    assert low < 1e-4
+
+
+def test_eight_planes_of_samples(tmp_path: Path) -> None:
+    samples = np.zeros((16000, 8), np.float32)
+    samples[:, 7] = tone(1.0, 16000)
+    speech = Speech.open(write_sound(tmp_path / "a.m4a", samples, 16000, "aac", "7.1"))
+    assert len(speech) == 16000
+    assert 0.02 < np.abs(everything(speech)).max() < 0.2
+
+
+@given(st.sampled_from(["mono", "stereo", "2.1", "quad", "5.0", "5.1", "6.1", "7.1", "downmix", "unknown"]))
+def test_no_mix_can_clip(layout: str) -> None:
+    import av
+
+    names = ("NONE",) * 5 if layout == "unknown" else tuple(c.name for c in av.AudioLayout(layout).channels)
+    for mix in ("mono", "stereo", "left", "right"):
+        gains = mix_gains(names, mix)
+        assert gains.shape == (len(names), 2 if mix == "stereo" else 1)
+        assert gains.min() >= 0
+        assert 0.4 < gains.sum(axis=0).max() <= 1.0001
+
+
+def test_six_channels_without_a_mask_are_surround(tmp_path: Path) -> None:
+    samples = np.zeros((1600, 6), np.float32)
+    samples[:, 3] = 0.5
+    assert np.abs(everything(Speech.open(write_wav(tmp_path / "a.wav", samples, 16000)))).max() == 0
+
+
+def test_the_sound_of_a_video(tmp_path: Path) -> None:
+    path = write_video(tmp_path / "a.mp4", [BLACK] * 25, click(1.0, 48000, 0.5)[:, 0])
+    speech = Speech.open(path)
+    assert len(speech) == 16000
+    assert loudest(everything(speech), 16000) == pytest.approx(0.5, abs=2 / 16000)
+
+
+@pytest.mark.parametrize(("name", "codec"), [("a.mkv", "flac"), ("a.mp4", "aac")])
+def test_sound_that_starts_after_the_picture_keeps_its_place(tmp_path: Path, name: str, codec: str) -> None:
+    sound = click(1.0, 48000, 0.5)[:, 0]
+    path = write_video(tmp_path / name, [BLACK] * 50, sound, sound_at=0.4, sound_codec=codec)
+    for samples, rate in (
+        (everything(Speech.open(path)), 16000),
+        (np.concatenate(list(Sound(path).blocks()))[:, 0], 48000),
+    ):
+        assert loudest(samples, rate) == pytest.approx(0.9, abs=0.0015)
+        assert len(samples) == pytest.approx(1.4 * rate, abs=0.0015 * rate)
+        assert np.abs(samples[: round(0.37 * rate)]).max() == 0
+
+
+def test_a_hole_in_the_sound_becomes_silence(tmp_path: Path) -> None:
+    sound = click(2.0, 48000, 1.5)
+    path = write_sound(
+        tmp_path / "a.mka", sound, 48000, "pcm_s16le", pieces=[(0, 48000, 0.0), (48000, 96000, 1.5)]
+    )
+    samples = everything(Speech.open(path))
+    assert len(samples) == pytest.approx(2.5 * 16000, abs=24)  # Matroska keeps milliseconds
+    assert loudest(samples, 16000) == pytest.approx(2.0, abs=0.0015)
+    assert np.abs(samples[16100:23900]).max() == 0
+
+
+def test_start_and_duration(tmp_path: Path) -> None:
+    path = write_wav(tmp_path / "a.wav", click(2.0, 44100, 1.2), 44100)
+    speech = Speech.open(path, start=0.7, duration=0.6)
+    assert len(speech) == 9600
+    assert loudest(everything(speech), 16000) == pytest.approx(0.5, abs=1.01 / 16000)
+    assert len(Speech.open(path, start=1.5, duration=9.0)) == 8000
+    sound = np.concatenate(list(Sound(path, start=0.7, duration=0.6).blocks()))
+    assert len(sound) == round(0.6 * 44100)
+    assert loudest(sound[:, 0], 44100) == pytest.approx(0.5, abs=1.01 / 44100)
+
+
+@pytest.mark.parametrize(
+    ("start", "duration", "words"),
+    [
+        (-1.0, None, "start"),
+        (float("nan"), None, "start"),
+        (0.0, 0.0, "duration"),
+        (0.0, float("inf"), "duration"),
+        (2.5, None, "after its end"),
+    ],
+)
+def test_impossible_stretches(tmp_path: Path, start: float, duration: float | None, words: str) -> None:
+    path = write_wav(tmp_path / "a.wav", tone(1.0, 16000), 16000)
+    with pytest.raises(InputError, match=words):
+        Speech.open(path, start=start, duration=duration)
+
+
+def test_names_with_spaces_and_chinese(tmp_path: Path) -> None:
+    path = write_wav(tmp_path / "我的 录音 100%d:x.wav", tone(0.1, 16000), 16000)
+    assert len(Speech.open(path)) == 1600
+    assert len(Speech.open(str(path))) == 1600
+
+
+def _float_wav(path: Path, value: float) -> Path:
+    samples = tone(0.5, 16000)
+    samples[4000] = value
+    data = samples.astype("<f4").tobytes()
+    head = (
+        b"fmt "
+        + struct.pack("<IHHIIHH", 16, 3, 1, 16000, 64000, 4, 32)
+        + b"data"
+        + struct.pack("<I", len(data))
+    )
+    path.write_bytes(b"RIFF" + struct.pack("<I", 4 + len(head) + len(data)) + b"WAVE" + head + data)
+    return path
+
+
+def test_float_wav(tmp_path: Path) -> None:
+    assert np.abs(everything(Speech.open(_float_wav(tmp_path / "a.wav", 1.5)))).max() == 1.5
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 1e30])
+def test_samples_that_are_no_sound(tmp_path: Path, value: float) -> None:
+    path = _float_wav(tmp_path / "bad.wav", value)
+    with pytest.raises(InputError, match=r"bad\.wav.*no numbers"):
+        Speech.open(path)
+    with pytest.raises(InputError, match=r"bad\.wav.*no numbers"):
+        list(Sound(path).blocks())
+
+
+def _missing(folder: Path) -> Path:
+    return folder / "bad"
+
+
+def _folder(folder: Path) -> Path:
+    (folder / "bad").mkdir()
+    return folder / "bad"
+
+
+def _empty(folder: Path) -> Path:
+    (folder / "bad").touch()
+    return folder / "bad"
+
+
+def _text(folder: Path) -> Path:
+    (folder / "bad.txt").write_text("Dear diary, today I recorded nothing.\n" * 100)
+    return folder / "bad.txt"
+
+
+def _random(folder: Path) -> Path:
+    (folder / "bad.wav").write_bytes(np.random.default_rng(0).bytes(50_000))
+    return folder / "bad.wav"
+
+
+def _picture(folder: Path) -> Path:
+    Image.new("RGB", (64, 64)).save(folder / "bad.png")
+    return folder / "bad.png"
+
+
+def _silent_film(folder: Path) -> Path:
+    return write_video(folder / "bad.mp4", [BLACK] * 5)
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (_missing, "no such file"),
+        (_folder, "folder"),
+        (_empty, "empty"),
+        (_text, "not a sound"),
+        (_random, "not a sound"),
+        (_picture, "not a sound"),
+        (_silent_film, "no sound"),
+    ],
+)
+def test_what_is_no_recording(tmp_path: Path, make: Callable[[Path], Path], words: str) -> None:
+    path = make(tmp_path)
+    for read in (Speech.open, Sound):
+        with pytest.raises(InputError, match=words) as caught:
+            read(path)
+        assert path.name in str(caught.value)
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_unreadable(tmp_path: Path) -> None:
+    path = write_wav(tmp_path / "a.wav", tone(0.1, 16000), 16000)
+    path.chmod(0)
+    with pytest.raises(InputError, match="cannot be read"):
+        Speech.open(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "codec"),
+    [
+        ("cut.wav", "pcm_s16le"),
+        ("cut.flac", "flac"),
+        ("cut.mp3", "libmp3lame"),
+        ("cut.mka", "libopus"),
+        ("cut.m4a", "aac"),
+        ("cut.aiff", "pcm_s16be"),
+    ],
+)
+def test_a_file_that_was_cut_off(tmp_path: Path, name: str, codec: str) -> None:
+    path = write_sound(tmp_path / name, click(2.0, 48000, 0.1), 48000, codec)
+    assert len(Speech.open(path)) == pytest.approx(32000, abs=400)
+    data = path.read_bytes()
+    path.write_bytes(data[: len(data) // 2])
+    with pytest.raises(InputError, match=r"cut\..*cut off") as caught:
+        Speech.open(path)
+    if "at most" in str(caught.value):  # what the message offers works
+        there = float(str(caught.value).rsplit("at most ", 1)[1].split(" s.")[0])
+        assert len(Speech.open(path, duration=there)) == round(there * 16000)
+
+
+def test_mp4_cut_off_behind_its_index(tmp_path: Path) -> None:
+    path = tmp_path / "cut.mp4"
+    write_video(path, [BLACK] * 50, click(2.0, 48000, 0.1)[:, 0])
+    from stableavatar.media.video import VideoWriter
+
+    with VideoWriter(path, 32, 32, 25, sound=Sound.from_array(click(2.0, 48000, 0.1), 48000)) as writer:
+        for _ in range(50):
+            writer.write(BLACK)
+    data = path.read_bytes()
+    path.write_bytes(data[: len(data) // 2])
+    with pytest.raises(InputError, match="cut off"):
+        Speech.open(path)
+
+
+def test_wav_from_a_pipe_does_not_know_its_length(tmp_path: Path) -> None:
+    path = write_wav(tmp_path / "a.wav", tone(0.5, 16000), 16000)
+    data = bytearray(path.read_bytes())
+    data[4:8] = data[40:44] = b"\xff\xff\xff\xff"
+    path.write_bytes(data)
+    assert len(Speech.open(path)) == 8000
+
+
+def test_little_damage_is_silence_and_much_is_an_error(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = write_sound(tmp_path / "a.mp3", tone(5.0, 44100), 44100, "libmp3lame")
+    data = bytearray(path.read_bytes())
+    middle = len(data) // 2
+    data[middle : middle + 500] = bytes(500)
+    path.write_bytes(data)
+    assert len(Speech.open(path)) == pytest.approx(80000, abs=1600)
+    for start in range(4000, len(data), 900):
+        data[start : start + 600] = bytes(600)
+    path.write_bytes(data)
+    with pytest.raises(InputError, match=r"damaged|cut off"):
+        Speech.open(path)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(-50, 150), st.integers(0, 200))
+def test_any_stretch_with_zeros_outside(start: int, length: int) -> None:
+    values = np.random.default_rng(1).normal(size=100).astype(np.float32)
+    padded = np.concatenate([np.zeros(50, np.float32), values, np.zeros(300, np.float32)])
+    with Speech.from_array(values, 16000) as speech:
+        stretch = speech.samples(start, start + length)
+        assert stretch.dtype == np.float32
+        assert np.array_equal(stretch, padded[start + 50 : start + 50 + length])
+
+
+def test_blocks_are_the_whole() -> None:
+    values = tone(0.1, 16000)
+    speech = Speech.from_array(values, 16000)
+    blocks = list(speech.blocks(700))
+    assert [len(block) for block in blocks] == [700, 700, 200]
+    assert np.array_equal(np.concatenate(blocks), values)
+    with pytest.raises(ValueError, match="stop"):
+        speech.samples(5, 4)
+    with pytest.raises(ValueError, match="block"):
+        next(speech.blocks(0))
+
+
+def test_speech_from_an_array() -> None:
+    speech = Speech.from_array(np.stack([tone(1.0, 44100)] * 2, axis=1), 44100)
+    assert (len(speech), speech.sample_rate) == (16000, 16000)
+    assert np.allclose(everything(speech)[100:-100], tone(1.0, 16000)[100:-100], atol=2e-3)
+
+
+@pytest.mark.parametrize(
+    "bad", [np.array([0.0, np.nan]), np.array([np.inf]), np.zeros((2, 2, 2)), np.zeros(10, dtype=np.int16)]
+)
+def test_arrays_that_are_no_sound(bad: np.ndarray) -> None:
+    for make in (Speech.from_array, Sound.from_array):
+        with pytest.raises(InputError, match="sound"):
+            make(bad, 16000)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.lists(st.integers(0, 3000), min_size=1, max_size=6),
+    st.sampled_from([8000, 11025, 22050, 44100, 48000, 192000]),
+    st.sampled_from([16000, 48000]),
+    st.integers(1, 2),
+)
+def test_resampling_in_blocks_is_resampling_at_once(
+    sizes: list[int], rate_in: int, rate_out: int, channels: int
+) -> None:
+    values = np.random.default_rng(2).normal(size=(sum(sizes), channels)).astype(np.float32)
+    pieces, position = Resampler(rate_in, rate_out, channels), 0
+    parts = []
+    for size in sizes:
+        parts.append(pieces.push(values[position : position + size]))
+        position += size
+    parts.append(pieces.finish())
+    whole = Resampler(rate_in, rate_out, channels)
+    at_once = np.concatenate([whole.push(values), whole.finish()])
+    assert len(at_once) == round(Fraction(sum(sizes) * rate_out, rate_in))
+    assert np.allclose(np.concatenate(parts), at_once, atol=1e-5)
+
+
+def test_no_room_for_the_decoded_speech(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_wav(tmp_path / "a.wav", tone(0.5, 16000), 16000)
+    monkeypatch.setattr(tempfile, "TemporaryFile", lambda prefix: Path("/dev/full").open("r+b"))  # noqa: SIM115
+    with pytest.raises(InputError, match="TMPDIR"):
+        Speech.open(path)
+
+
+def test_memory_does_not_grow_with_the_recording(tmp_path: Path) -> None:
+    """Twenty minutes need no more memory than a second: 77 MB of float32 would show."""
+    path = tmp_path / "long.wav"
+    with wave.open(str(path), "wb") as file:
+        file.setnchannels(1)
+        file.setsampwidth(2)
+        file.setframerate(8000)
+        for _ in range(20):
+            file.writeframes(bytes(2 * 8000 * 60))
+    code = (
+        "import resource, sys\n"
+        "from stableavatar.media.audio import Speech\n"
+        "def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024\n"
+        "Speech.open(sys.argv[1], duration=1.0).close()\n"
+        "before = peak()\n"
+        "speech = Speech.open(sys.argv[1])\n"
+        "assert len(speech) == 1200 * 16000, len(speech)\n"
+        "for block in speech.blocks(16000): pass\n"
+        "print(peak() - before)\n"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code, str(path)], capture_output=True, text=True, check=True
+    )
+    assert float(result.stdout) < 15
+
+
+@pytest.mark.parametrize(
+    ("rate", "channels", "rate_out", "channels_out"),
+    [
+        (44100, 2, 44100, 2),
+        (8000, 1, 8000, 1),
+        (96000, 2, 48000, 2),
+        (37800, 1, 44100, 1),
+        (48000, 6, 48000, 2),
+    ],
+)
+def test_sound_is_the_recording_itself(
+    tmp_path: Path, rate: int, channels: int, rate_out: int, channels_out: int
+) -> None:
+    sound = Sound(write_wav(tmp_path / "a.wav", click(1.0, rate, 0.5, channels), rate))
+    assert (sound.sample_rate, sound.channels) == (rate_out, channels_out)
+    for _ in range(2):  # it can be read again
+        samples = np.concatenate(list(sound.blocks()))
+        assert samples.shape == (rate_out, channels_out)
+        assert loudest(samples[:, 0], rate_out) == pytest.approx(0.5, abs=1.01 / rate_out)
+
+
+def test_sound_keeps_its_two_sides(tmp_path: Path) -> None:
+    stereo = np.stack([tone(0.2, 16000), -tone(0.2, 16000, level=0.2)], axis=1)
+    path = write_wav(tmp_path / "a.wav", stereo, 16000)
+    assert np.allclose(np.concatenate(list(Sound(path).blocks())), stereo, atol=1e-4)
+
+
+def test_sound_from_an_array_is_clipped() -> None:
+    sound = Sound.from_array(np.full((100, 2), 3.0), 22050)
+    assert (sound.sample_rate, sound.channels) == (22050, 2)
+    assert np.concatenate(list(sound.blocks())).max() == 1.0
+    with pytest.raises(InputError, match="one or two"):
+        Sound.from_array(np.zeros((10, 3)), 16000)
+
+
+@pytest.mark.shared
+@pytest.mark.skipif(not SHARED.is_dir(), reason="the sample recordings are not beside the checkout")
+def test_sample_recordings() -> None:
+    for path in sorted((SHARED / "speech").iterdir()):
+        speech, sound = Speech.open(path), Sound(path)
+        length = sum(len(block) for block in sound.blocks())
+        assert len(speech) / 16000 == pytest.approx(length / sound.sample_rate, abs=1e-4)
+        assert np.abs(everything(speech)).max() > 0.05
