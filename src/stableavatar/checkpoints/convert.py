@@ -211,5 +211,5 @@ def _complete_or_nothing(target: Path, overwrite: bool) -> Iterator[Path]:
 def _remove(path: Path) -> None:
     if path.is_dir():
         shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
+    elif path.is_file():
+        path.unlink()

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -275,7 +276,7 @@ def _untold_settings(base: Path) -> dict[str, Any]:
 def _build(make: Callable[[], ModelT], source: Path) -> ModelT:
     """Build a model whose parameters have no memory yet; buffers do, which checkpoints need not hold."""
     try:
-        with init_empty_weights(include_buffers=False):
+        with _own_random_state(), init_empty_weights(include_buffers=False):
             return make()
     except (TypeError, ValueError, KeyError) as error:
         raise CheckpointError(f"{source}: no model can be built with these settings ({error})") from error
@@ -283,7 +284,7 @@ def _build(make: Callable[[], ModelT], source: Path) -> ModelT:
 
 def _fresh_audio(model: StableAvatarTransformer3DModel, settings: Mapping[str, Any]) -> StateDict:
     """Audio tensors to start training from: keys and values at zero, so that nothing is heard at first."""
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+    with _own_random_state():
         torch.manual_seed(FRESH_ADAPTER_SEED)
         adapter = StableAvatarTransformer3DModel(**{**settings, "num_layers": 0}).vocal_projector
     fresh = {f"{names.AUDIO_PREFIX}{name}": tensor for name, tensor in adapter.state_dict().items()}
@@ -291,6 +292,11 @@ def _fresh_audio(model: StableAvatarTransformer3DModel, settings: Mapping[str, A
         if names.is_audio_name(name) and name not in fresh:
             fresh[name] = torch.zeros(tensor.shape)
     return fresh
+
+
+def _own_random_state() -> AbstractContextManager[None]:
+    """Constructors draw numbers; the caller's random state is left as it was."""
+    return torch.random.fork_rng(devices=range(torch.cuda.device_count()))
 
 
 def _place(model: ModelT, tensors: _Tensors, dtype: torch.dtype | None, device: Device) -> ModelT:
