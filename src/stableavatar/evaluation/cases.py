@@ -1,0 +1,149 @@
+"""What the embedded model is asked to do: portraits, speech and prompts with fixed seeds that no training has
+seen."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from stableavatar.data.puppets import EVALUATION_SEED, PuppetClip, articulate, make_clip
+from stableavatar.data.puppets.recordings import EVALUATION_RECORDINGS, evaluation_speech
+from stableavatar.errors import InputError
+from stableavatar.evaluation.observation import Frames, Track
+
+SAMPLE_RATE = 16_000
+FPS = 25
+SIZE = 128
+Samples = NDArray[np.float32]
+
+_OTHER = 7
+"""Recordings this far apart have other voices and other words."""
+_CROP = (144, 31, 305, 192)
+"""Left, top, right, bottom of the astronaut's face in its 512x512 picture: as large and as high as a
+puppet's."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How much is asked for. Numbers of clips, and their lengths in seconds.
+
+    `puppets` clips against the truth, of which the first `wrong` also with other speech; `silence` clips;
+    `prompts` pairs of a smiling and a serious one; a photograph, with its own and with other speech.
+    `autoencoder_frames` (4n+1) of true frames go through the autoencoder for each puppet.
+    """
+
+    puppets: int
+    seconds: float
+    autoencoder_frames: int
+    wrong: int
+    silence: int
+    silence_seconds: float
+    prompts: int
+    prompt_seconds: float
+    photograph_seconds: float
+
+    def __post_init__(self) -> None:
+        if not 0 < self.puppets <= EVALUATION_RECORDINGS:
+            raise InputError(
+                f"There is speech for 1 to {EVALUATION_RECORDINGS} puppets, not for {self.puppets}."
+            )
+        if self.autoencoder_frames % 4 != 1 or self.autoencoder_frames < self.seconds * FPS:
+            raise InputError(
+                f"{self.autoencoder_frames} frames for the autoencoder: "
+                f"give 4n+1, at least {self.seconds * FPS:.0f}."
+            )
+        if max(self.wrong, self.silence, self.prompts) > self.puppets:
+            raise InputError(
+                "Controls are made for puppets of the plan; there cannot be more of them than puppets."
+            )
+
+
+FULL = Plan(
+    puppets=20, seconds=10.0, autoencoder_frames=301, wrong=20, silence=4, silence_seconds=4.0,
+    prompts=10, prompt_seconds=2.6, photograph_seconds=30.0,
+)  # fmt: skip
+"""What docs/tiny.md shows."""
+QUICK = Plan(
+    puppets=3, seconds=6.0, autoencoder_frames=153, wrong=3, silence=1, silence_seconds=2.6,
+    prompts=1, prompt_seconds=2.6, photograph_seconds=6.0,
+)  # fmt: skip
+"""A subset for two minutes; its medians of three clips are coarse."""
+
+
+@dataclass(frozen=True)
+class TalkingCase:
+    """A puppet's true clip and the speech to feed.
+
+    `frames` are those of the first `seconds` of `truth`; `called` the opening that the fed speech calls for;
+    `other` the speech of another recording, just as long.
+    """
+
+    truth: PuppetClip
+    frames: Frames
+    samples: Samples
+    called: Track
+    other: Samples
+
+
+def called_opening(samples: Samples, frames: int) -> Track:
+    """The opening [frames] that speech at 16 kHz calls for."""
+    return articulate(samples, SAMPLE_RATE, FPS).opening[:frames]
+
+
+def talking_cases(plan: Plan) -> Iterator[TalkingCase]:
+    """The plan's puppets, rendered one at a time, each with a recording of its own."""
+    frames = round(plan.seconds * FPS)
+    samples = frames * SAMPLE_RATE // FPS
+    for index in range(plan.puppets):
+        truth = make_clip(EVALUATION_SEED + index, plan.autoencoder_frames / FPS, size=SIZE)
+        spoken = truth.samples[:samples]
+        yield TalkingCase(
+            truth=truth,
+            frames=truth.frames[:frames],
+            samples=spoken,
+            called=called_opening(spoken, frames),
+            other=evaluation_speech(index + _OTHER, plan.seconds)[:samples],
+        )
+
+
+def silent_cases(plan: Plan) -> Iterator[PuppetClip]:
+    """Puppets to whom silence is fed, and how they keep their mouths shut."""
+    silence = np.zeros(round(plan.silence_seconds * SAMPLE_RATE), dtype=np.float32)
+    for index in range(plan.silence):
+        yield make_clip(
+            EVALUATION_SEED + index, plan.silence_seconds, size=SIZE, samples=silence, expression="neutral"
+        )
+
+
+def prompted_cases(plan: Plan) -> Iterator[PuppetClip]:
+    """Each puppet twice with the same speech: smiling, and serious."""
+    for index in range(plan.prompts):
+        for expression in ("smiling", "serious"):
+            yield make_clip(EVALUATION_SEED + index, plan.prompt_seconds, size=SIZE, expression=expression)
+
+
+def photograph() -> Frames:
+    """The face of scikit-image's `astronaut` (Eileen Collins, NASA, public domain), 128x128: one frame [1, H,
+    W, 3].
+
+    Raises:
+        InputError: scikit-image is not installed.
+    """
+    try:
+        from skimage import data
+    except ImportError as error:
+        raise InputError(
+            "The photograph of the evaluation comes with scikit-image, which is not installed. "
+            "Install the extra: pip install 'stableavatar[train]'"
+        ) from error
+    picture = Image.fromarray(data.astronaut()).crop(_CROP)
+    return np.asarray(picture.resize((SIZE, SIZE), Image.Resampling.LANCZOS))[None]
+
+
+def photograph_speech(seconds: float) -> tuple[Samples, Samples]:
+    """What the photograph says, a reading by a person first, and other speech of the same length."""
+    return evaluation_speech(0, seconds), evaluation_speech(_OTHER + 3, seconds)

@@ -1,0 +1,90 @@
+"""Is it still the same person: likeness to the truth outside mouth and eyes, where nothing that is said
+should show."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from stableavatar.evaluation.observation import Bar, Frames, Mask, Metric, Observation, median
+from stableavatar.evaluation.pictures import sharpness, shifted, signal_to_noise, structural_similarity
+
+
+def sharpness_ratio(made: Frames, true: Frames, where: Mask | None = None) -> float:
+    """Laplacian energy of `made` against that of `true`, over the pixels of `where`: 1 as sharp, 0 flat."""
+    return sharpness(made, where) / max(sharpness(true, where), 1e-9)
+
+
+def steadied_similarity(made: Frames, portrait: Frames, where: Mask, reach: int = 3) -> np.ndarray:
+    """SSIM of each frame to a portrait [1, H, W, 3] after the best shift of up to `reach` pixels: a head may
+    sway.
+
+    The shift is found for each frame by the smallest squared error over `where`, coarse steps first.
+    """
+    best = np.empty(len(made))
+    chosen = where.copy()
+    chosen[:reach] = chosen[-reach:] = False
+    chosen[:, :reach] = chosen[:, -reach:] = False
+    offsets = [(right, down) for right in range(-reach, reach + 1) for down in range(-reach, reach + 1)]
+    candidates = {offset: shifted(portrait, *offset) for offset in offsets}
+    values = {offset: candidate[0][chosen].astype(np.float32) for offset, candidate in candidates.items()}
+    for index, frame in enumerate(made):
+        seen = frame[chosen].astype(np.float32)
+        nearest = min(offsets, key=lambda offset: float(np.square(values[offset] - seen).mean()))
+        best[index] = structural_similarity(frame[None], candidates[nearest], chosen)[0]
+    return best
+
+
+def worst_second(values: np.ndarray, fps: float) -> float:
+    """The lowest mean over one second's frames; the last second may be shorter, but not below half of one."""
+    length = max(1, round(fps))
+    seconds = [values[start : start + length] for start in range(0, len(values), length)]
+    whole = [second.mean() for second in seconds if len(second) * 2 >= length]
+    return float(min(whole)) if whole else float(values.mean())
+
+
+def _similarity(clip: Observation) -> float:
+    return float(structural_similarity(clip.frames, clip.reference, clip.surroundings).mean())
+
+
+def _sharpness(clip: Observation) -> float:
+    return sharpness_ratio(clip.frames, clip.reference, clip.surroundings)
+
+
+def _drift_of_likeness(clip: Observation) -> float:
+    values = structural_similarity(clip.frames, clip.reference, clip.surroundings)
+    second = round(clip.fps)
+    return float(values[-second:].mean() - values[:second].mean())
+
+
+def _likeness(clip: Observation) -> float:
+    return worst_second(steadied_similarity(clip.frames, clip.reference[:1], clip.surroundings), clip.fps)
+
+
+def _photograph_noise(clip: Observation) -> float:
+    return worst_second(signal_to_noise(clip.frames, clip.reference, clip.surroundings), clip.fps)
+
+
+IDENTITY = (
+    Metric(
+        "similarity", "SSIM outside mouth and eyes", "", _similarity, median,
+        bars={"made": Bar(low=0.75)}, goals={"made": Bar(low=0.85)},
+    ),
+    Metric(
+        "sharpness", "sharpness there, against the truth's", "", _sharpness, median,
+        goals={"made": Bar(low=0.7)},
+    ),
+    Metric(
+        "similarity_drift", "SSIM, last second less first", "", _drift_of_likeness, median,
+        goals={"made": Bar(low=-0.02)},
+    ),
+)  # fmt: skip
+PHOTOGRAPH_IDENTITY = (
+    Metric(
+        "photograph_likeness", "photograph: SSIM to the portrait, worst second", "", _likeness, median,
+        bars={"made": Bar(low=0.6)},
+    ),
+    Metric(
+        "photograph_noise", "photograph: PSNR to the portrait, worst second", "dB", _photograph_noise, median
+    ),
+    Metric("photograph_sharpness", "photograph: sharpness against the portrait's", "", _sharpness, median),
+)  # fmt: skip

@@ -1,0 +1,133 @@
+"""Writes the figures of the embedded model into a document: table, contact sheets, curves of mouths and of
+losses."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from stableavatar.errors import InputError
+from stableavatar.evaluation.observation import Frames, Track
+from stableavatar.evaluation.scores import Scores, markdown_table
+from stableavatar.evaluation.sheets import (
+    contact_sheet,
+    line_plot,
+    loss_curve,
+    read_columns,
+    read_log,
+    telling_moments,
+    thin,
+    write_columns,
+)
+
+logger = logging.getLogger(__name__)
+
+START, END = "<!-- figures: written by stableavatar.evaluation.tiny -->", "<!-- end of figures -->"
+_MOMENTS = 10
+_SHOWN_SECONDS = 10
+_FPS = 25
+
+
+@dataclass
+class Exhibits:
+    """Clips kept for the report's pictures: rows of frames by name, and the opening called for and
+    measured."""
+
+    puppet: dict[str, Frames] = field(default_factory=dict)
+    puppet_called: Track | None = None
+    puppet_measured: Track | None = None
+    photograph: dict[str, Frames] = field(default_factory=dict)
+    photograph_called: Track | None = None
+    photograph_measured: Track | None = None
+
+
+def write_report(
+    document: Path, scores: Scores, exhibits: Exhibits, title: str, curves: Path | None = None
+) -> None:
+    """Puts the figures between the document's markers (at its end, where it has none yet) and the pictures
+    beside it.
+
+    Args:
+        document: a Markdown file, made when missing; pictures and CSV go to the folder of its name without
+            ending.
+        curves: a folder of training logs; each `NAME/*.jsonl` or `NAME.jsonl` becomes `curve_NAME.csv` beside
+            the pictures. Curves that lie there already are drawn again without it.
+
+    Raises:
+        InputError: `curves` holds no log, or the document has one marker without the other.
+    """
+    folder = document.with_suffix("")
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = [f"Measured: {title}.", "", markdown_table(scores), ""]
+    if exhibits.puppet and exhibits.puppet_called is not None:
+        moments = telling_moments(exhibits.puppet_called, _MOMENTS)
+        contact_sheet(exhibits.puppet, moments).save(folder / "puppet.png")
+        lines += ["An unseen puppet with unseen speech:", "", f"![puppet]({folder.name}/puppet.png)", ""]
+    lines += _mouth(folder, "puppet", exhibits.puppet_called, exhibits.puppet_measured)
+    if exhibits.photograph and exhibits.photograph_called is not None:
+        moments = telling_moments(exhibits.photograph_called, _MOMENTS)
+        contact_sheet(exhibits.photograph, moments).save(folder / "astronaut.png")
+        lines += ["A photograph, never trained on:", "", f"![astronaut]({folder.name}/astronaut.png)", ""]
+    lines += _mouth(folder, "astronaut", exhibits.photograph_called, exhibits.photograph_measured)
+    if curves is not None:
+        gather_curves(curves, folder)
+    lines += _draw_curves(folder)
+    _insert(document, "\n".join(lines))
+    logger.info("written to %s", document)
+
+
+def _mouth(folder: Path, name: str, called: Track | None, measured: Track | None) -> list[str]:
+    if called is None or measured is None:
+        return []
+    count = min(len(called), _SHOWN_SECONDS * _FPS)
+    seconds = np.arange(count) / _FPS
+    tracks = {
+        "called for by the speech": (seconds, called[:count].astype(np.float64)),
+        "measured": (seconds, measured[:count].astype(np.float64)),
+    }
+    line_plot(f"{name}: opening of the mouth", tracks, "seconds").save(folder / f"{name}_mouth.png")
+    return [f"![opening of the mouth]({folder.name}/{name}_mouth.png)", ""]
+
+
+def gather_curves(logs: Path, folder: Path) -> None:
+    """Copies the numbers of every training log below `logs` to `folder`, at most 300 rows each. Raises
+    InputError: none found."""
+    found = sorted(logs.rglob("*.jsonl")) if logs.is_dir() else []
+    if not found:
+        raise InputError(f"There is no training log (*.jsonl) in {logs}.")
+    for path in found:
+        name = path.parent.name if path.parent != logs else path.stem
+        columns = read_log(path)
+        if columns:
+            write_columns(thin(columns), folder / f"curve_{name}.csv")
+
+
+def _draw_curves(folder: Path) -> list[str]:
+    lines = []
+    for path in sorted(folder.glob("curve_*.csv")):
+        name = path.stem.removeprefix("curve_")
+        curve = loss_curve(name.replace("_", " "), read_columns(path))
+        if curve is not None:
+            curve.save(folder / f"curve_{name}.png")
+            lines += [f"![loss of the {name}]({folder.name}/curve_{name}.png)", ""]
+    return ["Training:", "", *lines] if lines else []
+
+
+def _insert(document: Path, text: str) -> None:
+    block = f"{START}\n\n{text.strip()}\n\n{END}\n"
+    if not document.exists():
+        document.write_text(f"# What `tiny` shows\n\n{block}", encoding="utf-8")
+        return
+    old = document.read_text(encoding="utf-8")
+    if (START in old) != (END in old):
+        raise InputError(
+            f"{document} has only one of the two markers around the figures; put both back, or neither."
+        )
+    if START in old:
+        before, rest = old.split(START, 1)
+        document.write_text(before + block.rstrip("\n") + rest.split(END, 1)[1], encoding="utf-8")
+    else:
+        document.write_text(old.rstrip("\n") + "\n\n" + block, encoding="utf-8")

@@ -1,0 +1,111 @@
+"""The table: scores of clips gathered to figures with their controls, held against the bars, shown and
+written."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from rich.table import Table
+
+from stableavatar.evaluation.observation import VARIANTS, Metric, Observation, Variant
+from stableavatar.evaluation.registry import GROUPS, Group
+
+_HEADINGS: dict[Variant, str] = {
+    "made": "result",
+    "true": "true frames",
+    "decoded": "decoded truth",
+    "still": "still picture",
+    "wrong": "wrong speech",
+}
+
+
+@dataclass
+class Scores:
+    """Every clip's value of every metric, by group and variant."""
+
+    values: dict[tuple[str, str, Variant], list[float]] = field(default_factory=dict)
+
+    def add(self, group: str, variant: Variant, clip: Observation) -> None:
+        """Measures a clip by every metric of a group of the registry."""
+        for metric in GROUPS[group].metrics:
+            self.values.setdefault((group, metric.name, variant), []).append(metric.measure(clip))
+
+    def figure(self, group: str, metric: Metric, variant: Variant) -> float | None:
+        """The figure of a metric, None where no clip of the variant was measured."""
+        values = self.values.get((group, metric.name, variant))
+        return None if values is None else metric.gather(values)
+
+    def missed(self) -> list[str]:
+        """A line for every bar of this state that a measured figure misses."""
+        lines = []
+        for name, group in GROUPS.items():
+            for metric in group.metrics:
+                for variant, bar in metric.bars.items():
+                    value = self.figure(name, metric, variant)
+                    if value is not None and not bar.passes(value):
+                        label = "" if variant == group.main else f" ({_HEADINGS[variant]})"
+                        lines.append(f"{metric.title}{label}: {value:.3g}, the bar is {bar}")
+        return lines
+
+    def rows(self) -> Iterator[list[str]]:
+        """The table's rows: figure, result, controls, this state's bar, the final bar, pass or miss."""
+        for name, group in GROUPS.items():
+            for metric in group.metrics:
+                shown = {variant: self.figure(name, metric, variant) for variant in VARIANTS}
+                if shown[group.main] is None:
+                    continue
+                cells = [_number(shown[group.main])]
+                cells += [_number(shown[v]) if v != group.main else "" for v in VARIANTS if v != "made"]
+                unit = f" [{metric.unit}]" if metric.unit else ""
+                yield [
+                    metric.title + unit,
+                    *cells,
+                    _bars(metric.bars, group),
+                    _bars(metric.goals, group),
+                    self._verdict(name, metric),
+                ]
+
+    def _verdict(self, group: str, metric: Metric) -> str:
+        judged = [
+            bar.passes(value)
+            for variant, bar in metric.bars.items()
+            if (value := self.figure(group, metric, variant)) is not None
+        ]
+        if not judged:
+            return ""
+        return "pass" if all(judged) else "MISS"
+
+
+def _number(value: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.1f}" if abs(value) >= 10 else f"{value:.2f}"
+
+
+def _bars(bars: object, group: Group) -> str:
+    assert isinstance(bars, dict)
+    return ", ".join(
+        str(bar) if variant == group.main else f"{_HEADINGS[variant]} {bar}" for variant, bar in bars.items()
+    )
+
+
+COLUMNS = ("figure", "result", *(_HEADINGS[v] for v in VARIANTS if v != "made"), "bar", "final bar", "")
+
+
+def rich_table(scores: Scores, title: str) -> Table:
+    """The table for a terminal."""
+    table = Table(title=title)
+    for index, column in enumerate(COLUMNS):
+        table.add_column(column, justify="right" if 0 < index < 6 else "left")
+    for row in scores.rows():
+        row[-1] = {"pass": "[green]pass[/]", "MISS": "[bold red]MISS[/]"}.get(row[-1], "")
+        table.add_row(row[0].replace("[", "\\["), *row[1:])
+    return table
+
+
+def markdown_table(scores: Scores) -> str:
+    """The table for a document."""
+    lines = ["| " + " | ".join(COLUMNS) + " |", "|---|" + "---:|" * 5 + "---|---|---|"]
+    lines += ["| " + " | ".join(row) + " |" for row in scores.rows()]
+    return "\n".join(lines)

@@ -1,0 +1,292 @@
+"""The table of the embedded model: what it shows on puppets and a photograph it has never seen, beside its
+controls.
+
+    python -m stableavatar.evaluation.tiny [--quick] [--model tiny] [--out docs/tiny.md]
+
+Every clip is made, measured and let go, one at a time; nothing is kept from run to run. Exit status 1 where a
+bar of this state is missed (spec/6-embedded-model.md). `--gate FOLDER` measures an autoencoder alone, before
+a transformer is trained.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKLWan
+from numpy.typing import NDArray
+from rich.console import Console
+
+from stableavatar.data.puppets import EVALUATION_SEED
+from stableavatar.errors import StableAvatarError
+from stableavatar.evaluation.cases import (
+    FPS,
+    FULL,
+    QUICK,
+    SIZE,
+    Plan,
+    Samples,
+    called_opening,
+    photograph,
+    photograph_speech,
+    prompted_cases,
+    silent_cases,
+    talking_cases,
+)
+from stableavatar.evaluation.lips import lip_score
+from stableavatar.evaluation.meter import MouthMeter, shipped_meter
+from stableavatar.evaluation.observation import Frames, Observation, Track, Variant
+from stableavatar.evaluation.regions import Regions, photograph_regions, puppet_regions
+from stableavatar.evaluation.report import Exhibits, write_report
+from stableavatar.evaluation.scores import Scores, rich_table
+from stableavatar.pipeline import AvatarPipeline, load
+from stableavatar.sampling.decoding import normalise_latents, stream_decode
+
+logger = logging.getLogger(__name__)
+
+Speaker = Callable[[NDArray[np.uint8], Samples, str, int], Frames]
+"""(portrait [H, W, 3], speech at 16 kHz [n], prompt, seed) to frames [F, H, W, 3] at 25 a second."""
+Coder = Callable[[Frames], Frames]
+"""Frames [4n+1, H, W, 3] through an autoencoder and back."""
+
+PHOTOGRAPH_PROMPT = "A woman is talking"
+
+
+class Evaluation:
+    """One run: clips are made by `speaker` and `coder`, read by `meter`, their values gathered in
+    `scores`."""
+
+    def __init__(self, plan: Plan, coder: Coder, speaker: Speaker | None, meter: MouthMeter) -> None:
+        self.plan = plan
+        self.coder = coder
+        self.speaker = speaker
+        self.meter = meter
+        self.scores = Scores()
+        self.exhibits = Exhibits()
+
+    def run(self) -> Scores:
+        """Everything of the plan; the autoencoder alone when there is no speaker."""
+        with _timed("puppets"):
+            self.talk()
+        if self.speaker is not None:
+            with _timed("silence and prompts"):
+                self.keep_silent(self.speaker)
+                self.follow_prompts(self.speaker)
+            with _timed("photograph"):
+                self.animate_photograph(self.speaker)
+        return self.scores
+
+    def observe(
+        self,
+        frames: Frames,
+        reference: Frames,
+        called: Track,
+        regions: Regions,
+        expression: str | None = None,
+    ) -> Observation:
+        """The first frames that all have, as an observation."""
+        count = min(len(frames), len(reference), len(called))
+        return Observation(
+            frames=frames[:count],
+            reference=reference[:count],
+            called=called[:count],
+            mouth=self.meter.measure(frames[:count]),
+            surroundings=regions.surroundings,
+            outside=regions.outside,
+            expression=expression,
+            fps=FPS,
+        )
+
+    def talk(self) -> None:
+        """Puppets against their truth, and every control of theirs."""
+        for index, case in enumerate(talking_cases(self.plan)):
+            truth = case.truth
+            regions = puppet_regions(truth.identity, SIZE)
+            decoded = self.coder(truth.frames)
+            opening = truth.articulation.opening
+            whole = self.observe(decoded, truth.frames, opening, regions)
+            self.scores.add("autoencoder", "decoded", whole)
+            still = np.broadcast_to(truth.portrait, truth.frames.shape)
+            self.scores.add("autoencoder", "still", self.observe(still, truth.frames, opening, regions))
+            count = len(case.frames)
+            variants: dict[Variant, Frames] = {
+                "true": case.frames,
+                "decoded": decoded[:count],
+                "still": still[:count],
+            }
+            if self.speaker is not None:
+                variants["made"] = self.speaker(truth.portrait, case.samples, truth.prompt, index)
+                if index < self.plan.wrong:
+                    variants["wrong"] = self.speaker(truth.portrait, case.other, truth.prompt, index)
+            for variant, frames in variants.items():
+                clip = self.observe(frames, case.frames, case.called, regions)
+                self.scores.add("puppets", variant, clip)
+                if variant == "made":
+                    score = lip_score(clip.mouth.opening, clip.called)
+                    logger.info("puppet %d: lips r %.2f at lag %d", index, score.correlation, score.lag)
+                    if index == 0:
+                        self.exhibits.puppet_measured = clip.mouth.opening
+            if index == 0:
+                self.exhibits.puppet_called = case.called
+                self.exhibits.puppet = {
+                    "truth": case.frames,
+                    "decoded": decoded[:count],
+                    **({"generated": variants["made"]} if "made" in variants else {}),
+                }
+
+    def keep_silent(self, speaker: Speaker) -> None:
+        """Silence fed: the mouth stays shut."""
+        for index, truth in enumerate(silent_cases(self.plan)):
+            regions = puppet_regions(truth.identity, SIZE)
+            made = speaker(truth.portrait, truth.samples, truth.prompt, index)
+            for variant, frames in _with_true(made, truth.frames):
+                clip = self.observe(frames, truth.frames, truth.articulation.opening, regions)
+                self.scores.add("silence", variant, clip)
+
+    def follow_prompts(self, speaker: Speaker) -> None:
+        """The same speech twice, asked to smile and asked to be serious."""
+        for index, truth in enumerate(prompted_cases(self.plan)):
+            regions = puppet_regions(truth.identity, SIZE)
+            made = speaker(truth.portrait, truth.samples, truth.prompt, index)
+            for variant, frames in _with_true(made, truth.frames):
+                clip = self.observe(
+                    frames, truth.frames, truth.articulation.opening, regions, truth.expression
+                )
+                self.scores.add("prompts", variant, clip)
+
+    def animate_photograph(self, speaker: Speaker) -> None:
+        """A photograph with real speech, its own and another's."""
+        portrait = photograph()
+        own, other = photograph_speech(self.plan.photograph_seconds)
+        frames = round(self.plan.photograph_seconds * FPS)
+        called = called_opening(own, frames)
+        regions = photograph_regions(SIZE)
+        still = np.broadcast_to(portrait, (frames, *portrait.shape[1:]))
+        coded = self.coder(still[: 4 * ((frames - 1) // 4) + 1])
+        variants: dict[Variant, Frames] = {
+            "made": speaker(portrait[0], own, PHOTOGRAPH_PROMPT, 0),
+            "decoded": coded,
+            "still": still,
+            "wrong": speaker(portrait[0], other, PHOTOGRAPH_PROMPT, 0),
+        }
+        for variant, made in variants.items():
+            clip = self.observe(made, still, called, regions)
+            self.scores.add("photograph", variant, clip)
+            if variant == "made":
+                self.exhibits.photograph_called = clip.called
+                self.exhibits.photograph_measured = clip.mouth.opening
+        self.exhibits.photograph = {"portrait": still, "decoded": coded, "generated": variants["made"]}
+
+
+def _with_true(made: Frames, true: Frames) -> Iterator[tuple[Variant, Frames]]:
+    yield "made", made
+    yield "true", true
+
+
+@contextmanager
+def _timed(what: str) -> Iterator[None]:
+    started = time.monotonic()
+    yield
+    logger.info("%s: %.0f s", what, time.monotonic() - started)
+
+
+@torch.no_grad()
+def code(vae: AutoencoderKLWan, frames: Frames) -> Frames:
+    """Frames [4n+1, H, W, 3] through the latents' means and back, as the pipeline decodes them."""
+    values = torch.from_numpy(np.ascontiguousarray(frames)).permute(3, 0, 1, 2)[None]
+    pictures = values.to(vae.device, vae.dtype) / 127.5 - 1
+    latents = normalise_latents(vae, vae.encode(pictures).latent_dist.mode().float())
+    decoded = stream_decode(vae, latents[0].unbind(1))
+    return np.stack([_as_bytes(frame) for frame in decoded])
+
+
+def _as_bytes(frame: torch.Tensor) -> NDArray[np.uint8]:
+    pixels = ((frame + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+    return pixels.permute(1, 2, 0).cpu().numpy()
+
+
+def pipeline_speaker(pipeline: AvatarPipeline, options: Mapping[str, Any]) -> Speaker:
+    """A pipeline as a speaker; `options` are fields of ``GenerateOptions`` in place of the model's own."""
+
+    def speak(portrait: NDArray[np.uint8], samples: Samples, prompt: str, seed: int) -> Frames:
+        stream = pipeline.stream(
+            portrait, samples, prompt=prompt, seed=seed, width=SIZE, height=SIZE, fps=FPS, **options
+        )
+        return np.stack(list(stream))
+
+    return speak
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m stableavatar.evaluation.tiny", description="The table of the embedded model."
+    )
+    parser.add_argument("--quick", action="store_true", help="a subset, about 2 minutes on two cores")
+    parser.add_argument("--model", default="tiny", help="tiny, or a folder in this project's layout")
+    parser.add_argument("--dtype", default="auto", help="auto, float32 or bfloat16")
+    parser.add_argument("--gate", type=Path, help="measure the autoencoder in this folder alone")
+    parser.add_argument(
+        "--out", type=Path, help="a document to write the table and pictures into, such as docs/tiny.md"
+    )
+    parser.add_argument(
+        "--curves", type=Path, help="a folder of training logs (*.jsonl) to draw the loss curves from"
+    )
+    parser.add_argument("--steps", type=int, help="denoising steps in place of the model's own")
+    parser.add_argument("--text-scale", type=float, help="strength of the prompt in place of the model's own")
+    parser.add_argument(
+        "--audio-scale", type=float, help="strength of the speech in place of the model's own"
+    )
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; see the module's first lines. Returns the exit status."""
+    options = _parser().parse_args(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    console = Console(width=None if sys.stdout.isatty() else 200)
+    started = time.monotonic()
+    plan = QUICK if options.quick else FULL
+    try:
+        speaker = None
+        if options.gate is not None:
+            vae = AutoencoderKLWan.from_pretrained(options.gate).eval()
+        else:
+            pipeline = load(options.model, dtype=options.dtype)
+            given = {
+                "steps": options.steps,
+                "text_scale": options.text_scale,
+                "audio_scale": options.audio_scale,
+            }
+            speaker = pipeline_speaker(
+                pipeline, {name: value for name, value in given.items() if value is not None}
+            )
+            vae = pipeline.vae
+        evaluation = Evaluation(plan, lambda frames: code(vae, frames), speaker, shipped_meter())
+        scores = evaluation.run()
+        minutes = (time.monotonic() - started) / 60
+        title = (
+            f"{options.gate or options.model}, {plan.puppets} puppets x {plan.seconds:g} s, "
+            f"seeds from {EVALUATION_SEED}, {minutes:.1f} min"
+        )
+        console.print(rich_table(scores, title))
+        if options.out is not None:
+            write_report(options.out, scores, evaluation.exhibits, title, options.curves)
+    except StableAvatarError as error:
+        logger.error("%s", error)
+        return 2
+    missed = scores.missed()
+    for line in missed:
+        console.print(f"[bold red]missed[/] {line}")
+    return 1 if missed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
