@@ -11,11 +11,12 @@ from dataclasses import dataclass
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
+from stableavatar.choices import OverlapWeights
 from stableavatar.errors import StableAvatarError
 from stableavatar.models.transformer import StableAvatarTransformer3DModel
 from stableavatar.sampling.guidance import Guidance
 from stableavatar.sampling.noise import Noise
-from stableavatar.sampling.windows import OverlapWeights, Window, WindowPlan, overlap_ramp
+from stableavatar.sampling.windows import Window, WindowPlan, overlap_ramp
 
 
 class SamplingError(StableAvatarError):

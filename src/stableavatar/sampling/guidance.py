@@ -7,11 +7,10 @@ the branches that it needs for given scales, and combines their predictions.
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import Enum
-from typing import Literal
 
 import torch
 
-GuidanceRule = Literal["three-branch", "audio-native"]
+from stableavatar.choices import GuidanceRule
 
 
 class Branch(Enum):
@@ -51,23 +50,12 @@ def three_branch(text_scale: float, audio_scale: float, *, has_audio: bool = Tru
     scales at 1 leave f alone, an audio scale of 1 leaves u out, equal scales leave a out. Without audio the
     rule is u + s_text·(p - u).
     """
-    if not has_audio:
-        if text_scale == 1:
-            return _alone(Branch.PROMPT)
-        return Guidance(
-            (Branch.NEITHER, Branch.PROMPT),
-            lambda v: v[Branch.NEITHER] + text_scale * (v[Branch.PROMPT] - v[Branch.NEITHER]),
-        )
     u, a, f = Branch.NEITHER, Branch.AUDIO, Branch.BOTH
-    if text_scale == audio_scale == 1:
-        return _alone(f)
-    if audio_scale == 1:
-        return Guidance((a, f), lambda v: v[a] + text_scale * (v[f] - v[a]))
-    if audio_scale == text_scale:
-        return Guidance((u, f), lambda v: v[u] + text_scale * (v[f] - v[u]))
-    if text_scale == 0:
-        return Guidance((u, a), lambda v: v[u] + audio_scale * (v[a] - v[u]))
-    return Guidance((u, a, f), lambda v: v[u] + audio_scale * (v[a] - v[u]) + text_scale * (v[f] - v[a]))
+    if not has_audio:
+        return _weighted({u: 1 - text_scale, Branch.PROMPT: text_scale})
+    if 1 != audio_scale != text_scale != 0:
+        return Guidance((u, a, f), lambda v: v[u] + audio_scale * (v[a] - v[u]) + text_scale * (v[f] - v[a]))
+    return _weighted({u: 1 - audio_scale, a: audio_scale - text_scale, f: text_scale})
 
 
 def audio_native(text_weight: float, audio_weight: float, *, has_audio: bool = True) -> Guidance:
@@ -80,21 +68,23 @@ def audio_native(text_weight: float, audio_weight: float, *, has_audio: bool = T
     """
     if not has_audio:
         return three_branch(1 + text_weight, 1, has_audio=False)
-    f = Branch.BOTH
-    weights = {Branch.AUDIO: text_weight, Branch.PROMPT: audio_weight}
-    minus = {branch: weight for branch, weight in weights.items() if weight != 0}
+    return _weighted(
+        {
+            Branch.AUDIO: -text_weight,
+            Branch.PROMPT: -audio_weight,
+            Branch.BOTH: 1 + text_weight + audio_weight,
+        }
+    )
+
+
+def _weighted(weights: Mapping[Branch, float]) -> Guidance:
+    """The sum of predictions times weights; a branch of weight zero is not predicted."""
+    needed = {branch: weight for branch, weight in weights.items() if weight != 0}
 
     def combine(v: Predictions) -> torch.Tensor:
-        guided = (1 + text_weight + audio_weight) * v[f]
-        for branch, weight in minus.items():
-            guided = guided - weight * v[branch]
-        return guided
+        return torch.stack([weight * v[branch] for branch, weight in needed.items()]).sum(dim=0)
 
-    return Guidance((*minus, f), combine)
-
-
-def _alone(branch: Branch) -> Guidance:
-    return Guidance((branch,), lambda v: v[branch])
+    return Guidance(tuple(needed), combine)
 
 
 GUIDANCE_RULES: dict[GuidanceRule, Callable[..., Guidance]] = {

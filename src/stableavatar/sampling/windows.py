@@ -2,14 +2,11 @@
 
 from dataclasses import dataclass
 from math import e, log
-from typing import Literal
 
 import torch
 
+from stableavatar.choices import Compat, OverlapWeights
 from stableavatar.errors import InputError
-
-Compat = Literal["upstream"]
-OverlapWeights = Literal["uniform", "log"]
 
 
 def latent_frames_for(frames: int) -> int:

@@ -1,0 +1,326 @@
+import math
+
+import pytest
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from stableavatar.errors import InputError
+from stableavatar.sampling.decoding import denormalise_latents, normalise_latents, stream_decode
+from stableavatar.sampling.engine import (
+    Cell,
+    Conditions,
+    Denoiser,
+    SamplingError,
+    Schedule,
+    sample_lockstep,
+)
+from stableavatar.sampling.guidance import Branch, audio_native, three_branch
+from stableavatar.sampling.noise import GivenNoise, PositionalNoise
+from stableavatar.sampling.windows import (
+    Window,
+    WindowPlan,
+    latent_frames_for,
+    overlap_ramp,
+    plan_windows,
+)
+from toy import toy_transformer, toy_vae
+
+plans = st.tuples(st.integers(1, 60), st.integers(3, 21)).flatmap(
+    lambda lf: st.builds(plan_windows, st.just(lf[0]), st.just(lf[1]), st.integers(2, lf[1] - 1))
+)
+
+
+class TestPlan:
+    @pytest.mark.parametrize(("frames", "latents"), [(1, 1), (2, 2), (5, 2), (6, 3), (81, 21), (84, 22)])
+    def test_frames_are_rounded_up_to_latents(self, frames: int, latents: int) -> None:
+        assert latent_frames_for(frames) == latents == math.ceil((frames - 1) / 4) + 1
+
+    @given(plans)
+    def test_every_window_is_full_and_the_video_is_covered(self, plan: WindowPlan) -> None:
+        covered = 0
+        for window in plan.windows:
+            assert window.length == plan.window_latents
+            assert 0 <= window.start <= window.write_start
+            if window.index:
+                before = plan.windows[window.index - 1]
+                assert window.write_start == before.stop - plan.overlap
+                assert window.start > before.start
+                assert window.stop > before.stop
+            else:
+                assert window.write_start == 0
+            covered = window.stop
+        assert covered == plan.latent_frames
+
+    def test_the_last_window_is_moved_back(self) -> None:
+        plan = plan_windows(40, 21, 5)
+        assert plan.windows == (Window(0, 0, 21, 0), Window(1, 16, 37, 16), Window(2, 19, 40, 32))
+
+    def test_no_window_too_many(self) -> None:
+        assert len(plan_windows(21, 21, 5).windows) == 1
+        assert len(plan_windows(37, 21, 5).windows) == 2
+        assert len(plan_windows(38, 21, 5).windows) == 3
+
+    def test_upstream_plans_a_short_last_window(self) -> None:
+        plan = plan_windows(47, 21, 10, compat="upstream")
+        assert [(w.start, w.stop) for w in plan.windows] == [(0, 21), (11, 32), (22, 43), (33, 47)]
+
+    @given(
+        st.integers(3, 21).flatmap(lambda f: st.tuples(st.just(f), st.integers(2, f - 1))), st.integers(1, 60)
+    )
+    def test_upstream_tails_are_longer_than_the_overlap(self, sizes: tuple[int, int], more: int) -> None:
+        plan = plan_windows(sizes[0] + more, *sizes, compat="upstream")
+        assert plan.windows[-1].length > plan.overlap
+        assert plan.windows[-1].stop == plan.latent_frames
+
+    def test_upstream_refuses_what_fits_one_window(self) -> None:
+        with pytest.raises(InputError, match="longer speech"):
+            plan_windows(21, 21, 5, compat="upstream")
+
+    @pytest.mark.parametrize("overlap", [1, 21, 30])
+    def test_an_overlap_that_does_not_fit(self, overlap: int) -> None:
+        with pytest.raises(InputError, match="choose 2 to 20"):
+            plan_windows(50, 21, overlap)
+
+    def test_ramps(self) -> None:
+        assert overlap_ramp(5, "uniform").tolist() == [0, 0.25, 0.5, 0.75, 1]
+        log = [math.log(1 + (math.e - 1) * j / 4) for j in range(5)]
+        assert overlap_ramp(5, "log").tolist() == pytest.approx(log)
+
+
+class TestNoise:
+    def test_it_depends_on_seed_and_position_alone(self) -> None:
+        noise = PositionalNoise(7, 2, 3, 3)
+        long, short = noise.frames(0, 12), noise.frames(4, 6)
+        assert torch.equal(long[:, 4:6], short)
+        assert not torch.equal(PositionalNoise(8, 2, 3, 3).frames(4, 6), short)
+        assert not torch.equal(long[:, 0], long[:, 1])
+
+    def test_it_is_standard_normal(self) -> None:
+        noise = PositionalNoise(0, 16, 16, 16).frames(0, 30)
+        assert abs(noise.mean()) < 0.01
+        assert abs(noise.std() - 1) < 0.01
+        flat = noise.transpose(0, 1).flatten(1)
+        correlation = torch.corrcoef(flat) - torch.eye(30)
+        assert correlation.abs().max() < 0.08
+
+    def test_given_noise_that_is_too_short(self) -> None:
+        with pytest.raises(ValueError, match="5 latent frames, 6"):
+            GivenNoise(torch.zeros(2, 5, 3, 3)).frames(2, 6)
+
+
+def numbers(*values: float) -> dict[Branch, torch.Tensor]:
+    branches = (Branch.NEITHER, Branch.AUDIO, Branch.PROMPT, Branch.BOTH)
+    return {branch: torch.tensor(value) for branch, value in zip(branches, values, strict=True)}
+
+
+class TestGuidance:
+    scales = st.sampled_from([0.0, 0.5, 1.0, 3.0, 5.0])
+
+    @given(scales, scales)
+    def test_three_branches_and_what_is_dropped(self, text: float, audio: float) -> None:
+        u, a, p, f = 0.3, -1.2, 0.7, 2.0
+        rule = three_branch(text, audio)
+        values = {b: v for b, v in numbers(u, a, p, f).items() if b in rule.branches}
+        assert rule.combine(values).item() == pytest.approx(u + audio * (a - u) + text * (f - a), abs=1e-5)
+        weights = {Branch.NEITHER: 1 - audio, Branch.AUDIO: audio - text, Branch.BOTH: text}
+        assert set(rule.branches) == {branch for branch, weight in weights.items() if weight != 0}
+
+    @given(scales)
+    def test_without_audio(self, text: float) -> None:
+        rule = three_branch(text, 5.0, has_audio=False)
+        assert not any(branch.audio for branch in rule.branches)
+        assert rule.combine(numbers(0.3, 9, 0.7, 9)).item() == pytest.approx(0.3 + text * 0.4)
+
+    @given(scales, scales)
+    def test_audio_native(self, text: float, audio: float) -> None:
+        rule = audio_native(text, audio)
+        values = {b: v for b, v in numbers(9.0, -1.2, 0.7, 2.0).items() if b in rule.branches}
+        expected = (1 + text + audio) * 2.0 - text * -1.2 - audio * 0.7
+        assert rule.combine(values).item() == pytest.approx(expected, abs=1e-5)
+        assert (Branch.AUDIO in rule.branches) == (text != 0)
+        assert (Branch.PROMPT in rule.branches) == (audio != 0)
+
+    def test_audio_native_without_audio(self) -> None:
+        rule = audio_native(2.0, 3.0, has_audio=False)
+        assert rule.combine(numbers(0.3, 9, 0.7, 9)).item() == pytest.approx(3 * 0.7 - 2 * 0.3)
+
+
+def drift(window: Window, step: int, latents: torch.Tensor) -> torch.Tensor:
+    """A cell whose result depends on the whole window, its place and the step."""
+    mixed = latents + 0.1 * latents.mean(dim=1, keepdim=True) + 0.01 * (window.index + 1) * (step + 1)
+    return mixed + 0.05 * torch.arange(window.length).view(1, -1, 1, 1).sin()
+
+
+def by_the_letter(
+    plan: WindowPlan, steps: int, noise: torch.Tensor, cell: Cell, ramp: list[float]
+) -> torch.Tensor:
+    """The rule of the specification, latent by latent, with the written windows of a step kept apart."""
+    versions = [noise]
+    for step in range(steps):
+        after = versions[-1].clone()
+        results = [cell(w, step, versions[-1][:, w.start : w.stop]) for w in plan.windows]
+        for window, result in zip(plan.windows, results, strict=True):
+            for latent in range(window.write_start, window.stop):
+                new = result[:, latent - window.start]
+                j = latent - window.write_start
+                if step > 0 and window.index > 0 and j < plan.overlap:
+                    new = new * ramp[j] + after[:, latent] * (1 - ramp[j])
+                if plan.compat == "upstream":
+                    new = new.bfloat16().float()
+                after[:, latent] = new
+        versions.append(after)
+    return versions[-1]
+
+
+class TestLockstep:
+    @settings(max_examples=40, deadline=None)
+    @given(plans, st.integers(1, 4), st.sampled_from(["uniform", "log"]))
+    def test_it_is_the_rule_by_the_letter(self, plan: WindowPlan, steps: int, weights: str) -> None:
+        noise = PositionalNoise(1, 2, 1, 2)
+        ours = sample_lockstep(plan, steps, noise, drift, weights=weights)
+        ramp = overlap_ramp(plan.overlap, weights).tolist()
+        expected = by_the_letter(plan, steps, noise.frames(0, plan.latent_frames), drift, ramp)
+        torch.testing.assert_close(ours, expected, atol=1e-6, rtol=1e-6)
+
+    def test_upstream_rounds_to_bfloat16(self) -> None:
+        plan = plan_windows(30, 13, 4, compat="upstream")
+        noise = PositionalNoise(1, 2, 1, 2)
+        ours = sample_lockstep(plan, 3, noise, drift)
+        assert torch.equal(ours, ours.bfloat16().float())
+        expected = by_the_letter(plan, 3, noise.frames(0, 30), drift, overlap_ramp(4, "uniform").tolist())
+        torch.testing.assert_close(ours, expected, atol=0.02, rtol=0)
+        assert not torch.equal(sample_lockstep(plan_windows(30, 13, 4), 3, noise, drift), ours)
+
+    def test_the_beginning_does_not_depend_on_the_first_steps_of_a_longer_video(self) -> None:
+        noise = PositionalNoise(1, 2, 1, 2)
+        short, long = (sample_lockstep(plan_windows(n, 9, 3), 1, noise, drift) for n in (21, 33))
+        assert torch.equal(short[:, :18], long[:, :18])
+
+    @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+    def test_latents_that_are_no_numbers_stop_the_run(self, bad: float) -> None:
+        def cell(window: Window, step: int, latents: torch.Tensor) -> torch.Tensor:
+            return latents * (bad if (window.index, step) == (1, 2) else 1)
+
+        with pytest.raises(SamplingError, match="step 3 of 4 in window 2 of 2"):
+            sample_lockstep(plan_windows(37, 21, 5), 4, PositionalNoise(0, 1, 1, 1), cell)
+
+    def test_progress_counts_every_cell(self) -> None:
+        seen: list[tuple[int, int]] = []
+        sample_lockstep(
+            plan_windows(37, 21, 5),
+            2,
+            PositionalNoise(0, 1, 1, 1),
+            drift,
+            progress=lambda step, window: seen.append((step, window.index)),
+        )
+        assert seen == [(0, 0), (0, 1), (1, 0), (1, 1)]
+
+
+class TestSchedule:
+    def test_sigmas_are_the_schedulers_own(self) -> None:
+        schedule = Schedule.from_scheduler(FlowMatchEulerDiscreteScheduler(shift=5.0), 50)
+        assert len(schedule) == 50
+        assert schedule.sigmas[0] == 1
+        assert schedule.sigmas[-2].item() == pytest.approx(0.0244, abs=1e-4)  # shifted twice
+        assert schedule.sigmas[-1] == 0
+
+    def test_euler_steps_to_the_clean_video(self) -> None:
+        schedule = Schedule.from_scheduler(FlowMatchEulerDiscreteScheduler(shift=5.0), 7)
+        clean, noise = torch.randn(2, 1, 2, 3, 3, generator=torch.Generator().manual_seed(0))
+        latents = noise
+        for step in range(7):
+            latents = schedule.euler_step(latents, noise - clean, step)
+        torch.testing.assert_close(latents, clean, atol=1e-5, rtol=0)
+
+
+class TestDenoiser:
+    def denoiser(self, **changes: object) -> Denoiser:
+        generator = torch.Generator().manual_seed(5)
+
+        def draw(*shape: int) -> torch.Tensor:
+            return torch.randn(shape, generator=generator)
+
+        conditions = Conditions(draw(1, 48, 16), draw(1, 48, 16), draw(1, 5, 32), draw(1, 20, 5, 4, 4))
+        features = draw(1, 20, 24)
+        arguments = {
+            "transformer": toy_transformer(),
+            "schedule": Schedule.from_scheduler(FlowMatchEulerDiscreteScheduler(shift=5.0), 3),
+            "guidance": three_branch(3.0, 5.0),
+            "conditions": conditions,
+            "speech": lambda _window: features,
+            "window_latents": 5,
+        }
+        return Denoiser(**{**arguments, **changes})
+
+    def test_branches_get_their_prompt_and_audio(self) -> None:
+        denoiser = self.denoiser()
+        window, latents = Window(0, 0, 5, 0), PositionalNoise(0, 16, 4, 4).frames(0, 5)
+        with torch.no_grad():
+            u, a, f = denoiser.predict_branches(window, 1, latents)
+            shared = {
+                "hidden_states": latents[None],
+                "condition": denoiser.conditions.reference,
+                "timestep": denoiser.schedule.timesteps[1:2],
+                "encoder_hidden_states_image": denoiser.conditions.portrait,
+            }
+            features = denoiser.speech(window)
+            negative, prompt = denoiser.conditions.negative_prompt, denoiser.conditions.prompt
+            model = denoiser.transformer
+            for ours, text, speech in ((u, negative, None), (a, negative, features), (f, prompt, features)):
+                alone = model(**shared, encoder_hidden_states=text, speech_features=speech).sample[0]
+                torch.testing.assert_close(ours, alone, atol=1e-5, rtol=0)
+            guided = denoiser.predict(window, 1, latents)
+        torch.testing.assert_close(guided, u + 5 * (a - u) + 3 * (f - a))
+
+    def test_no_audio_at_the_input_or_at_the_output_of_the_adapter(self) -> None:
+        window, latents = Window(0, 0, 5, 0), PositionalNoise(0, 16, 4, 4).frames(0, 5)
+        output = self.denoiser()(window, 0, latents)
+        at_input = self.denoiser(no_audio="input")(window, 0, latents)
+        assert not torch.allclose(output, at_input, atol=1e-3)
+        unguided = [
+            self.denoiser(no_audio=where, guidance=three_branch(1, 1))(window, 0, latents)
+            for where in ("input", "output")
+        ]
+        assert torch.equal(*unguided)
+
+
+class TestDecoding:
+    def test_latent_after_latent_equals_all_at_once(self) -> None:
+        vae = toy_vae()
+        latents = torch.randn(1, 16, 6, 4, 3, generator=torch.Generator().manual_seed(0))
+        with torch.no_grad():
+            whole = vae.decode(denormalise_latents(vae, latents)).sample[0]
+        streamed = torch.stack(list(stream_decode(vae, latents[0].unbind(1))), dim=1)
+        assert streamed.shape == (3, 21, 32, 24)
+        torch.testing.assert_close(streamed, whole, atol=1e-5, rtol=0)
+
+    def test_two_videos_decoded_in_turn_do_not_mix(self) -> None:
+        vae = toy_vae()
+        first, second = torch.randn(2, 16, 3, 2, 2, generator=torch.Generator().manual_seed(0))
+        alone = torch.stack(list(stream_decode(vae, first.unbind(1))))
+        a, b = stream_decode(vae, first.unbind(1)), stream_decode(vae, second.unbind(1))
+        frames = [frame for pair in zip(a, b, strict=True) for frame in pair][::2]
+        assert torch.equal(torch.stack(frames), alone)
+
+    def test_latents_are_taken_as_frames_are_asked_for(self) -> None:
+        vae, taken = toy_vae(), []
+
+        def latents() -> object:
+            for index in range(1000):
+                taken.append(index)
+                yield torch.zeros(16, 2, 2)
+
+        frames = stream_decode(vae, latents())
+        for _ in range(6):
+            next(frames)
+        assert taken == [0, 1, 2]
+
+    def test_normalisation(self) -> None:
+        vae = toy_vae()
+        raw = torch.randn(1, 16, 2, 2, 2, generator=torch.Generator().manual_seed(0))
+        normal = normalise_latents(vae, raw)
+        mean, std = vae.config.latents_mean[3], vae.config.latents_std[3]
+        torch.testing.assert_close(normal[:, 3], (raw[:, 3] - mean) / std)
+        torch.testing.assert_close(denormalise_latents(vae, normal), raw)
