@@ -5,26 +5,35 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, Literal
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from stableavatar.conditioning.speech import SpeechNormalisation
+from stableavatar.choices import (
+    Aspect,
+    Compat,
+    Fit,
+    GuidanceRule,
+    NoAudio,
+    OverlapWeights,
+    Preset,
+    SpeechNormalisation,
+)
 from stableavatar.errors import InputError
 from stableavatar.media.timing import parse_fps
-from stableavatar.sampling.guidance import GuidanceRule
-from stableavatar.sampling.windows import Compat, OverlapWeights
-
-Fit = Literal["crop", "pad", "stretch"]
-Aspect = Literal["auto", "square", "tall", "wide"]
-NoAudio = Literal["output", "input"]
-Preset = Literal[
-    "ultrafast", "superfast", "veryfast", "faster", "fast", "medium", "slow", "slower", "veryslow"
-]
 
 SIZE_MULTIPLE = 16  # pixels: 8 of the autoencoder, 2 of the transformer's patches
 
+# Headings under which the command line's help lists the options.
+PICTURE = "What is to be seen"
+SAMPLING = "How it is made (by default as suits the model)"
+TIME = "Time"
+EXPERT = "For comparisons with the published code"
+FILE = "The file"
 
-def _option(default: Any, help: str, **checks: Any) -> Any:
-    return field(default=default, metadata={"help": help, **checks})
+
+def _option(default: Any, help: str, *, panel: str, **more: Any) -> Any:
+    """A field; `more` are its checks (minimum, maximum, above), and its flag where that is not its name."""
+    return field(default=default, metadata={"help": help, "panel": panel, **more})
 
 
 @dataclass(frozen=True)
@@ -38,81 +47,103 @@ class GenerateOptions:
     prompt: str = _option(
         "The protagonist is talking",
         "What is to be seen: first frame, behaviour, background. Vague prompts give vague motion.",
+        panel=PICTURE,
     )
     negative_prompt: str | None = _option(
-        None, "What is not to be seen; by default the list that the model was trained for."
+        None, "What is not to be seen; by default the list that the model was trained for.", panel=PICTURE
     )
     width: int | None = _option(
-        None, "Width in pixels, a multiple of 16. Far from the trained sizes faces distort.", minimum=16
+        None,
+        "Width in pixels, a multiple of 16. Far from the trained sizes faces distort.",
+        panel=PICTURE,
+        minimum=16,
     )
-    height: int | None = _option(None, "Height in pixels, a multiple of 16.", minimum=16)
+    height: int | None = _option(None, "Height in pixels, a multiple of 16.", panel=PICTURE, minimum=16)
     aspect: Aspect = _option(
         "auto",
         "Which of the model's sizes to use when no width and height are given; auto looks at the picture.",
+        panel=PICTURE,
     )
     fit: Fit = _option(
-        "crop", "How the portrait is brought to the size: crop the edges, pad with a border, or stretch it."
+        "crop",
+        "How the portrait is brought to the size: crop the edges, pad with a border, or stretch it.",
+        panel=PICTURE,
     )
     steps: int | None = _option(
         None,
         "Denoising steps. Fewer are faster and blur lips and teeth; more than 50 change little.",
+        panel=SAMPLING,
         minimum=1,
     )
     guidance: GuidanceRule = _option(
         "three-branch",
         "How prompt and speech are enforced: three-branch (as published), or audio-native (our reading of "
         "the paper's idea).",
+        panel=SAMPLING,
     )
     text_scale: float | None = _option(
         None,
         "Strength of the prompt, usually 3 to 6. Higher follows it more closely and burns colours.",
+        panel=SAMPLING,
         minimum=0,
     )
     audio_scale: float | None = _option(
         None,
         "Strength of the speech, usually 3 to 6. Lower mumbles, higher exaggerates the mouth.",
+        panel=SAMPLING,
         minimum=0,
     )
     window: int | None = _option(
         None,
         "Frames of a window, 4n+1. Longer than trained loses sharpness, shorter loses motion.",
+        panel=SAMPLING,
         minimum=5,
     )
     overlap: int | None = _option(
         None,
         "Latent frames (of 4 frames) that windows share, 5 to 15. More is smoother and slower.",
+        panel=SAMPLING,
         minimum=2,
     )
-    overlap_weights: OverlapWeights = _option("uniform", "Ramp from window to window: uniform or log.")
+    overlap_weights: OverlapWeights = _option(
+        "uniform", "Ramp from window to window: uniform or log.", panel=SAMPLING
+    )
     seed: int | None = _option(
         None,
         "The number that the noise grows from; the same seed repeats a video. By default a new one.",
+        panel=SAMPLING,
         minimum=0,
     )
     fps: float = _option(
-        25.0, "Frames a second of the video. The model was trained at 20 to 30.", minimum=1, maximum=120
+        25.0,
+        "Frames a second of the video. The model was trained at 20 to 30.",
+        panel=TIME,
+        minimum=1,
+        maximum=120,
     )
-    start: float = _option(0.0, "Where in the recording to begin, in seconds.", minimum=0)
+    start: float = _option(0.0, "Where in the recording to begin, in seconds.", panel=TIME, minimum=0)
     duration: float | None = _option(
-        None, "Length of the video in seconds; by default the recording's.", above=0
+        None, "Length of the video in seconds; by default the recording's.", panel=TIME, above=0
     )
     no_audio: NoAudio = _option(
         "output",
         "What the guidance's branches without speech hear: zeros after the audio adapter (output, as "
         "published) or before it (input, as in training).",
+        panel=EXPERT,
     )
     speech_normalisation: SpeechNormalisation = _option(
         "window",
         "Loudness is evened out in every window (as published; pauses get loud) or over the recording.",
+        panel=EXPERT,
     )
     compat: Compat | None = _option(
         None,
         "upstream: plan windows and round latents as the published code does, to repeat an earlier result.",
+        panel=EXPERT,
     )
 
     def __post_init__(self) -> None:
-        for f in fields(self):
-            _check_range(f.name, getattr(self, f.name), f.metadata)
+        _check_values(self)
         for name in ("width", "height"):
             value = getattr(self, name)
             if value is not None and value % SIZE_MULTIPLE:
@@ -239,15 +270,20 @@ class OutputOptions:
     quality: int = _option(
         18,
         "H.264 quality, 0 to 51; lower is better and larger, 18 looks like the frames.",
+        panel=FILE,
         minimum=0,
         maximum=51,
     )
-    preset: Preset = _option("medium", "H.264 preset: slower ones make smaller files.")
-    frames: Path | None = _option(None, "A folder for the frames as PNG files, beside the video.")
+    preset: Preset = _option("medium", "H.264 preset: slower ones make smaller files.", panel=FILE)
+    frames: Path | None = _option(
+        None,
+        "A new or empty folder for the frames as PNG files, beside the video.",
+        panel=FILE,
+        flag="--frames-folder",
+    )
 
     def __post_init__(self) -> None:
-        for f in fields(self):
-            _check_range(f.name, getattr(self, f.name), f.metadata)
+        _check_values(self)
 
 
 def tuple2(size: Any) -> tuple[int, int]:
@@ -266,8 +302,30 @@ def check_overlap(window: int, overlap: int) -> None:
         )
 
 
+def choices_of(annotation: Any) -> tuple[str, ...]:
+    """What a field of this type chooses from; nothing where it takes any value."""
+    if get_origin(annotation) is Literal:
+        return get_args(annotation)
+    if get_origin(annotation) in (Union, UnionType):
+        return tuple(choice for part in get_args(annotation) for choice in choices_of(part))
+    return ()
+
+
+def _check_values(options: Any) -> None:
+    types = get_type_hints(type(options))
+    for f in fields(options):
+        value = getattr(options, f.name)
+        if value is None:
+            continue
+        choices = choices_of(types[f.name])
+        if choices and value not in choices:
+            label = f.name.replace("_", " ")
+            raise InputError(f"{label} {value!r} is not known: choose one of {', '.join(choices)}")
+        _check_range(f.name, value, f.metadata)
+
+
 def _check_range(name: str, value: Any, checks: Mapping[str, Any]) -> None:
-    if value is None or isinstance(value, str | Path):
+    if isinstance(value, str | Path):
         return
     label = name.replace("_", " ")
     if value != value or value in (float("inf"), float("-inf")):

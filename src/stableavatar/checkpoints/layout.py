@@ -149,7 +149,7 @@ class PublishedLayout:
 
 def download_command(target: Path, variant: str = "square", size: str = "1.3b") -> str:
     """The command that downloads what a model of this variant and size needs into a folder."""
-    sizes = "" if size == "1.3b" else f" --size {size}"
+    sizes = "" if size == "1.3b" else f" --model-size {size}"
     return f"stableavatar download --variant {variant}{sizes} --output {shlex.quote(str(target))}"
 
 

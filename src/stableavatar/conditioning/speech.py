@@ -2,18 +2,16 @@
 
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from transformers import Wav2Vec2Model
 
+from stableavatar.choices import SpeechNormalisation
 from stableavatar.media.audio import SPEECH_RATE, Speech
 from stableavatar.media.timing import sample_position
 from stableavatar.sampling.windows import Window, WindowPlan
-
-SpeechNormalisation = Literal["window", "recording"]
 
 
 @dataclass(frozen=True)

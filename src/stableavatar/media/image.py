@@ -10,12 +10,13 @@ import struct
 import warnings
 import zlib
 from pathlib import Path
-from typing import Literal, cast, get_args
+from typing import cast, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 
+from stableavatar.choices import Fit
 from stableavatar.errors import InputError
 from stableavatar.media.files import check_file, reason_of
 from stableavatar.media.reading import read_frames
@@ -23,7 +24,6 @@ from stableavatar.media.reading import read_frames
 logger = logging.getLogger(__name__)
 
 Picture = NDArray[np.uint8]
-Fit = Literal["crop", "pad", "stretch"]
 
 MIN_SIDE = 16
 MAX_PIXELS = 120_000_000

@@ -12,7 +12,7 @@ from contextlib import suppress
 from fractions import Fraction
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Any, Protocol, get_args
 
 import av
 import numpy as np
@@ -26,6 +26,7 @@ from av.video.reformatter import (
 )
 from PIL import Image
 
+from stableavatar.choices import Preset
 from stableavatar.errors import InputError
 from stableavatar.media.audio import Samples, Sound
 from stableavatar.media.files import reason_of
@@ -46,17 +47,7 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-PRESETS = (
-    "ultrafast",
-    "superfast",
-    "veryfast",
-    "faster",
-    "fast",
-    "medium",
-    "slow",
-    "slower",
-    "veryslow",
-)
+PRESETS = get_args(Preset)
 MAX_QUALITY = 51
 _LONGEST_NAME = 255
 _ACCURATE = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INP
