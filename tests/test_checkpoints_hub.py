@@ -1,0 +1,287 @@
+"""Downloads from a real HTTP server on the loopback that speaks as much of the hub's language as needed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+import pytest
+from huggingface_hub import constants
+
+import published_toy as toy
+from stableavatar.checkpoints import hub
+from stableavatar.checkpoints.layout import find_published
+from stableavatar.errors import CheckpointError, InputError
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+LARGE = (".pt", ".pth", ".safetensors", ".bin", ".onnx")
+
+
+class Hub(ThreadingHTTPServer):
+    """Repositories as dictionaries of files; what was fetched is written down."""
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.repositories: dict[str, dict[str, bytes]] = {}
+        self.gated: set[str] = set()
+        self.damaged: set[str] = set()
+        self.stated_sizes: dict[str, int] = {}
+        self.fetched: list[str] = []
+        self.tokens: set[str | None] = set()
+        self.failing = False
+
+    @property
+    def address(self) -> str:
+        return f"http://127.0.0.1:{self.server_address[1]}"
+
+
+class Handler(BaseHTTPRequestHandler):
+    server: Hub
+
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
+
+    def do_HEAD(self) -> None:
+        self.answer(body=False)
+
+    def do_GET(self) -> None:
+        self.answer(body=True)
+
+    def reply(self, status: int, content: bytes, body: bool = True, **headers: str) -> None:
+        self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name.replace("_", "-"), value)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        if body:
+            self.wfile.write(content)
+
+    def answer(self, body: bool) -> None:
+        self.server.tokens.add(self.headers.get("Authorization"))
+        path = unquote(urlsplit(self.path).path).strip("/")
+        if self.server.failing:
+            return self.reply(503, b"{}", body)
+        if path.startswith("api/models/"):
+            owner, name, what, revision = [*path.split("/")[2:], "revision", "main"][:4]
+        else:
+            owner, name, what, revision = path.split("/")[:4]
+        repo_id = f"{owner}/{name}"
+        if repo_id in self.server.gated:
+            return self.reply(403, b"{}", body, X_Error_Code="GatedRepo")
+        if repo_id not in self.server.repositories:
+            return self.reply(404, b"{}", body, X_Error_Code="RepoNotFound")
+        if revision not in ("main", "v1", COMMIT):
+            return self.reply(404, b"{}", body, X_Error_Code="RevisionNotFound")
+        files = self.server.repositories[repo_id]
+        if what == "revision":
+            answer = {"id": repo_id, "sha": COMMIT, "siblings": [{"rfilename": file} for file in files]}
+            return self.reply(200, json.dumps(answer).encode(), body, Content_Type="application/json")
+        if what == "tree":
+            entries = [self.entry(file, content) for file, content in files.items()]
+            return self.reply(200, json.dumps(entries).encode(), body, Content_Type="application/json")
+        return self.send_file(path.split(f"/{revision}/", 1)[1], files, body)
+
+    def entry(self, path: str, content: bytes) -> dict[str, Any]:
+        size = self.server.stated_sizes.get(path, len(content))
+        entry: dict[str, Any] = {
+            "type": "file",
+            "path": path,
+            "size": size,
+            "oid": hashlib.sha1(content).hexdigest(),
+        }
+        if path.endswith(LARGE):
+            sha256 = hashlib.sha256(content).hexdigest()
+            entry["lfs"] = {"oid": sha256, "size": size, "pointerSize": 130}
+        return entry
+
+    def send_file(self, path: str, files: dict[str, bytes], body: bool) -> None:
+        if path not in files:
+            return self.reply(404, b"{}", body, X_Error_Code="EntryNotFound")
+        content = files[path]
+        etag = (hashlib.sha256 if path.endswith(LARGE) else hashlib.sha1)(content).hexdigest()
+        if path in self.server.damaged:
+            content = content[:-1] + b"!"
+        if body:
+            self.server.fetched.append(path)
+        return self.reply(200, content, body, ETag=f'"{etag}"', X_Repo_Commit=COMMIT)
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
+    server = Hub()
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    monkeypatch.setenv("HF_ENDPOINT", server.address)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_PROGRESS_BARS", True)
+    for proxy in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.delenv(proxy, raising=False)
+    server.repositories[hub.PUBLISHED_REPOSITORY] = published_files()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def published_files() -> dict[str, bytes]:
+    wanted = [
+        f"{toy.BASE}/config.json",
+        f"{toy.BASE}/diffusion_pytorch_model.safetensors",
+        f"{toy.BASE}/Wan2.1_VAE.pth",
+        f"{toy.BASE}/{toy.T5}",
+        f"{toy.BASE}/{toy.CLIP}",
+        f"{toy.BASE}/google/umt5-xxl/tokenizer.json",
+        "StableAvatar-1.3B/transformer3d-square.pt",
+        "StableAvatar-1.3B/transformer3d-rec-vec.pt",
+        "wav2vec2-base-960h/config.json",
+        "wav2vec2-base-960h/model.safetensors",
+        "Kim_Vocal_2.onnx",
+        "README.md",
+        "assets/figure.png",
+    ]
+    return {path: f"the content of {path}".encode() for path in wanted}
+
+
+def files_below(folder: Path) -> set[str]:
+    paths = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    return {path for path in paths if not path.startswith(".cache/")}
+
+
+def test_a_variant_is_downloaded_and_nothing_that_it_does_not_need(server: Hub, tmp_path: Path) -> None:
+    target = hub.download(tmp_path / "my checkpoints", "square")
+    everything = published_files()
+    unneeded = {
+        "StableAvatar-1.3B/transformer3d-rec-vec.pt",
+        "Kim_Vocal_2.onnx",
+        "README.md",
+        "assets/figure.png",
+    }
+    assert files_below(target) == everything.keys() - unneeded
+    assert all((target / path).read_bytes() == everything[path] for path in files_below(target))
+    assert find_published(target).missing("square") == []
+
+    # The other variant and the vocal network add two files, and nothing is fetched twice.
+    server.fetched.clear()
+    hub.download(target, "rec-vec", vocal_separator=True)
+    assert sorted(server.fetched) == ["Kim_Vocal_2.onnx", "StableAvatar-1.3B/transformer3d-rec-vec.pt"]
+    assert find_published(target).missing("rec-vec") == []
+
+
+def test_14b_takes_the_encoders_from_one_repository_and_the_base_from_another(
+    server: Hub, tmp_path: Path
+) -> None:
+    server.repositories[hub.BASE_14B_REPOSITORY] = {
+        "config.json": b"{}",
+        "diffusion_pytorch_model.safetensors.index.json": b"{}",
+        "diffusion_pytorch_model-00001-of-00001.safetensors": b"weights",
+        "Wan2.1_VAE.pth": b"the same as in the other",
+    }
+    target = hub.download(tmp_path / "checkpoints", size="14b")
+    below = files_below(target)
+    assert "Wan2.1-I2V-14B-480P/diffusion_pytorch_model-00001-of-00001.safetensors" in below
+    assert "Wan2.1-I2V-14B-480P/Wan2.1_VAE.pth" not in below
+    assert f"{toy.BASE}/diffusion_pytorch_model.safetensors" not in below
+    assert [part.what for part in find_published(target).missing("square", "14b")] == [
+        "the 14b transformer 'square'"
+    ]
+
+
+def test_token_and_revision_are_used(server: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_for_this_test")
+    hub.download(tmp_path / "checkpoints", revision="v1")
+    assert server.tokens == {"Bearer hf_for_this_test"}
+    with pytest.raises(CheckpointError, match="has no revision 'v9'"):
+        hub.download(tmp_path / "checkpoints", revision="v9")
+
+
+def test_free_space_is_checked_before_anything_is_fetched(server: Hub, tmp_path: Path) -> None:
+    server.stated_sizes[f"{toy.BASE}/{toy.T5}"] = 10**18
+    with pytest.raises(InputError, match=r"1000000000\.0 GB are needed, .* GB are free"):
+        hub.download(tmp_path / "checkpoints")
+    assert server.fetched == []
+    assert not (tmp_path / "checkpoints").exists()
+
+
+def test_a_file_that_is_damaged_on_the_way_is_removed(server: Hub, tmp_path: Path) -> None:
+    path = "StableAvatar-1.3B/transformer3d-square.pt"
+    server.damaged.add(path)
+    with pytest.raises(CheckpointError, match=r"transformer3d-square\.pt: damaged on the way"):
+        hub.download(tmp_path / "checkpoints")
+    assert not (tmp_path / "checkpoints" / path).exists()
+    server.damaged.clear()
+    hub.download(tmp_path / "checkpoints")
+    assert (tmp_path / "checkpoints" / path).read_bytes() == published_files()[path]
+
+
+def test_errors_say_what_to_do(server: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(
+        CheckpointError, match=r"nobody/nothing: no such repository at http://127\.0\.0\.1.*HF_TOKEN"
+    ):
+        hub.download(tmp_path / "a", repo_id="nobody/nothing")
+    server.gated.add("some/gated")
+    with pytest.raises(
+        CheckpointError, match=r"access must be asked for at http://127\.0\.0\.1:\d+/some/gated"
+    ):
+        hub.download(tmp_path / "b", repo_id="some/gated")
+    server.repositories["some/pictures"] = {"cat.png": b"meow"}
+    with pytest.raises(CheckpointError, match="holds none of the files"):
+        hub.download(tmp_path / "c", repo_id="some/pictures")
+    with pytest.raises(InputError, match="is not the id of a hub repository"):
+        hub.download(tmp_path / "d", repo_id="not/an/id")
+    with pytest.raises(InputError, match="unknown variant 'round'"):
+        hub.download(tmp_path / "e", "round")
+    with pytest.raises(InputError, match="unknown model size '7b'"):
+        hub.download(tmp_path / "f", size="7b")
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match="cannot be written"):
+        hub.download(tmp_path / "file" / "checkpoints")
+    server.failing = True
+    with pytest.raises(CheckpointError, match="answered 503"):
+        hub.download(tmp_path / "g")
+
+
+def test_no_connection(server: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    server.shutdown()
+    server.server_close()
+    with pytest.raises(CheckpointError, match=r"http://127\.0\.0\.1:\d+ cannot be reached.*HF_ENDPOINT"):
+        hub.download(tmp_path / "checkpoints")
+
+
+def test_paths_stay_paths_and_ids_become_cached_folders(server: Hub, tmp_path: Path) -> None:
+    assert hub.resolve(tmp_path) == tmp_path
+    with pytest.raises(InputError, match="no such file or folder, nor the id"):
+        hub.resolve(tmp_path / "absent")
+    server.repositories["someone/tuned"] = {
+        "model_index.json": b"{}",
+        "transformer/config.json": b"{}",
+        "notes.txt": b"private",
+    }
+    folder = hub.resolve("someone/tuned")
+    assert folder.is_relative_to(tmp_path / "cache")
+    assert files_below(folder) == {"model_index.json", "transformer/config.json"}
+    published = hub.resolve(hub.PUBLISHED_REPOSITORY, variant="rec-vec")
+    assert find_published(published).missing("rec-vec") == []
+    assert set(find_published(published).overlays["1.3b"]) == {"rec-vec"}
+
+    # Without a connection, what was fetched once is found again, and nothing else.
+    server.shutdown()
+    server.server_close()
+    assert hub.resolve("someone/tuned") == folder
+    assert hub.resolve(hub.PUBLISHED_REPOSITORY, variant="rec-vec") == published
+    with pytest.raises(CheckpointError, match="cannot be reached, and there is no complete copy here"):
+        hub.resolve("someone/else")
+    shutil.rmtree(tmp_path / "cache")
+    with pytest.raises(CheckpointError, match="cannot be reached"):
+        hub.resolve("someone/tuned")
+
+
+def test_a_repository_without_a_model_is_named(server: Hub) -> None:
+    server.repositories["some/pictures"] = {"cat.png": b"meow"}
+    with pytest.raises(CheckpointError, match="some/pictures: holds no model"):
+        hub.resolve("some/pictures")
