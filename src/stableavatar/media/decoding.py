@@ -278,7 +278,7 @@ class _Reading:
     end: Fraction = Fraction(0)  # seconds: where the last packet of any stream ends, where that is looked at
 
     def check(self) -> None:
-        """Raise InputError for a file that is cut off or damaged; a few bad packets (tags in MP3) are normal."""
+        """Raise InputError for a file that is cut off or damaged; a few bad packets are normal (MP3 tags)."""
         if self.damaged and (self.seconds == 0 or self.damaged > max(3, self.packets // 50)):
             raise InputError(
                 f"recording {self.path}: damaged, {self.damaged} of its {self.packets} packets cannot "
