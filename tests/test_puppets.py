@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from stableavatar.data.clips import FolderClip, TrainingClip
 from stableavatar.data.puppets import (
     EVALUATION_SEED,
     EXPRESSIONS,
@@ -25,6 +27,7 @@ from stableavatar.data.puppets import (
     make_clip,
     make_motion,
     render_frames,
+    write_clip,
 )
 from stableavatar.data.puppets import speech as voices
 from stableavatar.data.puppets.__main__ import main
@@ -316,6 +319,44 @@ def test_a_store_is_resumed_and_reads_back_what_was_rendered(tmp_path: Path) -> 
         assert (stored.prompt, stored.expression) == (made.prompt, made.expression)
     with pytest.raises(InputError, match="no clip store"):
         ClipStore(tmp_path / "nowhere")
+
+
+def test_clips_are_written_in_the_layout_the_data_set_reads(tmp_path: Path, clip: PuppetClip) -> None:
+    seed = str(EVALUATION_SEED + 3)
+    options = ["--clips", "2", "--seconds", "0.4", "--size", "64", "--folder", str(tmp_path)]
+    assert main(["dataset", "--seed", seed, *options]) == 0
+    folders = (tmp_path / "video_square_path.txt").read_text(encoding="utf-8").split()
+    assert [Path(folder).parts[-3:] for folder in folders] == [
+        ("square", "speech", "00001"),
+        ("square", "speech", "00002"),
+    ]
+    made = make_clip(int(seed), 0.4, size=64)
+    read = FolderClip.open(Path(folders[0]))
+    assert (read.length, read.fps, read.size, read.prompt) == (10, 25, (64, 64), made.prompt)
+    assert np.array_equal(read.read_frames(2, 3), made.frames[2:5])
+    assert np.array_equal(read.read_masks("lip_masks", 0, 10) > 0.5, made.lip_masks > 0)
+    assert np.array_equal(read.read_portrait(), made.portrait)
+    np.testing.assert_allclose(read.read_speech(0, 10), made.samples, atol=1e-4)
+    shutil.rmtree(Path(folders[0]) / "images")
+    decoded = FolderClip.open(Path(folders[0])).read_frames(0, 10)
+    assert np.abs(decoded.astype(int) - made.frames).mean() < 4
+    with pytest.raises(InputError, match="exists already"):
+        write_clip(folders[1], clip)
+
+
+def test_a_stored_clip_is_a_training_clip(tmp_path: Path) -> None:
+    made = make_clip(EVALUATION_SEED, 0.4, size=48)
+    stored: TrainingClip = build_store(tmp_path, [made.seed], seconds=0.4, size=48, processes=1)[0]
+    assert (stored.length, stored.fps, stored.size, stored.prompt) == (10, 25, (48, 48), made.prompt)
+    assert np.array_equal(stored.read_frames(3, 4), made.frames[3:7])
+    assert np.array_equal(
+        stored.read_masks("face_masks", 3, 4), (made.face_masks[3:7] / 255).astype(np.float32)
+    )
+    assert np.array_equal(stored.read_portrait(), made.portrait)
+    assert np.array_equal(stored.read_speech(1, 2), made.samples[640:1920])
+    (tmp_path / f"{made.seed:010d}" / "labels.npz").write_bytes(b"PK broken")
+    with pytest.raises(InputError, match=r"labels\.npz"):
+        stored.read_portrait()
 
 
 def test_the_preview_command_writes_a_picture(tmp_path: Path) -> None:

@@ -9,9 +9,10 @@ See `python -m stableavatar.data.puppets --help` for contact sheets and stores. 
 from stableavatar.data.puppets.articulation import Articulation, articulate
 from stableavatar.data.puppets.clip import PuppetClip, iter_clips, make_clip
 from stableavatar.data.puppets.identity import EVALUATION_SEED, Identity
+from stableavatar.data.puppets.layout import write_clip, write_dataset
 from stableavatar.data.puppets.motion import EXPRESSIONS, Motion, draw_expression, make_motion
 from stableavatar.data.puppets.render import Renderer, render_frames
-from stableavatar.data.puppets.store import ClipStore, build_store
+from stableavatar.data.puppets.store import ClipStore, StoredClip, build_store
 
 __all__ = [
     "EVALUATION_SEED",
@@ -22,6 +23,7 @@ __all__ = [
     "Motion",
     "PuppetClip",
     "Renderer",
+    "StoredClip",
     "articulate",
     "build_store",
     "draw_expression",
@@ -29,4 +31,6 @@ __all__ = [
     "make_clip",
     "make_motion",
     "render_frames",
+    "write_clip",
+    "write_dataset",
 ]

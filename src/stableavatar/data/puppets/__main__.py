@@ -10,8 +10,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from stableavatar.data.puppets.clip import make_clip
+from stableavatar.data.puppets.clip import iter_clips, make_clip
 from stableavatar.data.puppets.identity import Identity
+from stableavatar.data.puppets.layout import write_dataset
 from stableavatar.data.puppets.render import Renderer
 from stableavatar.data.puppets.store import build_store
 from stableavatar.errors import InputError
@@ -61,13 +62,23 @@ def main(arguments: list[str] | None = None) -> int:
     store.add_argument("--seconds", type=float, default=4.0)
     store.add_argument("--size", type=int, default=128)
     store.add_argument("--processes", type=int, default=2)
+    dataset = commands.add_parser("dataset", help="clips as MP4, WAV and PNG in the trainer's folders")
+    dataset.add_argument("--folder", type=Path, required=True)
+    dataset.add_argument("--seed", type=int, default=0, help="first seed")
+    dataset.add_argument("--clips", type=int, default=10)
+    dataset.add_argument("--seconds", type=float, default=4.0)
+    dataset.add_argument("--size", type=int, default=128)
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
         if options.command == "preview":
             _preview(options)
+            return 0
+        seeds = range(options.seed, options.seed + options.clips)
+        if options.command == "dataset":
+            listing = write_dataset(options.folder, iter_clips(seeds, options.seconds, size=options.size))
+            logger.info("wrote %s", listing)
         else:
-            seeds = range(options.seed, options.seed + options.clips)
             build_store(
                 options.folder, seeds, seconds=options.seconds, size=options.size, processes=options.processes
             )

@@ -14,15 +14,19 @@ import os
 import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from fractions import Fraction
 from functools import partial
 from pathlib import Path
+from typing import Literal
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from stableavatar.data.puppets.articulation import Articulation
-from stableavatar.data.puppets.clip import PuppetClip, make_clip
+from stableavatar.data.puppets.clip import FPS, PuppetClip, make_clip
+from stableavatar.data.puppets.speech import SAMPLE_RATE
 from stableavatar.errors import InputError
 
 logger = logging.getLogger(__name__)
@@ -30,7 +34,10 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class StoredClip:
-    """A clip read back: `frames` is a memory map uint8 [T, H, W, 3], the rest is loaded when asked for."""
+    """A clip read back: `frames` is a memory map uint8 [T, H, W, 3], the rest is loaded when asked for.
+
+    It is a `stableavatar.data.clips.TrainingClip`, so a data set takes it beside clip folders.
+    """
 
     folder: Path
     seed: int
@@ -38,9 +45,34 @@ class StoredClip:
     expression: str
     frames: NDArray[np.uint8]
 
+    @property
+    def name(self) -> str:
+        """Where the clip is."""
+        return str(self.folder)
+
+    @property
+    def length(self) -> int:
+        """Frames."""
+        return int(self.frames.shape[0])
+
+    @property
+    def fps(self) -> Fraction:
+        """Frames a second."""
+        return Fraction(FPS)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Width and height in pixels."""
+        return int(self.frames.shape[2]), int(self.frames.shape[1])
+
     def _label(self, name: str) -> NDArray[np.generic]:
-        with np.load(self.folder / "labels.npz") as labels:
-            return labels[name]
+        try:
+            with np.load(self.folder / "labels.npz") as labels:
+                return np.asarray(labels[name])
+        except (OSError, KeyError, ValueError, BadZipFile) as error:
+            raise InputError(
+                f"{self.folder / 'labels.npz'} cannot be read ({error}); remove the folder and build it again"
+            ) from error
 
     @property
     def samples(self) -> NDArray[np.float32]:
@@ -57,20 +89,39 @@ class StoredClip:
         """The identity at rest, uint8 [H, W, 3]."""
         return self._label("portrait").astype(np.uint8)
 
-    def _mask(self, name: str) -> NDArray[np.uint8]:
-        packed = self._label(name).astype(np.uint8)
+    def _mask(self, name: str, frames: slice) -> NDArray[np.uint8]:
+        packed = self._label(name).astype(np.uint8)[frames]
         bits = np.unpackbits(packed, axis=-1, count=int(self.frames.shape[2]))
         return (bits * 255).astype(np.uint8)
 
     @property
     def face_masks(self) -> NDArray[np.uint8]:
         """uint8 [T, H, W], 0 or 255."""
-        return self._mask("face_masks")
+        return self._mask("face_masks", slice(None))
 
     @property
     def lip_masks(self) -> NDArray[np.uint8]:
         """uint8 [T, H, W], 0 or 255."""
-        return self._mask("lip_masks")
+        return self._mask("lip_masks", slice(None))
+
+    def read_frames(self, start: int, count: int) -> NDArray[np.uint8]:
+        """Frames `start` to `start + count` as uint8 [count, H, W, 3]."""
+        return np.array(self.frames[start : start + count])
+
+    def read_masks(
+        self, kind: Literal["face_masks", "lip_masks"], start: int, count: int
+    ) -> NDArray[np.float32]:
+        """Masks of frames `start` to `start + count`, float32 [count, H, W], 0 or 1."""
+        return self._mask(kind, slice(start, start + count)).astype(np.float32) / np.float32(255)
+
+    def read_portrait(self) -> NDArray[np.uint8]:
+        """The identity at rest, uint8 [H, W, 3]."""
+        return self.portrait
+
+    def read_speech(self, start: int, count: int) -> NDArray[np.float32]:
+        """Speech from frame `start` to frame `start + count`, float32 [count * 640] at 16 kHz."""
+        step = SAMPLE_RATE // FPS
+        return self.samples[start * step : (start + count) * step]
 
 
 class ClipStore:
