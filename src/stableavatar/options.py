@@ -192,6 +192,10 @@ class SamplingDefaults:
         default_factory=lambda: {"square": (512, 512), "tall": (480, 832), "wide": (832, 480)}
     )
 
+    def __post_init__(self) -> None:
+        pairs = {aspect: (int(width), int(height)) for aspect, (width, height) in self.sizes.items()}
+        object.__setattr__(self, "sizes", pairs)  # JSON has lists
+
     def size_for(self, aspect: Aspect, picture_width: int, picture_height: int) -> tuple[int, int]:
         """Width and height for an aspect; auto takes the size whose shape is nearest to the picture's.
 
@@ -205,12 +209,12 @@ class SamplingDefaults:
                 ratio = size[0] / size[1] / shape
                 return max(ratio, 1 / ratio)
 
-            return min((tuple2(size) for size in self.sizes.values()), key=misfit)
+            return min(self.sizes.values(), key=misfit)
         if aspect not in self.sizes:
             raise InputError(
                 f"this model has no {aspect} size; choose one of {', '.join(self.sizes)}, or width and height"
             )
-        return tuple2(self.sizes[aspect])
+        return self.sizes[aspect]
 
 
 @dataclass(frozen=True)
@@ -284,12 +288,6 @@ class OutputOptions:
 
     def __post_init__(self) -> None:
         _check_values(self)
-
-
-def tuple2(size: Any) -> tuple[int, int]:
-    """A pair that may have been read from JSON."""
-    width, height = size
-    return int(width), int(height)
 
 
 def check_overlap(window: int, overlap: int) -> None:

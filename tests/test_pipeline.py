@@ -1,0 +1,258 @@
+import json
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageDraw
+
+import stableavatar
+from stableavatar.errors import InputError
+from stableavatar.media.reading import probe, read_frames, read_metadata
+from stableavatar.options import GenerateOptions, SamplingDefaults, Settings
+from stableavatar.pipeline import AvatarPipeline, Progress
+from stableavatar.sampling.engine import SamplingError
+from toy import toy_pipeline
+
+RATE = 16000
+
+
+@pytest.fixture(scope="module")
+def pipeline() -> AvatarPipeline:
+    pipeline = toy_pipeline()
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def noise(samples: int, seed: int = 0) -> np.ndarray:
+    return (np.random.default_rng(seed).standard_normal(samples) * 0.1).astype(np.float32)
+
+
+def portrait(width: int = 48, height: int = 40) -> np.ndarray:
+    return np.random.default_rng(1).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+def frames(pipeline: AvatarPipeline, samples: np.ndarray | None, **options: object) -> np.ndarray:
+    settings = {"steps": 1, "seed": 3, "width": 32, "height": 32, **options}
+    return np.stack(list(pipeline.stream(portrait(), samples, **settings)))
+
+
+class TestLength:
+    @pytest.mark.parametrize("count", [1, 2, 3, 16, 17, 18, 19, 20, 21, 30])
+    def test_as_many_frames_as_the_speech_has(self, pipeline: AvatarPipeline, count: int) -> None:
+        """Faults 3 and 18: 18 to 20 frames are to this model what 82 to 84 are to the released one."""
+        made = frames(pipeline, noise(count * 640 + 200))
+        assert made.shape == (count, 32, 32, 3)
+        assert made.dtype == np.uint8
+
+    def test_the_nearest_frame(self, pipeline: AvatarPipeline) -> None:
+        stream = pipeline.stream(portrait(), noise(5 * 640 + 400), steps=1)
+        assert stream.frame_count == 6
+
+    def test_frames_at_30_a_second_do_not_drift(self, pipeline: AvatarPipeline) -> None:
+        """Fault 7: with 533 samples a frame, 10 minutes would be a few frames too long."""
+        stream = pipeline.stream(portrait(), np.zeros(600 * RATE, dtype=np.float32), steps=1, fps=30)
+        assert stream.frame_count == 18000
+
+    def test_shorter_than_a_frame(self, pipeline: AvatarPipeline) -> None:
+        with pytest.raises(InputError, match="shorter than a frame"):
+            pipeline.stream(portrait(), noise(300))
+
+    def test_duration_and_start_cut_the_recording(self, pipeline: AvatarPipeline) -> None:
+        samples = noise(3 * RATE)
+        cut = frames(pipeline, samples, start=1.0, duration=0.4)
+        assert len(cut) == 10
+        assert np.array_equal(cut, frames(pipeline, samples[RATE : RATE + 6400]))
+
+    def test_without_speech_a_duration_is_needed(self, pipeline: AvatarPipeline) -> None:
+        assert len(frames(pipeline, None, duration=0.2)) == 5
+        with pytest.raises(InputError, match="duration"):
+            pipeline.stream(portrait(), None)
+
+    def test_the_last_window_is_full(self, pipeline: AvatarPipeline) -> None:
+        """Fault 2: its speech is not stretched and nothing is padded with zeros that are attended to."""
+        seen: list[tuple[int, object]] = []
+        hook = pipeline.transformer.register_forward_pre_hook(
+            lambda _module, args, kwargs: seen.append((args[0].shape[2], kwargs["padded_latent_frames"])),
+            with_kwargs=True,
+        )
+        frames(pipeline, noise(22 * 640))
+        frames(pipeline, noise(22 * 640), compat="upstream")
+        hook.remove()
+        assert seen == [(5, None), (5, None), (5, None), (3, 5)]
+
+
+class TestResult:
+    def test_the_same_seed_gives_the_same_video(self, pipeline: AvatarPipeline) -> None:
+        samples = noise(20 * 640)
+        first, again, other = (frames(pipeline, samples, seed=seed) for seed in (1, 1, 2))
+        assert np.array_equal(first, again)
+        assert not np.array_equal(first, other)
+
+    def test_one_minute_and_one_hour_begin_alike(self, pipeline: AvatarPipeline) -> None:
+        samples = noise(60 * 640)
+        assert np.array_equal(frames(pipeline, samples[: 40 * 640])[:20], frames(pipeline, samples)[:20])
+
+    def test_given_latents_are_the_noise(self, pipeline: AvatarPipeline) -> None:
+        generator = torch.Generator().manual_seed(0)
+        latents = torch.randn(16, 5, 4, 4, generator=generator)
+        first, again = (frames(pipeline, noise(17 * 640), latents=latents, seed=seed) for seed in (1, 2))
+        assert np.array_equal(first, again)
+        with pytest.raises(InputError, match="16, 5, 4, 4"):
+            frames(pipeline, noise(17 * 640), latents=latents[:, :3])
+
+    @pytest.mark.parametrize(
+        "options",
+        [
+            {"prompt": "someone sings"},
+            {"negative_prompt": "nothing"},
+            {"text_scale": 4.0},
+            {"audio_scale": 4.0},
+            {"guidance": "audio-native"},
+            {"steps": 2},
+            {"overlap": 3},
+            {"window": 21},
+            {"no_audio": "input"},
+            {"speech_normalisation": "recording"},
+            {"compat": "upstream"},
+            {"fit": "pad"},
+            {"fps": 24.0},
+            {"start": 0.1},
+        ],
+        ids=lambda options: next(iter(options)),
+    )
+    def test_every_option_changes_the_video(
+        self, pipeline: AvatarPipeline, options: dict[str, object]
+    ) -> None:
+        """Fault 15: no option is accepted and then not used (size, seed and duration: see above)."""
+        samples = noise(22 * 640) * np.linspace(0.2, 1, 22 * 640, dtype=np.float32)
+        before, after = frames(pipeline, samples), frames(pipeline, samples, **options)
+        common = min(len(before), len(after))
+        assert not np.array_equal(before[:common], after[:common])
+
+    def test_overlap_weights_change_the_video(self, pipeline: AvatarPipeline) -> None:
+        samples = noise(30 * 640)
+        uniform, log = (
+            frames(pipeline, samples, steps=2, overlap=3, overlap_weights=weights)
+            for weights in ("uniform", "log")
+        )
+        assert not np.array_equal(uniform, log)
+
+    def test_the_picture_is_not_squeezed(self, pipeline: AvatarPipeline) -> None:
+        """Fault 10: what reaches the encoders keeps its shape."""
+        picture = Image.new("RGB", (96, 48), "black")
+        ImageDraw.Draw(picture).ellipse((33, 9, 63, 39), fill="white")
+        seen: list[torch.Tensor] = []
+        hook = pipeline.image_encoder.register_forward_pre_hook(lambda _module, args: seen.append(args[0]))
+        next(pipeline.stream(picture, noise(640), steps=1, width=32, height=32))
+        hook.remove()
+        bright = seen[0][0].mean(dim=0) > 0
+        rows, columns = bright.any(dim=1).sum().item(), bright.any(dim=0).sum().item()
+        assert abs(rows - columns) <= 2
+
+    def test_latents_that_are_no_numbers_stop_with_step_and_window(self) -> None:
+        broken = toy_pipeline()
+        with torch.no_grad():
+            broken.transformer.proj_out.bias.fill_(float("nan"))
+        with pytest.raises(SamplingError, match="step 1 of 2 in window 1 of 1"):
+            next(broken.stream(portrait(), noise(640)))
+
+
+class TestFile:
+    def test_a_file_with_picture_and_sound(self, pipeline: AvatarPipeline, tmp_path: Path) -> None:
+        """Fault 6: the file has the sound, in time with the frames."""
+        seen: list[Progress] = []
+        made = pipeline.generate(
+            portrait(), noise(30 * 640), tmp_path / "out.mp4", seed=5, aspect="square", progress=seen.append
+        )
+        info = probe(made.path)
+        assert (info.width, info.height, info.fps, info.frames) == (32, 32, Fraction(25), 30)
+        assert info.sound_seconds == pytest.approx(30 / 25, abs=0.001)
+        assert len(list(read_frames(made.path))) == 30
+        assert "5" in read_metadata(made.path)["stableavatar"]
+        assert [p.done for p in seen if p.stage == "sampling"] == list(range(1, 2 * 3 + 1))
+        assert seen[-1].stage == "decoding"
+        assert seen[-1].done == seen[-1].total == 30
+        assert seen[-1].seconds_left == 0
+        assert list(tmp_path.iterdir()) == [made.path]
+
+    def test_the_settings_in_a_file_repeat_it(self, pipeline: AvatarPipeline, tmp_path: Path) -> None:
+        samples = noise(10 * 640)
+        first = pipeline.generate(portrait(), samples, tmp_path / "first.mp4", prompt='你好 "quoted"')
+        settings = json.loads(read_metadata(first.path)["stableavatar"])
+        assert settings.pop("version") == stableavatar.__version__
+        assert settings["seed"] == first.options.seed
+        again = pipeline.generate(portrait(), samples, tmp_path / "again.mp4", **settings)
+        assert np.array_equal(
+            np.stack(list(read_frames(first.path))), np.stack(list(read_frames(again.path)))
+        )
+
+    def test_nothing_is_left_when_it_fails(self, tmp_path: Path) -> None:
+        broken = toy_pipeline()
+        with torch.no_grad():
+            broken.transformer.proj_out.bias.fill_(float("nan"))
+        with pytest.raises(SamplingError):
+            broken.generate(portrait(), noise(640), tmp_path / "out.mp4")
+        assert list(tmp_path.iterdir()) == []
+
+
+class TestLoading:
+    def test_a_saved_pipeline_comes_back(self, pipeline: AvatarPipeline, tmp_path: Path) -> None:
+        pipeline.save_pretrained(tmp_path)
+        again = stableavatar.load(tmp_path, device="cpu")
+        assert again.defaults == pipeline.defaults
+        samples = noise(5 * 640)
+        assert np.array_equal(frames(pipeline, samples), frames(again, samples))
+
+    def test_what_is_not_there(self) -> None:
+        with pytest.raises(InputError, match="no such file or folder"):
+            stableavatar.load("./nowhere/at all")
+
+    def test_a_device_that_is_not_there(self) -> None:
+        with pytest.raises(InputError, match="cannot be used here"):
+            stableavatar.load("tiny", device="cuda:7" if not torch.cuda.is_available() else "xla")
+        with pytest.raises(InputError, match="float8"):
+            stableavatar.load("tiny", device="cpu", dtype="float8")
+
+
+class TestOptions:
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"width": 500, "height": 512}, "nearest is 496"),
+            ({"width": 512, "height": 505}, "height 505 .* nearest is 512"),
+            ({"width": 512}, "both width and height"),
+            ({"window": 80}, "nearest are 77 and 81"),
+            ({"window": 17, "overlap": 5}, "choose 2 to 4"),
+            ({"steps": 0}, "steps 0 is too small"),
+            ({"fps": 0}, "fps 0"),
+            ({"fps": float("nan")}, "not a number"),
+            ({"duration": 0}, "more than 0"),
+            ({"text_scale": -1}, "text scale -1"),
+            ({"seed": -1}, "seed -1"),
+            ({"width": 512, "height": 512, "aspect": "square"}, "not both"),
+        ],
+    )
+    def test_what_cannot_be_is_said(self, options: dict[str, object], message: str) -> None:
+        with pytest.raises(InputError, match=message):
+            GenerateOptions(**options)
+
+    def test_a_model_s_overlap_that_does_not_fit_a_given_window(self) -> None:
+        with pytest.raises(InputError, match="choose 2 to 2"):
+            Settings.resolve(
+                GenerateOptions(window=9), SamplingDefaults(), size=(512, 512), negative_prompt="", seed=0
+            )
+
+    def test_auto_aspect_takes_the_nearest_shape(self) -> None:
+        defaults = SamplingDefaults()
+        assert defaults.size_for("auto", 1080, 1920) == (480, 832)
+        assert defaults.size_for("auto", 1920, 1080) == (832, 480)
+        assert defaults.size_for("auto", 900, 1000) == (512, 512)
+        assert defaults.size_for("wide", 10, 1000) == (832, 480)
+        with pytest.raises(InputError, match="no tall size"):
+            SamplingDefaults(sizes={"square": (32, 32)}).size_for("tall", 1, 1)
+
+    def test_broadcast_frame_rates(self) -> None:
+        assert GenerateOptions(fps=29.97).frame_rate == Fraction(30000, 1001)
+        assert GenerateOptions(fps=25).frame_rate == 25
