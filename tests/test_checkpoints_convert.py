@@ -12,8 +12,9 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import nn
 
 import published_toy as toy
+from stableavatar import AvatarPipeline
 from stableavatar.checkpoints import loading
-from stableavatar.checkpoints.convert import convert, export_transformer
+from stableavatar.checkpoints.convert import _complete_or_nothing, convert, export_transformer
 from stableavatar.checkpoints.files import read_state_dict
 from stableavatar.checkpoints.layout import OWN_PARTS, detect_layout, find_published
 from stableavatar.errors import CheckpointError, InputError
@@ -44,7 +45,7 @@ def test_own_folder_is_complete(own: Path) -> None:
     assert names_in(own.parent) == {"square"}
     assert detect_layout(own) == "own"
     index = json.loads((own / "model_index.json").read_text())
-    assert index["transformer"] == ["stableavatar", "StableAvatarTransformer3DModel"]
+    assert index["transformer"] == ["stableavatar.models.transformer", "StableAvatarTransformer3DModel"]
     assert {*OWN_PARTS} <= index.keys()
     assert (own / "transformer/diffusion_pytorch_model.safetensors.index.json").is_file()
     assert all(not path.name.endswith((".bin", ".pt")) for path in own.rglob("*"))
@@ -129,6 +130,27 @@ def test_overwriting_keeps_the_old_folder_until_the_new_one_is_complete(
     convert(published, target, parts=["vae"], overwrite=True)
     assert names_in(target) == {"vae", "model_index.json"}
     assert names_in(tmp_path) == {"own"}
+
+
+def test_the_old_folder_returns_if_the_new_one_cannot_take_its_place(published: Path, tmp_path: Path) -> None:
+    target = convert(published, tmp_path / "own", parts=["scheduler"])
+    with pytest.raises(InputError, match="cannot be written"), _complete_or_nothing(target, overwrite=True):
+        pass  # nothing was written, so there is nothing to rename
+    assert names_in(target) == {"scheduler", "model_index.json"}
+    assert names_in(tmp_path) == {"own"}
+
+
+def test_pipeline_is_the_same_from_the_published_layout_and_from_the_own_folder(
+    published: Path, own: Path
+) -> None:
+    first = AvatarPipeline.from_pretrained(published)
+    second = AvatarPipeline.from_pretrained(own)
+    assert first.components.keys() == second.components.keys()
+    models = [name for name, part in first.components.items() if isinstance(part, nn.Module)]
+    assert sorted(models) == ["image_encoder", "speech_encoder", "text_encoder", "transformer", "vae"]
+    assert all(same(first.components[name], second.components[name]) for name in models)
+    assert first.scheduler.config["shift"] == second.scheduler.config["shift"] == 5.0
+    assert second.tokenizer("hello")["input_ids"] == first.tokenizer("hello")["input_ids"]
 
 
 def test_wrong_requests(published: Path, tmp_path: Path) -> None:

@@ -104,6 +104,7 @@ def test_14b_base_and_own_trainings(checkpoints: Path) -> None:
     found = find_published(checkpoints)
     whats = [part.what for part in found.missing("square", "14b")]
     assert whats == ["the Wan base transformer", "the 14b transformer 'square'"]
+    assert "--variant square --model-size 14b --output" in found.missing("square", "14b")[0].command
     base = checkpoints / "Wan2.1-I2V-14B-480P"
     base.mkdir()
     (base / "diffusion_pytorch_model.safetensors.index.json").touch()

@@ -25,28 +25,14 @@ from stableavatar.checkpoints import loading
 from stableavatar.checkpoints.layout import (
     MODEL_INDEX,
     OWN_PARTS,
-    OWN_TRANSFORMER_CLASS,
     PublishedLayout,
     find_published,
 )
+from stableavatar.checkpoints.published import SHIFT, TRAINING_STEPS
 from stableavatar.errors import InputError
 from stableavatar.models.transformer import StableAvatarTransformer3DModel
 
 logger = logging.getLogger(__name__)
-
-# Library and class of every part, as ``model_index.json`` names them.
-_CLASSES: Mapping[str, tuple[str, str]] = {
-    "transformer": ("stableavatar", OWN_TRANSFORMER_CLASS),
-    "vae": ("diffusers", "AutoencoderKLWan"),
-    "text_encoder": ("transformers", "UMT5EncoderModel"),
-    "tokenizer": ("transformers", "AutoTokenizer"),
-    "image_encoder": ("transformers", "CLIPVisionModel"),
-    "speech_encoder": ("transformers", "Wav2Vec2Model"),
-    "scheduler": ("diffusers", "FlowMatchEulerDiscreteScheduler"),
-}
-# Of the released models (spec 1, "Parts").
-_SCHEDULER_SHIFT = 5.0
-_TRAINING_STEPS = 1000
 
 
 def convert(
@@ -88,22 +74,31 @@ def convert(
     savers = _savers(found, variant, size, overlay, dtype, max_shard_size)
     with _complete_or_nothing(Path(target), overwrite) as folder:
         folder.mkdir()
+        classes = {}
         for part in parts:
             logger.info("converting the %s", part)
-            savers[part](folder / part)
-        write_model_index(folder, parts)
+            classes[part] = savers[part](folder / part)
+        write_model_index(folder, classes)
     return Path(target)
 
 
-def write_model_index(folder: Path, parts: Iterable[str], extra: Mapping[str, Any] | None = None) -> None:
+def write_model_index(
+    folder: Path, classes: Mapping[str, type], extra: Mapping[str, Any] | None = None
+) -> None:
     """Write ``model_index.json``: the class of each sub-folder, and what else a pipeline is to know."""
     index = {
         "_class_name": "AvatarPipeline",
         "_diffusers_version": diffusers.__version__,
-        **{part: list(_CLASSES[part]) for part in parts},
+        **{part: [_library(kind), kind.__name__] for part, kind in classes.items()},
         **(extra or {}),
     }
     (folder / MODEL_INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _library(kind: type) -> str:
+    """Where diffusers looks for a class: in a package that it knows, or else in the class's own module."""
+    package = kind.__module__.partition(".")[0]
+    return package if package in ("diffusers", "transformers") else kind.__module__
 
 
 def export_transformer(
@@ -153,26 +148,32 @@ def _savers(
     overlay: Path | str | None,
     dtype: torch.dtype | None,
     max_shard_size: str,
-) -> dict[str, Callable[[Path], object]]:
-    """How each part is read and written; nothing is read before its turn."""
+) -> dict[str, Callable[[Path], type]]:
+    """How each part is read and written, which gives its class; nothing is read before its turn."""
 
-    def transformer(folder: Path) -> None:
+    def transformer(folder: Path) -> type:
         base, published = found.transformer_files(variant if overlay is None else None, size)
         model = loading.load_transformer(base, overlay or published, dtype=dtype)
         model.save_pretrained(folder, max_shard_size=max_shard_size)
+        return type(model)
 
-    def encoder(load: Callable[..., Any], part: str) -> Callable[[Path], object]:
-        path: Path | None = getattr(found, part)
-        return lambda folder: load(path, dtype=dtype).save_pretrained(folder, max_shard_size=max_shard_size)
+    def encoder(load: Callable[..., Any], part: str) -> Callable[[Path], type]:
+        def save(folder: Path) -> type:
+            model = load(getattr(found, part), dtype=dtype)
+            model.save_pretrained(folder, max_shard_size=max_shard_size)
+            return type(model)
 
-    def tokenizer(folder: Path) -> None:
-        if found.tokenizer is not None:
-            loading.load_tokenizer(found.tokenizer).save_pretrained(folder)
+        return save
 
-    def scheduler(folder: Path) -> None:
-        FlowMatchEulerDiscreteScheduler(
-            num_train_timesteps=_TRAINING_STEPS, shift=_SCHEDULER_SHIFT
-        ).save_pretrained(folder)
+    def tokenizer(folder: Path) -> type:
+        made = loading.load_tokenizer(found.tokenizer or found.root)
+        made.save_pretrained(folder)
+        return type(made)
+
+    def scheduler(folder: Path) -> type:
+        made = FlowMatchEulerDiscreteScheduler(num_train_timesteps=TRAINING_STEPS, shift=SHIFT)
+        made.save_pretrained(folder)
+        return type(made)
 
     return {
         "transformer": transformer,
