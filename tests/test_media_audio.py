@@ -11,6 +11,7 @@ from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -126,8 +127,6 @@ def test_eight_planes_of_samples(tmp_path: Path) -> None:
 
 @given(st.sampled_from(["mono", "stereo", "2.1", "quad", "5.0", "5.1", "6.1", "7.1", "downmix", "unknown"]))
 def test_no_mix_can_clip(layout: str) -> None:
-    import av
-
     names = ("NONE",) * 5 if layout == "unknown" else tuple(c.name for c in av.AudioLayout(layout).channels)
     for mix in ("mono", "stereo", "left", "right"):
         gains = mix_gains(names, mix)
@@ -343,16 +342,25 @@ def test_wav_from_a_pipe_does_not_know_its_length(tmp_path: Path) -> None:
 def test_little_damage_is_silence_and_much_is_an_error(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    path = write_sound(tmp_path / "a.mp3", tone(5.0, 44100), 44100, "libmp3lame")
+    path = write_sound(tmp_path / "bad.mka", tone(5.0, 48000), 48000, "flac")
+    with av.open(str(path)) as container:
+        places = [packet.pos for packet in container.demux() if packet.size]
     data = bytearray(path.read_bytes())
-    middle = len(data) // 2
-    data[middle : middle + 500] = bytes(500)
-    path.write_bytes(data)
-    assert len(Speech.open(path)) == pytest.approx(80000, abs=1600)
-    for start in range(4000, len(data), 900):
-        data[start : start + 600] = bytes(600)
-    path.write_bytes(data)
-    with pytest.raises(InputError, match=r"damaged|cut off"):
+
+    def spoil(place: int) -> None:
+        data[place : place + 60] = data[place : place + 8] + b"\xff" * 52
+        path.write_bytes(data)
+
+    spoil(places[10])
+    samples = everything(Speech.open(path))
+    assert len(samples) == 80000
+    assert "1 of " in caplog.text
+    silent = np.flatnonzero(samples == 0)
+    assert len(silent) > 0.8 * 80000 / len(places)
+    assert float(silent.mean()) == pytest.approx(10.5 * 80000 / len(places), abs=2000)
+    for place in places[20:40]:
+        spoil(place)
+    with pytest.raises(InputError, match=r"bad\.mka: damaged, 21 of"):
         Speech.open(path)
 
 
