@@ -1,0 +1,266 @@
+"""A clip folder of the training layout (spec 4, "Data layout"): frames, speech, masks and prompt.
+
+    talking_face_data/{rec,vec,square}/{speech,singing,dancing}/00001/
+        sub_clip.mp4  audio.wav  images/frame_0.png ...  face_masks/frame_0.png ...  lip_masks/frame_0.png ...
+        prompt.txt (optional)  portrait.png (optional: the person at rest)
+
+`images/` may be missing: the frames are then decoded from `sub_clip.mp4`, which also knows the frame rate.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from fractions import Fraction
+from itertools import islice
+from pathlib import Path
+from typing import Literal, Protocol
+
+import av
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from stableavatar.conditioning.speech import Loudness
+from stableavatar.errors import InputError
+from stableavatar.media.audio import Speech
+from stableavatar.media.timing import sample_position
+
+SAMPLE_RATE = 16_000  # of the speech that is handed on, mono
+PROMPTS = {
+    "speech": "The protagonist is talking",
+    "singing": "The protagonist is singing",
+    "dancing": "The protagonist is simultaneously dancing and singing",
+}
+
+MaskKind = Literal["face_masks", "lip_masks"]
+
+
+class TrainingClip(Protocol):
+    """What the data set asks of a clip, wherever it lies: on disk in the layout above, or rendered."""
+
+    @property
+    def name(self) -> str:
+        """For messages: where the clip is."""
+        ...
+
+    @property
+    def length(self) -> int:
+        """Frames."""
+        ...
+
+    @property
+    def fps(self) -> Fraction:
+        """Frames a second."""
+        ...
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Width and height in pixels."""
+        ...
+
+    @property
+    def prompt(self) -> str:
+        """What the clip shows."""
+        ...
+
+    def read_frames(self, start: int, count: int) -> NDArray[np.uint8]:
+        """Frames `start` to `start + count` as uint8 `[count, height, width, 3]`."""
+        ...
+
+    def read_masks(self, kind: MaskKind, start: int, count: int) -> NDArray[np.float32]:
+        """Masks of frames `start` to `start + count`, float32 `[count, h, w]` in [0, 1]."""
+        ...
+
+    def read_portrait(self) -> NDArray[np.uint8]:
+        """The person at rest, uint8 `[height, width, 3]`."""
+        ...
+
+    def read_speech(self, start: int, count: int) -> NDArray[np.float32]:
+        """Speech from the instant of frame `start` to that of frame `start + count`: samples at 16 kHz, as
+        recorded.
+        """
+        ...
+
+
+def normalized_speech(clip: TrainingClip, start: int, count: int) -> NDArray[np.float32]:
+    """A clip's speech of some frames with zero mean and unit variance."""
+    samples = clip.read_speech(start, count)
+    return Loudness.of(samples).normalise(samples)
+
+
+@dataclass(frozen=True)
+class FolderClip:
+    """A clip folder that was looked into by `FolderClip.open`.
+
+    Every method that reads raises `InputError` with the file that is missing, unreadable or of another size;
+    nothing is replaced by zeros or ones (spec 5, fault 12).
+    """
+
+    folder: Path
+    length: int
+    fps: Fraction
+    size: tuple[int, int]
+    prompt: str
+    has_images: bool
+
+    @classmethod
+    def open(cls, folder: Path) -> "FolderClip":
+        """Look into a clip folder: number, rate and size of frames, prompt.
+
+        Raises:
+            InputError: a file is missing or unreadable, or neither `prompt.txt` nor the path says what the
+            clip shows.
+        """
+        if not folder.is_dir():
+            raise InputError(f"there is no clip folder {folder}")
+        length, fps, size = _probe(folder / "sub_clip.mp4")
+        images = folder / "images"
+        if images.is_dir():
+            length = sum(1 for path in images.iterdir() if path.name.startswith("frame_"))
+            size = _picture_size(images / "frame_0.png")
+        return cls(folder, length, fps, size, _prompt(folder), images.is_dir())
+
+    @property
+    def name(self) -> str:
+        return str(self.folder)
+
+    def read_frames(self, start: int, count: int) -> NDArray[np.uint8]:
+        """Frames `start` to `start + count` as uint8 `[count, height, width, 3]`."""
+        shape = (self.size[1], self.size[0], 3)
+        if self.has_images:
+            images = self.folder / "images"
+            files = (images / f"frame_{k}.png" for k in range(start, start + count))
+            return _stack((_read_picture(path, "RGB") for path in files), count, shape, images)
+        video = self.folder / "sub_clip.mp4"
+        try:
+            with av.open(str(video)) as container:
+                # From the first frame on: clips are short, and seeking is exact in few containers.
+                decoded = islice(container.decode(video=0), start, start + count)
+                pictures = (frame.to_ndarray(format="rgb24") for frame in decoded)
+                return _stack(pictures, count, shape, video)
+        except (OSError, av.error.FFmpegError) as error:
+            raise InputError(f"cannot decode the video {video}: {error}") from error
+
+    def read_masks(self, kind: MaskKind, start: int, count: int) -> NDArray[np.float32]:
+        """Masks of frames `start` to `start + count`, float32 `[count, h, w]` in [0, 1]."""
+        folder = self.folder / kind
+        pictures = [_read_picture(folder / f"frame_{k}.png", "L") for k in range(start, start + count)]
+        return _stack(pictures, count, pictures[0].shape, folder) / np.float32(255)
+
+    def read_portrait(self) -> NDArray[np.uint8]:
+        """The person at rest from `portrait.png`, uint8 `[height, width, 3]`."""
+        path = self.folder / "portrait.png"
+        return _stack([_read_picture(path, "RGB")], 1, (self.size[1], self.size[0], 3), path)[0]
+
+    def read_speech(self, start: int, count: int) -> NDArray[np.float32]:
+        """Speech of frames `start` to `start + count` from `audio.wav`, or where there is none from the sound
+        of `sub_clip.mp4`.
+
+        Raises:
+            InputError: the sound cannot be read, or ends more than a frame too early.
+        """
+        recording = self.folder / "audio.wav"
+        path = recording if recording.exists() else self.folder / "sub_clip.mp4"
+        first, last, frame = (sample_position(k, SAMPLE_RATE, self.fps) for k in (start, start + count, 1))
+        with Speech.open(path) as speech:
+            if len(speech) < last - frame:
+                raise InputError(
+                    f"the sound of {path} ends after {speech.seconds:.2f} s, before frame {start + count - 1}"
+                )
+            return speech.samples(first, last)
+
+
+def read_path_list(path: Path) -> list[Path]:
+    """Clip folders of a path list, one a line; relative ones count from the list's own folder.
+
+    Raises:
+        InputError: the list cannot be read or is empty.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"cannot read the list of clips {path}: {error}") from error
+    folders = [path.parent / line.strip() for line in lines if line.strip()]
+    if not folders:
+        raise InputError(f"the list of clips {path} is empty")
+    return folders
+
+
+def find_clips(root: Path) -> list[Path]:
+    """Every folder below `root` that holds a `sub_clip.mp4`, sorted.
+
+    Raises:
+        InputError: there is none.
+    """
+    folders = sorted(path.parent for path in root.rglob("sub_clip.mp4"))
+    if not folders:
+        raise InputError(f"no clip (a folder with sub_clip.mp4) was found below {root}")
+    return folders
+
+
+def _probe(video: Path) -> tuple[int, Fraction, tuple[int, int]]:
+    """Frames, frame rate, width and height of a video."""
+    try:
+        with av.open(str(video)) as container:
+            if not container.streams.video:
+                raise InputError(f"{video} has no picture track")
+            stream = container.streams.video[0]
+            rate = stream.average_rate
+            # Some muxers leave the number of frames out of the header.
+            frames = stream.frames or sum(1 for packet in container.demux(stream) if packet.size)
+            size = (stream.codec_context.width, stream.codec_context.height)
+    except (OSError, av.error.FFmpegError) as error:
+        raise InputError(f"cannot read the video {video}: {error}") from error
+    if rate is None or rate <= 0 or frames < 1:
+        raise InputError(f"{video} does not say its frame rate, or holds no frame")
+    return frames, Fraction(rate), size
+
+
+def _prompt(folder: Path) -> str:
+    file = folder / "prompt.txt"
+    if file.exists():
+        try:
+            text = file.read_text(encoding="utf-8").strip()
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"cannot read the prompt {file}: {error}") from error
+        if not text:
+            raise InputError(f"the prompt {file} is empty")
+        return text
+    words = [PROMPTS[part] for part in reversed(folder.parts) if part in PROMPTS]
+    if not words:
+        raise InputError(
+            f"{folder} has no prompt.txt, and its path names none of {', '.join(PROMPTS)}: no prompt is known"
+        )
+    return words[0]
+
+
+def _picture_size(path: Path) -> tuple[int, int]:
+    try:
+        with Image.open(path) as picture:
+            return picture.size
+    except OSError as error:
+        raise InputError(f"cannot read the picture {path}: {error}") from error
+
+
+def _read_picture(path: Path, mode: Literal["RGB", "L"]) -> NDArray[np.uint8]:
+    try:
+        with Image.open(path) as picture:
+            return np.asarray(picture.convert(mode))
+    except OSError as error:
+        raise InputError(f"cannot read the picture {path}: {error}") from error
+
+
+def _stack(
+    pictures: Iterable[NDArray[np.uint8]], count: int, shape: tuple[int, ...], source: Path
+) -> NDArray[np.uint8]:
+    stacked = np.empty((count, *shape), np.uint8)
+    read = 0
+    for picture in pictures:
+        if picture.shape != shape:
+            raise InputError(
+                f"{source}: a picture of {picture.shape[:2]} pixels where {shape[:2]} were expected"
+            )
+        stacked[read] = picture
+        read += 1
+    if read < count:
+        raise InputError(f"{source} ends {count - read} frames early")
+    return stacked

@@ -1,0 +1,236 @@
+"""Training clips: T consecutive frames from a random start, a reference picture, the speech of the same
+instant, masks, the prompt.
+"""
+
+import logging
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import partial
+from pathlib import Path
+from typing import Literal, TypeVar, get_args
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.utils.data import Dataset
+
+from stableavatar.data.clips import FolderClip, MaskKind, TrainingClip, normalized_speech
+from stableavatar.data.masks import masks_to_latents
+from stableavatar.data.sampler import ClipKey
+from stableavatar.errors import InputError
+
+logger = logging.getLogger(__name__)
+
+MASKS: tuple[MaskKind, ...] = ("face_masks", "lip_masks")
+LATENT_PIXELS = 8  # pixels a latent cell in space
+Result = TypeVar("Result")
+OnError = Literal["raise", "skip"]
+ReferenceKind = Literal["first", "portrait", "any"]
+
+
+@dataclass(frozen=True)
+class ClipDatasetSettings:
+    """How clips become samples.
+
+    When sampling a long video every window has the user's portrait as its reference, also in the middle of a
+    sentence, where it is not the window's first frame. `portrait` and `any_frame` put that into the training.
+
+    Attributes:
+        frames: T = 4n+1 frames a sample.
+        portrait: probability that the reference is the clip's `portrait.png`, the person at rest.
+        any_frame: probability that the reference is a frame drawn from the whole clip. Otherwise it is the
+            sample's first frame.
+        masks: read face and lip masks; without them they are None.
+        seed: of starts and references; the same clip and pass give the same sample.
+        on_error: `raise` an `InputError` that names the file, or `skip` the clip, log it and count it in
+            `skipped`.
+    """
+
+    frames: int = 81
+    portrait: float = 0.0
+    any_frame: float = 0.0
+    masks: bool = True
+    seed: int = 0
+    on_error: OnError = "raise"
+
+    def __post_init__(self) -> None:
+        if self.frames < 5 or self.frames % 4 != 1:
+            raise InputError(f"frames must be 5, 9, 13, ... (4n+1), not {self.frames}")
+        if self.portrait < 0 or self.any_frame < 0 or self.portrait + self.any_frame > 1:
+            raise InputError("portrait and any_frame are probabilities and together at most 1")
+        if self.on_error not in get_args(OnError):
+            raise InputError(f"on_error must be one of {', '.join(get_args(OnError))}, not {self.on_error!r}")
+
+
+@dataclass(frozen=True)
+class Window:
+    """What was drawn for a sample: its first frame, and the reference (`reference_frame` counts in the clip;
+    for `any` alone).
+    """
+
+    start: int
+    reference: ReferenceKind
+    reference_frame: int
+
+
+@dataclass(frozen=True)
+class ClipSample:
+    """A sample as it is on disk, before any encoder.
+
+    Attributes:
+        frames: uint8 `[T, H, W, 3]`. reference: uint8 `[H, W, 3]`.
+        speech: float32 samples at 16 kHz, zero mean and unit variance, from the first frame's instant for
+            T/fps seconds.
+        face_mask, lip_mask: float32 `[(T-1)/4 + 1, H/8, W/8]` in [0, 1], or None.
+    """
+
+    clip: TrainingClip
+    window: Window
+    frames: NDArray[np.uint8]
+    reference: NDArray[np.uint8]
+    speech: NDArray[np.float32]
+    face_mask: torch.Tensor | None
+    lip_mask: torch.Tensor | None
+    prompt: str
+
+
+def draw_window(clip: TrainingClip, settings: ClipDatasetSettings, rng: np.random.Generator) -> Window:
+    """Draw start and reference of a sample."""
+    start = int(rng.integers(clip.length - settings.frames + 1))
+    draw = rng.random()
+    anywhere = int(rng.integers(clip.length))
+    if draw < settings.portrait:
+        return Window(start, "portrait", -1)
+    if draw < settings.portrait + settings.any_frame:
+        return Window(start, "any", anywhere)
+    return Window(start, "first", start)
+
+
+def read_reference(clip: TrainingClip, window: Window) -> NDArray[np.uint8]:
+    """The reference picture of a window, uint8 `[H, W, 3]`."""
+    if window.reference == "portrait":
+        return clip.read_portrait()
+    return clip.read_frames(window.reference_frame, 1)[0]
+
+
+def read_sample(clip: TrainingClip, window: Window, settings: ClipDatasetSettings) -> ClipSample:
+    """Read a sample's files.
+
+    Raises:
+        InputError: naming the file that is missing or damaged. Nothing is replaced by zeros (spec 5, fault
+        12).
+    """
+    count = settings.frames
+    frames = clip.read_frames(window.start, count)
+    face_mask = lip_mask = None
+    if settings.masks:
+        width, height = (pixels // LATENT_PIXELS for pixels in clip.size)
+        face_mask, lip_mask = (
+            masks_to_latents(torch.from_numpy(clip.read_masks(kind, window.start, count)), height, width)
+            for kind in MASKS
+        )
+    return ClipSample(
+        clip=clip,
+        window=window,
+        frames=frames,
+        reference=frames[0] if window.reference == "first" else read_reference(clip, window),
+        speech=normalized_speech(clip, window.start, count),
+        face_mask=face_mask,
+        lip_mask=lip_mask,
+        prompt=clip.prompt,
+    )
+
+
+class ClipDataset(Dataset[ClipSample]):
+    """Clips as samples; a key is `(index, pass)`, so that every pass over the data draws other windows,
+    reproducibly.
+
+    `skipped` has what was left out with `on_error="skip"`: names and reasons.
+
+    Args:
+        clips: of any mixture of sizes and frame rates.
+
+    Raises:
+        InputError: a clip is too short or not a multiple of 16 pixels (with `on_error="raise"`), or none is
+            usable.
+    """
+
+    def __init__(self, clips: Iterable[TrainingClip], settings: ClipDatasetSettings) -> None:
+        self.settings = settings
+        self.skipped: dict[str, str] = {}
+        self.clips: list[TrainingClip] = []
+        for clip in clips:
+            self._add(clip.name, partial(self._checked, clip))
+        self._require_clips()
+
+    @classmethod
+    def from_folders(cls, folders: Iterable[Path], settings: ClipDatasetSettings) -> "ClipDataset":
+        """Open clip folders; those that cannot be opened raise or are skipped as `settings.on_error` says."""
+        dataset = cls.__new__(cls)
+        dataset.settings, dataset.skipped, dataset.clips = settings, {}, []
+        for folder in folders:
+            dataset._add(str(folder), partial(dataset._opened, folder))
+        dataset._require_clips()
+        return dataset
+
+    def __len__(self) -> int:
+        return len(self.clips)
+
+    @property
+    def groups(self) -> list[tuple[int, int, Fraction]]:
+        """Width, height and frame rate of every clip: what may share a batch."""
+        return [(*clip.size, clip.fps) for clip in self.clips]
+
+    def __getitem__(self, key: ClipKey) -> ClipSample:
+        """Sample of clip `index` in pass `epoch`. With `on_error="skip"`, the next readable clip of its size
+        stands in for a bad one.
+        """
+        index, epoch = key
+        groups = self.groups
+        for step in range(len(self.clips)):
+            other = (index + step) % len(self.clips)
+            clip = self.clips[other]
+            if clip.name in self.skipped or groups[other] != groups[index]:
+                continue
+            rng = np.random.default_rng((self.settings.seed, other, epoch))
+            window = draw_window(clip, self.settings, rng)
+            sample = self._guarded(clip.name, partial(read_sample, clip, window, self.settings))
+            if sample is not None:
+                return sample
+        raise InputError(
+            f"no clip of {self.clips[index].size} pixels can be read; {len(self.skipped)} were skipped"
+        )
+
+    def _add(self, name: str, read: Callable[[], TrainingClip]) -> None:
+        clip = self._guarded(name, read)
+        if clip is not None:
+            self.clips.append(clip)
+
+    def _require_clips(self) -> None:
+        if not self.clips:
+            first = next(iter(self.skipped.values()), "none was given")
+            raise InputError(f"there is no usable clip: {first}")
+
+    def _opened(self, folder: Path) -> TrainingClip:
+        return self._checked(FolderClip.open(folder))
+
+    def _checked(self, clip: TrainingClip) -> TrainingClip:
+        width, height = clip.size
+        if clip.length < self.settings.frames:
+            raise InputError(
+                f"{clip.name} has {clip.length} frames, fewer than the {self.settings.frames} of a sample"
+            )
+        if width % 16 or height % 16:
+            raise InputError(f"{clip.name} is {width}x{height} pixels: both must be multiples of 16")
+        return clip
+
+    def _guarded(self, name: str, read: Callable[[], Result]) -> Result | None:
+        try:
+            return read()
+        except InputError as error:
+            if self.settings.on_error == "raise":
+                raise
+            self.skipped[name] = str(error)
+            logger.warning("skipped (%d so far): %s", len(self.skipped), error)
+            return None

@@ -1,0 +1,42 @@
+"""Which parameters of a model are trained."""
+
+from collections.abc import Callable
+
+from torch import nn
+
+from stableavatar.checkpoints.names import TRANSFORMER
+from stableavatar.errors import InputError
+
+RECIPE_WORDS = ("vocal", "attn", "blocks")
+
+
+def trained_by_recipe(name: str) -> bool:
+    """Whether the published recipe trains a parameter of the transformer: its published name has `vocal`,
+    `attn` or `blocks` (spec 4). So all blocks and the audio adapter are trained; patch, time, text and portrait
+    embeddings and the head are not.
+
+    Raises:
+        InputError: the name is no transformer parameter's.
+    """
+    published = TRANSFORMER.to_published(name)
+    if published is None:
+        raise InputError(f"{name} is no parameter of the video transformer")
+    return any(word in published for word in RECIPE_WORDS)
+
+
+def freeze_others(module: nn.Module, trained: Callable[[str], bool]) -> None:
+    """Let only those parameters need gradients whose names `trained` accepts."""
+    for name, parameter in module.named_parameters():
+        parameter.requires_grad_(trained(name))
+
+
+def trained_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
+    """Parameters that need gradients, by name.
+
+    Raises:
+        InputError: there is none.
+    """
+    chosen = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
+    if not chosen:
+        raise InputError("no parameter of the model is trained")
+    return chosen
