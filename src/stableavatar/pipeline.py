@@ -26,7 +26,8 @@ from transformers import CLIPVisionModel, PreTrainedTokenizerBase, UMT5EncoderMo
 
 from stableavatar import __version__
 from stableavatar.checkpoints import hub
-from stableavatar.checkpoints.layout import detect_layout, find_published
+from stableavatar.checkpoints.layout import OWN_PARTS, detect_layout, find_published
+from stableavatar.checkpoints.own import check_own
 from stableavatar.checkpoints.published import load_published
 from stableavatar.conditioning.image import picture_tensor, portrait_embeddings, reference_condition
 from stableavatar.conditioning.speech import WindowSpeech
@@ -182,6 +183,7 @@ class AvatarPipeline(DiffusionPipeline):
         if not folder.is_dir():
             folder = hub.resolve(str(source), variant=variant)
         if detect_layout(folder) == "own":
+            check_own(folder, [part for part in OWN_PARTS if part not in kwargs])
             kwargs.setdefault("local_files_only", True)
             return super().from_pretrained(folder, dtype=dtype, **kwargs)
         if kwargs:

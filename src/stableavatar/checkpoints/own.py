@@ -42,4 +42,4 @@ def check_own(folder: Path, parts: Iterable[str] = OWN_PARTS) -> None:
         config = read_json(folder / part / _CONFIGS.get(part, "config.json"))
         if part in _LOADERS and "quantization_config" not in config:
             settings = {key: value for key, value in config.items() if not key.startswith("_")}
-            _LOADERS[part](folder / part, settings, dtype=None, device="meta")
+            _LOADERS[part](folder / part, config=settings, dtype=None, device="meta")

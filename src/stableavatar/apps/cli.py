@@ -1,0 +1,304 @@
+"""The command line: ``stableavatar generate | info | download | convert | export``.
+
+Commands check what can be checked at once, call the package, and say what came of it. torch is imported in
+them, not here: help must come without waiting for it.
+"""
+
+import sys
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from stableavatar import __version__
+from stableavatar.apps.command_options import parse_size, repeating_command, stored_settings, with_fields
+from stableavatar.apps.console import end_on_terminate, log_to_stderr, plain_errors, quieten_libraries
+from stableavatar.apps.progress import display, duration
+from stableavatar.choices import Dtype, ModelSize, StoredDtype, Variant
+from stableavatar.errors import InputError
+from stableavatar.options import FILE, PICTURE, GenerateOptions, OutputOptions
+
+MODEL = "The model"
+
+_EXAMPLES = """\
+Examples:
+
+  stableavatar generate portrait.png speech.wav -o talk.mp4
+
+  stableavatar generate portrait.png speech.wav -o talk.mp4 --duration 5 --prompt "A woman is laughing"
+
+  stableavatar download --output checkpoints
+
+  stableavatar generate portrait.png speech.wav -o talk.mp4 --model checkpoints --size 512x512 --seed 7
+
+  stableavatar info talk.mp4
+"""
+
+
+class _Commands(TyperGroup):
+    """Commands in the order in which they are written below; errors that a user can act on in a line."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return list(self.commands)
+
+    def invoke(self, ctx: Any) -> Any:
+        with plain_errors():
+            return super().invoke(ctx)
+
+
+app = typer.Typer(
+    cls=_Commands,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog=_EXAMPLES,
+)
+
+Verbose = Annotated[
+    int,
+    typer.Option(
+        "--verbose", "-v", count=True, show_default=False, help="Say what is being done; -vv: more."
+    ),
+]
+VariantOption = Annotated[
+    Variant,
+    typer.Option(
+        help="Which of the published transformers: square (512x512) or rec-vec (also 480x832 and 832x480).",
+        rich_help_panel=MODEL,
+    ),
+]
+ModelSizeOption = Annotated[
+    ModelSize, typer.Option(help="Which of the published sizes.", rich_help_panel=MODEL)
+]
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"stableavatar {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _common(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    """From one portrait and a recording to a talking video of any length."""
+
+
+@app.command(epilog=_EXAMPLES)
+@with_fields
+def generate(
+    portrait: Annotated[
+        Path,
+        typer.Argument(
+            metavar="PORTRAIT", help="A picture of the person, or a video whose first frame it is."
+        ),
+    ],
+    speech: Annotated[
+        Path, typer.Argument(metavar="SPEECH", help="What is said: any sound file, or a video with sound.")
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The MP4 to write.", rich_help_panel=FILE)],
+    encoding: OutputOptions,
+    generation: GenerateOptions,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace a video that is there.", rich_help_panel=FILE)
+    ] = False,
+    size: Annotated[
+        str | None,
+        typer.Option(
+            metavar="WIDTHxHEIGHT",
+            help="Width and height in one, such as 512x512. By default what the model was trained at.",
+            rich_help_panel=PICTURE,
+        ),
+    ] = None,
+    model: Annotated[
+        str,
+        typer.Option(
+            help="tiny (ships with the package), a folder of weights, or a hub id, FrancisRing/StableAvatar.",
+            rich_help_panel=MODEL,
+        ),
+    ] = "tiny",
+    variant: VariantOption = "square",
+    model_size: ModelSizeOption = "1.3b",
+    device: Annotated[
+        str,
+        typer.Option(help="auto (a GPU if there is one), cpu, cuda, cuda:1, mps, ...", rich_help_panel=MODEL),
+    ] = "auto",
+    dtype: Annotated[
+        Dtype,
+        typer.Option(
+            help="Of the weights; auto: bfloat16 on CUDA, float32 elsewhere.", rich_help_panel=MODEL
+        ),
+    ] = "auto",
+    verbose: Verbose = 0,
+) -> None:
+    """Make the person in PORTRAIT say what is heard in SPEECH."""
+    started = time.monotonic()
+    log_to_stderr(verbose)
+    generation = _with_size(generation, size)
+    # What is wrong with the files should be said before a large model is loaded.
+    from stableavatar.media.audio import Sound
+    from stableavatar.media.image import read_picture
+    from stableavatar.media.video import check_output
+
+    if check_output(output).exists() and not overwrite:
+        raise InputError(f"output {output}: exists already. Choose another name, or add --overwrite.")
+    picture = read_picture(portrait)
+    Sound(speech, generation.start, generation.duration)
+    with display() as show:
+        show.stage(f"loading {model}")
+        quieten_libraries(verbose)
+        from stableavatar.pipeline import load
+
+        pipeline = load(model, device=device, dtype=dtype, variant=variant, size=model_size)
+        show.stage("reading portrait, speech and prompt")
+        video = pipeline.generate(
+            picture, speech, output, output_options=encoding, progress=show, **asdict(generation)
+        )
+    made = video.options
+    typer.echo(
+        f"{video.path}: {video.frame_count} frames, {float(video.frame_count / video.frame_rate):.2f} s at "
+        f"{float(video.frame_rate):g} frames/s, {made.width}x{made.height}, seed {made.seed}, "
+        f"made in {duration(time.monotonic() - started)}"
+    )
+
+
+@app.command()
+def info(
+    video: Annotated[
+        Path | None,
+        typer.Argument(
+            metavar="VIDEO", help="A video made here: show its settings, and the command that repeats it."
+        ),
+    ] = None,
+    checkpoints: Annotated[Path, typer.Option(help="Where the published weights are looked for.")] = Path(
+        "checkpoints"
+    ),
+) -> None:
+    """Show what is installed, found and supported; or how a video was made."""
+    if video is not None:
+        _show_settings(video)
+        return
+    quieten_libraries(0)
+    from stableavatar.apps.installation import survey
+
+    for section in survey(checkpoints):
+        typer.secho(section.title, bold=True)
+        for name, text in section.rows:
+            typer.echo(f"  {name:<16} {text}")
+
+
+@app.command()
+def download(
+    output: Annotated[Path, typer.Option("--output", "-o", help="The folder, made if need be.")] = Path(
+        "checkpoints"
+    ),
+    variant: VariantOption = "square",
+    model_size: ModelSizeOption = "1.3b",
+    repository: Annotated[
+        str | None, typer.Option(help="A copy of the published repository on the hub (owner/name).")
+    ] = None,
+    revision: Annotated[str | None, typer.Option(help="A branch, tag or commit of the repository.")] = None,
+    verbose: Verbose = 0,
+) -> None:
+    """Get the published weights from the Hugging Face hub (HF_ENDPOINT: from a mirror).
+
+    An interrupted download goes on where it stopped.
+    """
+    log_to_stderr(verbose if sys.stderr.isatty() else max(verbose, 1))
+    quieten_libraries(verbose)
+    from stableavatar.checkpoints import hub
+
+    folder = hub.download(
+        output, variant, model_size, repo_id=repository or hub.PUBLISHED_REPOSITORY, revision=revision
+    )
+    typer.echo(f"{folder}: complete; use it with --model {folder}")
+
+
+@app.command()
+def convert(
+    source: Annotated[Path, typer.Argument(metavar="SOURCE", help="The folder with the published weights.")],
+    target: Annotated[Path, typer.Argument(metavar="TARGET", help="The folder to write.")],
+    variant: VariantOption = "square",
+    model_size: ModelSizeOption = "1.3b",
+    transformer: Annotated[
+        Path | None,
+        typer.Option(help="A transformer file in place of the variant's, such as one of a training."),
+    ] = None,
+    dtype: Annotated[
+        StoredDtype | None, typer.Option(help="Of the weights; by default as each part is stored.")
+    ] = None,
+    shard_size: Annotated[str, typer.Option(help="Split weights into files of at most this size.")] = "5GB",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a target that is there.")] = False,
+    verbose: Verbose = 0,
+) -> None:
+    """Turn published weights into one folder in diffusers layout (safetensors), which loads faster."""
+    log_to_stderr(verbose if sys.stderr.isatty() else max(verbose, 1))
+    quieten_libraries(verbose)
+    from stableavatar.checkpoints import convert as conversion
+    from stableavatar.placement.device import DTYPES
+
+    folder = conversion.convert(
+        source,
+        target,
+        variant=variant,
+        size=model_size,
+        overlay=transformer,
+        dtype=None if dtype is None else DTYPES[dtype],
+        max_shard_size=shard_size,
+        overwrite=overwrite,
+    )
+    typer.echo(f"{folder}: complete; use it with --model {folder}")
+
+
+@app.command()
+def export(
+    transformer: Annotated[
+        Path, typer.Argument(metavar="TRANSFORMER", help="A transformer: the folder of that name, or a file.")
+    ],
+    target: Annotated[Path, typer.Argument(metavar="TARGET", help="The file to write: .pt or .safetensors.")],
+    dtype: Annotated[
+        StoredDtype | None, typer.Option(help="Of the weights; by default as they are stored.")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a target that is there.")] = False,
+    verbose: Verbose = 0,
+) -> None:
+    """Write a transformer under the published names, for the published code."""
+    log_to_stderr(verbose)
+    quieten_libraries(verbose)
+    from stableavatar.checkpoints.convert import export_transformer
+    from stableavatar.placement.device import DTYPES
+
+    file = export_transformer(
+        transformer, target, dtype=None if dtype is None else DTYPES[dtype], overwrite=overwrite
+    )
+    typer.echo(f"{file}: complete")
+
+
+def main() -> None:
+    """Run the command line, and end the process with its exit status."""
+    end_on_terminate()
+    app()
+
+
+def _with_size(options: GenerateOptions, size: str | None) -> GenerateOptions:
+    if size is None:
+        return options
+    if options.width is not None:
+        raise InputError("give --size, or --width and --height, not both")
+    width, height = parse_size(size)
+    return replace(options, width=width, height=height)
+
+
+def _show_settings(video: Path) -> None:
+    settings = stored_settings(video)
+    for name, value in settings.items():
+        typer.echo(f"{name.replace('_', ' '):<22} {'' if value is None else value}".rstrip())
+    typer.echo()
+    typer.echo(repeating_command(settings))

@@ -1,0 +1,110 @@
+"""How far a video is, for someone at a terminal or for a log."""
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Protocol
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, TaskProgressColumn, TextColumn
+from rich.progress import Progress as Bar
+
+if TYPE_CHECKING:
+    from stableavatar.pipeline import Progress
+
+SECONDS_BETWEEN_LINES = 10.0
+
+
+class Display(Protocol):
+    """Shows stages without a measure, such as loading, and the pipeline's own progress."""
+
+    def stage(self, text: str) -> None:
+        """Say what is begun."""
+
+    def __call__(self, progress: "Progress") -> None:
+        """Show the state of sampling or decoding."""
+
+
+@contextmanager
+def display() -> Iterator[Display]:
+    """A bar on the standard error stream where that is a terminal, else lines."""
+    if not sys.stderr.isatty():
+        yield LineDisplay()
+        return
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TaskProgressColumn(),
+        TextColumn("{task.fields[detail]}"),
+    )
+    with Bar(*columns, console=Console(stderr=True), transient=True) as bar:
+        yield BarDisplay(bar)
+
+
+class BarDisplay:
+    """A bar a stage, with steps, windows and the time left."""
+
+    def __init__(self, bar: Bar) -> None:
+        self._bar = bar
+        self._text: str | None = None
+        self._task = bar.add_task("", total=None, detail="")
+
+    def stage(self, text: str) -> None:
+        """Show a bar that only says that something is going on."""
+        self._text = text
+        self._bar.reset(self._task, total=None, description=text.capitalize(), detail="")
+
+    def __call__(self, progress: "Progress") -> None:
+        """Move the bar."""
+        if self._text != progress.stage:
+            self.stage(progress.stage)
+        self._bar.update(self._task, total=progress.total, completed=progress.done, detail=describe(progress))
+
+
+class LineDisplay:
+    """A line at the beginning and the end of a stage, and every ten seconds between."""
+
+    def __init__(self) -> None:
+        self._text: str | None = None
+        self._shown = 0.0
+
+    def stage(self, text: str) -> None:
+        """Write a line."""
+        self._text = text
+        self._write(text)
+
+    def __call__(self, progress: "Progress") -> None:
+        """Write a line if it is time for one."""
+        begins = self._text != progress.stage
+        due = time.monotonic() - self._shown >= SECONDS_BETWEEN_LINES
+        if begins or due or progress.done == progress.total:
+            self._text = progress.stage
+            self._write(f"{progress.stage}: {progress.done / progress.total:.0%}, {describe(progress)}")
+
+    def _write(self, line: str) -> None:
+        self._shown = time.monotonic()
+        typer.echo(line, err=True)
+
+
+def describe(progress: "Progress") -> str:
+    """Where the work is and how long this stage will take: `step 3/50, window 2/7, 4 min 10 s left`."""
+    if progress.stage == "sampling":
+        where = f"step {progress.step}/{progress.steps}, window {progress.window}/{progress.windows}"
+    else:
+        where = f"frame {progress.done}/{progress.total}"
+    if progress.seconds_left is None or progress.done == progress.total:
+        return where
+    return f"{where}, {duration(progress.seconds_left)} left"
+
+
+def duration(seconds: float) -> str:
+    """Seconds in words: `8.3 s`, `4 min 10 s`, `2 h 05 min`."""
+    if seconds < 9.95:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes == 0:
+        return f"{rest} s"
+    hours, minutes_rest = divmod(minutes, 60)
+    return f"{hours} h {minutes_rest:02d} min" if hours else f"{minutes} min {rest:02d} s"
