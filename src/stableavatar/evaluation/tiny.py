@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 
 from stableavatar.data.puppets import EVALUATION_SEED
-from stableavatar.errors import StableAvatarError
+from stableavatar.errors import InputError, StableAvatarError
 from stableavatar.evaluation.cases import (
     FPS,
     FULL,
@@ -257,6 +257,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         speaker = None
         if options.gate is not None:
+            if not (options.gate / "config.json").is_file():
+                raise InputError(f"There is no autoencoder in {options.gate}: config.json is missing.")
             vae = AutoencoderKLWan.from_pretrained(options.gate).eval()
         else:
             pipeline = load(options.model, dtype=options.dtype)
