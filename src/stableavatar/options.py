@@ -21,6 +21,13 @@ from stableavatar.choices import (
 from stableavatar.errors import InputError
 from stableavatar.media.timing import parse_fps
 
+# Wan's usual negative prompt, which users of the published weights expect.
+NEGATIVE_PROMPT = (
+    "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，JPEG压缩残留，"
+    "丑陋的，残缺的，多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，静止不动的画面，"
+    "杂乱的背景，三条腿，背景人很多，倒着走"
+)
+
 SIZE_MULTIPLE = 16  # pixels: 8 of the autoencoder, 2 of the transformer's patches
 
 # Headings under which the command line's help lists the options.
@@ -179,7 +186,8 @@ class SamplingDefaults:
     """A model's own settings; those of the released models unless given.
 
     Attributes:
-        steps, text_scale, audio_scale, window (frames), overlap (latent frames): see `GenerateOptions`.
+        steps, text_scale, audio_scale, window (frames), overlap (latent frames), negative_prompt: see
+            `GenerateOptions`.
         sizes: width and height in pixels for each aspect that the model was trained at.
     """
 
@@ -188,6 +196,7 @@ class SamplingDefaults:
     audio_scale: float = 5.0
     window: int = 81
     overlap: int = 5
+    negative_prompt: str = NEGATIVE_PROMPT
     sizes: Mapping[str, tuple[int, int]] = field(
         default_factory=lambda: {"square": (512, 512), "tall": (480, 832), "wide": (832, 480)}
     )
@@ -238,10 +247,9 @@ class Settings(GenerateOptions):
         defaults: SamplingDefaults,
         *,
         size: tuple[int, int],
-        negative_prompt: str,
         seed: int,
     ) -> "Settings":
-        """`options`, with the model's settings, a size (width, height), a negative prompt and a seed in place
+        """`options`, with the model's settings, a size (width, height) and a seed in place
         of None.
 
         Raises:
@@ -252,7 +260,6 @@ class Settings(GenerateOptions):
             **(AUDIO_NATIVE_WEIGHTS if options.guidance == "audio-native" else {}),
             "width": size[0],
             "height": size[1],
-            "negative_prompt": negative_prompt,
             "seed": seed,
         }
         chosen = {f.name: getattr(options, f.name) for f in fields(options)}

@@ -31,7 +31,7 @@ from stableavatar.checkpoints.own import check_own
 from stableavatar.checkpoints.published import load_published
 from stableavatar.conditioning.image import picture_tensor, portrait_embeddings, reference_condition
 from stableavatar.conditioning.speech import WindowSpeech
-from stableavatar.conditioning.text import DEFAULT_NEGATIVE_PROMPT, encode_prompts
+from stableavatar.conditioning.text import encode_prompts
 from stableavatar.errors import InputError
 from stableavatar.media.audio import SPEECH_RATE, Sound, Speech
 from stableavatar.media.image import fit_picture, read_picture
@@ -268,7 +268,6 @@ class AvatarPipeline(DiffusionPipeline):
             given,
             self.defaults,
             size=size,
-            negative_prompt=DEFAULT_NEGATIVE_PROMPT,
             seed=secrets.randbelow(2**32),
         )
 
