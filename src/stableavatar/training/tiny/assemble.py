@@ -2,7 +2,7 @@
 
     python -m stableavatar.training.tiny.assemble --autoencoder A --speech-encoder S --avatar T --out FOLDER
 
-The weights are stored in bfloat16; the folder is in diffusers' layout, like every model of this project's own.
+The weights are stored in bfloat16, the folder is in diffusers' layout like every model of this project's.
 """
 
 import argparse
