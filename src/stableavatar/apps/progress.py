@@ -15,6 +15,12 @@ if TYPE_CHECKING:
     from stableavatar.pipeline import Progress
 
 SECONDS_BETWEEN_LINES = 10.0
+COLUMNS = (
+    TextColumn("{task.description}"),
+    BarColumn(),
+    TaskProgressColumn(),
+    TextColumn("{task.fields[detail]}"),
+)
 
 
 class Display(Protocol):
@@ -33,13 +39,7 @@ def display() -> Iterator[Display]:
     if not sys.stderr.isatty():
         yield LineDisplay()
         return
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TaskProgressColumn(),
-        TextColumn("{task.fields[detail]}"),
-    )
-    with Bar(*columns, console=Console(stderr=True), transient=True) as bar:
+    with Bar(*COLUMNS, console=Console(stderr=True), transient=True) as bar:
         yield BarDisplay(bar)
 
 
