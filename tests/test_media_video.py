@@ -412,6 +412,15 @@ with VideoWriter(sys.argv[1], 128, 128, 25, sound=sound, preset="ultrafast") as 
     assert probe(tmp_path / "a.mp4").frames == 3000
 
 
+def test_a_photograph_survives(tmp_path: Path) -> None:
+    y, x = np.mgrid[:96, :128]
+    photograph = np.stack([60 + x, 200 - y, 90 + (x + y) // 4], axis=-1).astype(np.uint8)
+    with VideoWriter(tmp_path / "a.mp4", 128, 96, 25, sound=None, quality=2) as writer:
+        writer.write(photograph)
+    difference = next(read_frames(tmp_path / "a.mp4")).astype(float) - photograph
+    assert np.abs(difference.mean(axis=(0, 1))).max() < 0.3
+
+
 @pytest.mark.parametrize("rotation", [0, 90, 180, 270])
 def test_rotated_videos_are_read_upright(tmp_path: Path, rotation: int) -> None:
     stored = flat((20, 20, 20), 96, 64)

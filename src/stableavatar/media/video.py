@@ -17,11 +17,8 @@ from typing import Any, Protocol, get_args
 import av
 import numpy as np
 from av.video.reformatter import (
-    ColorPrimaries,
     ColorRange,
     Colorspace,
-    ColorTrc,
-    Interpolation,
     VideoReformatter,
 )
 from PIL import Image
@@ -30,7 +27,15 @@ from stableavatar.choices import Preset
 from stableavatar.errors import InputError
 from stableavatar.media.audio import Samples, Sound
 from stableavatar.media.files import reason_of
-from stableavatar.media.reading import METADATA_KEY, Frame, MediaInfo, probe, read_frames, read_metadata
+from stableavatar.media.reading import (
+    METADATA_KEY,
+    SWS_ACCURATE,
+    Frame,
+    MediaInfo,
+    probe,
+    read_frames,
+    read_metadata,
+)
 from stableavatar.media.timing import parse_fps, sample_position
 
 __all__ = [
@@ -50,7 +55,8 @@ logger = logging.getLogger(__name__)
 PRESETS = get_args(Preset)
 MAX_QUALITY = 51
 _LONGEST_NAME = 255
-_ACCURATE = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INP
+# BT.709 as ITU-T H.273 numbers primaries, transfer and matrix alike.
+_BT709 = 1
 # Bits a second of AAC for one channel; the format allows 6 bits a sample, which is less below 16 kHz.
 _SOUND_BITS = 96_000
 
@@ -182,16 +188,16 @@ class VideoWriter:
         if self._metadata:
             comment = json.dumps({METADATA_KEY: self._metadata}, ensure_ascii=False)
             self._container.metadata["comment"] = comment
-        video = self._container.add_stream(
-            "libx264", rate=self._fps, options={"crf": str(self._quality), "preset": self._preset}
-        )
+        # swscale puts the chroma samples in the middle of four pixels; H.264 means the left edge unless it is told.
+        x264 = {"crf": str(self._quality), "preset": self._preset, "x264-params": "chromaloc=1"}
+        video = self._container.add_stream("libx264", rate=self._fps, options=x264)
         video.width, video.height, video.pix_fmt = self._width, self._height, "yuv420p"
         context = video.codec_context
         context.time_base = 1 / self._fps
-        context.colorspace = int(Colorspace.ITU709)
+        context.colorspace = _BT709
         context.color_range = int(ColorRange.MPEG)
-        context.color_primaries = int(ColorPrimaries.BT709)
-        context.color_trc = int(ColorTrc.BT709)
+        context.color_primaries = _BT709
+        context.color_trc = _BT709
         self._video = video
         self._reformatter = VideoReformatter()
         if self._sound is not None:
@@ -211,7 +217,7 @@ class VideoWriter:
             dst_colorspace=Colorspace.ITU709,
             src_color_range=ColorRange.JPEG,
             dst_color_range=ColorRange.MPEG,
-            interpolation=_ACCURATE,
+            interpolation=SWS_ACCURATE,
         )
         converted.pts = self._frames
         converted.time_base = 1 / self._fps
