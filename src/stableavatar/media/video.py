@@ -188,7 +188,7 @@ class VideoWriter:
         if self._metadata:
             comment = json.dumps({METADATA_KEY: self._metadata}, ensure_ascii=False)
             self._container.metadata["comment"] = comment
-        # swscale puts the chroma samples in the middle of four pixels; H.264 means the left edge unless it is told.
+        # swscale puts chroma samples in the middle of four pixels; H.264 means their left edge unless told.
         x264 = {"crf": str(self._quality), "preset": self._preset, "x264-params": "chromaloc=1"}
         video = self._container.add_stream("libx264", rate=self._fps, options=x264)
         video.width, video.height, video.pix_fmt = self._width, self._height, "yuv420p"
