@@ -5,6 +5,10 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 PARITY ?= ../shared/parity
+# Where the embedded model is trained: data and checkpoints, outside the checkout; every step goes on where it stopped.
+WORK   ?= $(if $(XDG_CACHE_HOME),$(XDG_CACHE_HOME),$(HOME)/.cache)/stableavatar/train
+STORE  ?= $(WORK)/puppets
+CLIPS  ?= 3000
 
 .PHONY: help demo test lint parity tiny evaluate-tiny format clean
 help:            ## what can be made
@@ -29,6 +33,21 @@ format: $(STAMP) ## put the style right
 
 parity: $(STAMP) ## every parity case under PARITY=folder against our model
 	$(BIN)/python -m stableavatar.evaluation.parity $(PARITY)
+
+evaluate-tiny: $(STAMP) ## the embedded model against its bars (QUICK=1: a subset in two minutes)
+	$(BIN)/python -m stableavatar.evaluation.tiny $(if $(QUICK),--quick) $(if $(MODEL),--model $(MODEL))
+
+tiny: $(STAMP)   ## train the embedded model anew, from puppets to weights (many hours on two cores)
+	$(BIN)/python -m stableavatar.data.puppets store --folder $(STORE) --clips $(CLIPS)
+	$(BIN)/python -m stableavatar.training.tiny.autoencoder --out $(WORK)/autoencoder --puppets $(STORE) \
+	    --minutes 240 --resume
+	$(BIN)/python -m stableavatar.training.tiny.speech_encoder --out $(WORK)/speech_encoder --puppets $(STORE)
+	$(BIN)/python -m stableavatar.training.tiny.latents --store $(STORE) --out $(WORK)/latents \
+	    --autoencoder $(WORK)/autoencoder/model --speech-encoder $(WORK)/speech_encoder/model --visits 4
+	$(BIN)/python -m stableavatar.training.tiny.transformer --cache $(WORK)/latents --out $(WORK)/transformer --resume
+	$(BIN)/python -m stableavatar.training.tiny.meter --autoencoder $(WORK)/autoencoder/model
+	$(BIN)/python -m stableavatar.training.tiny.assemble --autoencoder $(WORK)/autoencoder/model \
+	    --speech-encoder $(WORK)/speech_encoder/model --avatar $(WORK)/transformer/export
 
 clean:           ## remove what the targets made
 	rm -rf $(VENV) out .pytest_cache .mypy_cache .ruff_cache
