@@ -1,0 +1,489 @@
+"""Trains the video autoencoder of the embedded model.
+
+    python -m stableavatar.training.tiny.autoencoder --out FOLDER --minutes 75 --puppets STORE [--resume]
+
+8x in space, 4x in time, 16 latent channels, 2.7M parameters. Puppets and free pictures as clips of mixed
+length; long clips run in chunks with the causal feature memory carried over. A checkpoint is written every
+few minutes and `--resume` goes on from it. `--freeze-encoder` trains the decoder alone, so that latents
+made before stay valid. The result is `FOLDER/model` in diffusers' layout: averaged weights, float32, with
+the latents' mean and standard deviation in its config (spec/6-embedded-model.md).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import math
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from diffusers import AutoencoderKLWan
+from torch.multiprocessing.spawn import spawn
+
+from stableavatar.training.tiny.feature_memory import (
+    FeatureMemory,
+    chunk_lengths,
+    decode_chunk,
+    encode_chunk,
+    use_quick_norms,
+)
+from stableavatar.training.tiny.muon import Muon
+from stableavatar.training.tiny.pictures import PictureClips, find_pictures, load_pictures
+from stableavatar.training.tiny.puppet_clips import PuppetClips
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class AutoencoderSettings:
+    """Everything a training run depends on besides its data.
+
+    `minutes` counts all runs of one folder together.
+    """
+
+    minutes: float = 75.0
+    base_channels: int = 32
+    residual_blocks: int = 1
+    # Of AdamW (vectors, first and last layers) and of Muon (all other kernels).
+    learning_rate: float = 1.5e-3
+    kernel_learning_rate: float = 4e-3
+    warmup_steps: int = 100
+    # The share of the minutes, at their end, in which the rate falls to zero.
+    cooldown: float = 0.25
+    weight_decay: float = 1e-2
+    gradient_clip: float = 1.0
+    average_decay: float = 0.998
+    # A step's size in frames of 64x64; the batch follows from it, the clips' length and the crop.
+    frames_a_step: int = 40
+    clip_lengths: tuple[int, ...] = (1, 5, 9, 21, 41)
+    clip_weights: tuple[float, ...] = (0.25, 0.2, 0.25, 0.2, 0.1)
+    longest_chunk: int = 20
+    # Steps at the start in which clips have 1 or 5 frames.
+    image_steps: int = 300
+    whole_frames: float = 0.3
+    longest_whole_clip: int = 21
+    picture_share: float = 0.3
+    squared_weight: float = 2.0
+    edge_weight: float = 0.25
+    kl_weight: float = 1e-5
+    face_weight: float = 0.5
+    lip_weight: float = 1.5
+    # Processes of one thread each; they split a step's clips and share its gradient.
+    processes: int = 2
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.minutes <= 0 or self.frames_a_step < 1:
+            raise ValueError("minutes and frames_a_step must be positive")
+        if len(self.clip_lengths) != len(self.clip_weights):
+            raise ValueError("clip_lengths and clip_weights differ in length")
+        for length in self.clip_lengths:
+            chunk_lengths(length, self.longest_chunk)
+
+
+def build_autoencoder(base_channels: int = 32, residual_blocks: int = 1) -> AutoencoderKLWan:
+    """The untrained autoencoder: 8x in space, 4x in time, 16 channels, 4n+1 frames to n+1 latent frames."""
+    vae = AutoencoderKLWan(
+        base_dim=base_channels,
+        z_dim=16,
+        dim_mult=[1, 2, 2],
+        num_res_blocks=residual_blocks,
+        attn_scales=[],
+        temperal_downsample=[True, True],
+        latents_mean=[0.0] * 16,
+        latents_std=[1.0] * 16,
+        is_residual=True,
+        in_channels=12,
+        out_channels=12,
+        patch_size=2,
+        scale_factor_temporal=4,
+        scale_factor_spatial=8,
+    )
+    with torch.no_grad():
+        # Latents start almost without noise; at unit variance it would drown what the encoder says at first.
+        vae.quant_conv.bias[16:] = -6.0
+        vae.quant_conv.weight[16:] *= 0.1
+    return vae
+
+
+def rate_factor(settings: AutoencoderSettings, step: int, minutes: float) -> float:
+    """What the learning rates are multiplied by at a step and after `minutes` of training.
+
+    It warms up by steps, stays, and falls linearly to a twentieth over the last `cooldown` of the minutes.
+    """
+    left = 1 - minutes / settings.minutes
+    fall = min(1.0, max(0.05, left / settings.cooldown)) if settings.cooldown else 1.0
+    return min(1.0, (step + 1) / settings.warmup_steps) * fall
+
+
+def reconstruction_loss(
+    settings: AutoencoderSettings, made: torch.Tensor, true: torch.Tensor, weight: torch.Tensor
+) -> torch.Tensor:
+    """Absolute, squared and edge error of clips [B, 3, F, H, W], weighted by [B, 1, F, H, W] ."""
+    difference = made - true
+    per_pixel = difference.abs() + settings.squared_weight * difference.square()
+    loss = (per_pixel * weight).sum() / (weight.sum() * 3)
+    edges = difference.diff(dim=3).abs().mean() + difference.diff(dim=4).abs().mean()
+    if difference.shape[2] > 1:
+        edges = edges + difference.diff(dim=2).abs().mean()
+    return loss + settings.edge_weight * edges
+
+
+class Batches:
+    """Draws batches from pictures and puppets (when there are any), by the settings' shares and lengths."""
+
+    def __init__(
+        self,
+        settings: AutoencoderSettings,
+        pictures: PictureClips,
+        puppets: PuppetClips | None,
+        frame_size: int = 128,
+    ) -> None:
+        self.settings = settings
+        self.pictures = pictures
+        self.puppets = puppets
+        self.frame_size = frame_size
+
+    def draw(self, step: int, rank: int = 0, ranks: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
+        """What process `rank` trains on in a step: clips [B, 3, F, S, S] in [-1, 1], weights [B, 1, F, S, S].
+
+        Length and size are the same for all processes; everything follows from seed, step and rank.
+        """
+        settings = self.settings
+        shared = np.random.default_rng([settings.seed, step])
+        weights = np.array(settings.clip_weights)
+        if step < settings.image_steps:
+            weights = weights * (np.array(settings.clip_lengths) <= 5)
+        frames = int(shared.choice(settings.clip_lengths, p=weights / weights.sum()))
+        whole = shared.random() < settings.whole_frames and frames <= settings.longest_whole_clip
+        size = self.frame_size if whole else self.frame_size // 2
+        batch = max(1, round(settings.frames_a_step * (64 / size) ** 2 / frames / ranks))
+        rng = np.random.default_rng([settings.seed, step, rank + 1])
+        clips, masks = [], []
+        for _ in range(batch):
+            weight = torch.ones(frames, size, size)
+            if self.puppets is None or rng.random() < settings.picture_share:
+                clips.append(self.pictures.sample(rng, frames, size))
+            else:
+                clip, face, lips = self.puppets.sample(rng, frames, size)
+                clips.append(clip)
+                weight += settings.face_weight * face + settings.lip_weight * lips
+            masks.append(weight)
+        return torch.stack(clips), torch.stack(masks)[:, None]
+
+
+class AutoencoderTrainer:
+    """The model, its moving average, the optimisers, steps and minutes; saved whole, resumed whole."""
+
+    def __init__(self, settings: AutoencoderSettings, batches: Batches, out: Path, rank: int = 0) -> None:
+        torch.manual_seed(settings.seed)
+        self.settings = settings
+        self.batches = batches
+        self.out = out
+        self.rank = rank
+        self.vae = build_autoencoder(settings.base_channels, settings.residual_blocks).train()
+        self.average = (
+            build_autoencoder(settings.base_channels, settings.residual_blocks).requires_grad_(False).eval()
+        )
+        self.average.load_state_dict(self.vae.state_dict())
+        use_quick_norms(self.vae)
+        kernels: list[torch.nn.Parameter] = []
+        others: list[torch.nn.Parameter] = []
+        for name, parameter in self.vae.named_parameters():
+            outer = any(part in name for part in ("conv_in", "conv_out", "quant_conv"))
+            (others if outer or parameter.ndim < 2 or parameter[0].numel() <= 1 else kernels).append(
+                parameter
+            )
+        self.optimizers: dict[str, torch.optim.Optimizer] = {
+            "muon": Muon(kernels, lr=settings.kernel_learning_rate, weight_decay=settings.weight_decay),
+            "adamw": torch.optim.AdamW(
+                others, lr=settings.learning_rate, betas=(0.9, 0.99), weight_decay=settings.weight_decay
+            ),
+        }
+        self.step = 0
+        self.seconds = 0.0
+        self.encoder_frozen = False
+
+    def freeze_encoder(self) -> None:
+        """From now on the averaged encoder stays as it is, and with it all latents; the decoder learns."""
+        if not self.encoder_frozen:
+            self.vae.encoder.load_state_dict(self.average.encoder.state_dict())
+            self.vae.quant_conv.load_state_dict(self.average.quant_conv.state_dict())
+            self.encoder_frozen = True
+        self.vae.encoder.requires_grad_(False)
+        self.vae.quant_conv.requires_grad_(False)
+
+    def train_step(self) -> dict[str, float]:
+        """One batch, one update. Returns loss, squared error, KL, gradient norm."""
+        settings = self.settings
+        factor = rate_factor(settings, self.step, self.seconds / 60)
+        rates = {"muon": settings.kernel_learning_rate * factor, "adamw": settings.learning_rate * factor}
+        for name, optimizer in self.optimizers.items():
+            for group in optimizer.param_groups:
+                group["lr"] = rates[name]
+        ranks = dist.get_world_size() if dist.is_initialized() else 1
+        clips, weight = self.batches.draw(self.step, self.rank, ranks)
+        torch.manual_seed((settings.seed * 10_000_019 + self.step) * 64 + self.rank)
+        memory = FeatureMemory(self.vae)
+        frames = clips.shape[2]
+        totals = {"loss": 0.0, "squared": 0.0, "kl": 0.0}
+        start = 0
+        for length in chunk_lengths(frames, settings.longest_chunk):
+            true = clips[:, :, start : start + length]
+            chunk_weight = weight[:, :, start : start + length]
+            with torch.autocast("cpu", torch.bfloat16):
+                with torch.set_grad_enabled(not self.encoder_frozen):
+                    mean, log_variance = encode_chunk(self.vae, true, memory)
+                mean, log_variance = mean.float(), log_variance.float()
+                latents = mean + torch.exp(0.5 * log_variance) * torch.randn_like(mean)
+                made = decode_chunk(self.vae, latents, memory)
+            made = made.float()
+            kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
+            loss = reconstruction_loss(settings, made, true, chunk_weight) + settings.kl_weight * kl
+            share = length / frames
+            (loss * share).backward()  # type: ignore[no-untyped-call]
+            memory.detach()
+            totals["loss"] += loss.item() * share
+            totals["squared"] += F.mse_loss(made.detach().clamp(-1, 1), true).item() * share
+            totals["kl"] += kl.item() * share
+            start += length
+        self._share_gradients(ranks)
+        norm = torch.nn.utils.clip_grad_norm_(self.vae.parameters(), settings.gradient_clip)
+        if math.isfinite(norm.item()):
+            for optimizer in self.optimizers.values():
+                optimizer.step()
+        else:
+            logger.warning("step %d: the gradient is not finite and is dropped", self.step)
+        self.vae.zero_grad(set_to_none=True)
+        self._update_average()
+        self.step += 1
+        return {
+            **totals,
+            "norm": norm.item(),
+            "rate": rates["muon"],
+            "frames": frames,
+            "batch": clips.shape[0],
+            "size": clips.shape[3],
+        }
+
+    def _share_gradients(self, ranks: int) -> None:
+        """Averages the gradients over the processes."""
+        gradients = [value.grad for value in self.vae.parameters() if value.grad is not None]
+        if ranks > 1:
+            # The clock rides along: rate and end are the same in all processes.
+            flat = torch.cat([*(value.flatten() for value in gradients), torch.tensor([self.seconds])])
+            dist.all_reduce(flat)
+            flat /= ranks
+            self.seconds = float(flat[-1])
+            shares = torch.split(flat[:-1], [value.numel() for value in gradients])
+            for gradient, share in zip(gradients, shares, strict=True):
+                gradient.copy_(share.view_as(gradient))
+
+    @torch.no_grad()
+    def _update_average(self) -> None:
+        decay = min(self.settings.average_decay, (1 + self.step) / (10 + self.step))
+        averaged = list(self.average.parameters())
+        torch._foreach_lerp_(averaged, [value.detach() for value in self.vae.parameters()], 1 - decay)
+
+    def save(self) -> None:
+        """Writes `checkpoint.pt` whole or not at all."""
+        state = {
+            "settings": asdict(self.settings),
+            "model": self.vae.state_dict(),
+            "average": self.average.state_dict(),
+            "optimizers": {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()},
+            "step": self.step,
+            "seconds": self.seconds,
+            "encoder_frozen": self.encoder_frozen,
+        }
+        partial = self.out / ".checkpoint.pt.partial"
+        torch.save(state, partial)
+        partial.replace(self.out / "checkpoint.pt")
+
+    def load(self) -> None:
+        """Goes on from `checkpoint.pt`.
+
+        Raises FileNotFoundError, or ValueError when the model's sizes differ.
+        """
+        state: dict[str, Any] = torch.load(self.out / "checkpoint.pt", weights_only=True)
+        for name in ("base_channels", "residual_blocks"):
+            if state["settings"][name] != getattr(self.settings, name):
+                raise ValueError(
+                    f"{self.out}/checkpoint.pt was trained with {name} {state['settings'][name]}"
+                )
+        self.vae.load_state_dict(state["model"])
+        self.average.load_state_dict(state["average"])
+        for name, optimizer in self.optimizers.items():
+            optimizer.load_state_dict(state["optimizers"][name])
+        self.step, self.seconds = state["step"], state["seconds"]
+        if state["encoder_frozen"]:
+            self.encoder_frozen = True
+            self.freeze_encoder()
+
+    def run(self, *, save_every: float = 180.0) -> None:
+        """Trains until the settings' minutes are spent; appends a line to `curve.jsonl` every 20 steps."""
+        last_save = clock = time.monotonic()
+        recent: list[dict[str, float]] = []
+        while self.seconds < self.settings.minutes * 60:
+            recent.append(self.train_step())
+            now = time.monotonic()
+            self.seconds += now - clock
+            clock = now
+            if self.rank == 0 and self.step % 20 == 0:
+                self._log(recent)
+                recent.clear()
+            if self.rank == 0 and now - last_save > save_every:
+                self.save()
+                last_save = now
+        if self.rank == 0:
+            self.save()
+
+    def _log(self, recent: Sequence[dict[str, float]]) -> None:
+        names = ("loss", "squared", "kl", "norm", "rate")
+        mean = {name: float(np.mean([entry[name] for entry in recent])) for name in names}
+        mean["psnr"] = 10 * math.log10(4 / max(mean["squared"], 1e-12))
+        line = {"step": self.step, "seconds": round(self.seconds, 1), **mean}
+        with (self.out / "curve.jsonl").open("a", encoding="utf-8") as curve:
+            curve.write(json.dumps(line) + "\n")
+        if self.step % 100 == 0:
+            logger.info(
+                "step %d, %.1f min, loss %.4f, PSNR %.2f dB, KL %.2f",
+                self.step,
+                self.seconds / 60,
+                mean["loss"],
+                mean["psnr"],
+                mean["kl"],
+            )
+
+
+@torch.no_grad()
+def reconstruct(vae: AutoencoderKLWan, frames: torch.Tensor, longest_chunk: int = 20) -> torch.Tensor:
+    """Frames [B, 3, 4n+1, H, W] in [-1, 1], through the latents' means and back, float32 in [-1, 1]."""
+    memory = FeatureMemory(vae)
+    made, start = [], 0
+    for length in chunk_lengths(frames.shape[2], longest_chunk):
+        with torch.autocast("cpu", torch.bfloat16):
+            mean, _ = encode_chunk(vae, frames[:, :, start : start + length], memory)
+            made.append(decode_chunk(vae, mean, memory).float().clamp(-1, 1))
+        start += length
+    return torch.cat(made, dim=2)
+
+
+def peak_signal_to_noise(made: torch.Tensor, true: torch.Tensor) -> torch.Tensor:
+    """PSNR in dB of each frame [F] of clips [B, 3, F, H, W] in [-1, 1], errors pooled over the batch."""
+    return 10 * torch.log10(4 / (made - true).square().mean(dim=(0, 1, 3, 4)).clamp_min(1e-12))
+
+
+@torch.no_grad()
+def measure_latents(vae: AutoencoderKLWan, clips: Iterator[torch.Tensor]) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation of each latent channel over clips [1, 3, 4n+1, H, W]."""
+    total, squares, count = torch.zeros(16, dtype=torch.float64), torch.zeros(16, dtype=torch.float64), 0
+    for clip in clips:
+        with torch.autocast("cpu", torch.bfloat16):
+            mean, _ = encode_chunk(vae, clip, FeatureMemory(vae))
+        values = mean.double()
+        total += values.sum(dim=(0, 2, 3, 4))
+        squares += values.square().sum(dim=(0, 2, 3, 4))
+        count += values[:, 0].numel()
+    average = total / count
+    deviation = (squares / count - average.square()).clamp_min(1e-12).sqrt()
+    return average.tolist(), deviation.tolist()
+
+
+def export(vae: AutoencoderKLWan, folder: Path, clips: Iterator[torch.Tensor]) -> None:
+    """Writes `vae` in diffusers' layout, float32, with latents' mean and deviation measured over `clips`."""
+    mean, deviation = measure_latents(vae, clips)
+    vae.register_to_config(latents_mean=mean, latents_std=deviation)
+    vae.save_pretrained(folder)
+    logger.info("written to %s; latents' deviation %.2f to %.2f", folder, min(deviation), max(deviation))
+
+
+@dataclass(frozen=True)
+class Job:
+    """What the processes of one run are told."""
+
+    settings: AutoencoderSettings
+    out: Path
+    pictures: list[torch.Tensor]
+    puppets: list[Path]
+    resume: bool
+    freeze_encoder: bool
+
+
+def run_process(rank: int, job: Job, rendezvous: str) -> None:
+    """One of a run's processes: builds its trainer and trains."""
+    logging.basicConfig(
+        level=logging.INFO if rank == 0 else logging.WARNING, format="%(asctime)s %(message)s"
+    )
+    torch.set_num_threads(1)
+    ranks = job.settings.processes
+    if ranks > 1:
+        dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=ranks)
+    puppets = PuppetClips(job.puppets) if job.puppets else None
+    batches = Batches(job.settings, PictureClips(job.pictures), puppets)
+    trainer = AutoencoderTrainer(job.settings, batches, job.out, rank)
+    if job.resume:
+        trainer.load()
+    if job.freeze_encoder:
+        trainer.freeze_encoder()
+    trainer.run()
+    if ranks > 1:
+        dist.destroy_process_group()
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line; see the module's first lines."""
+    parser = argparse.ArgumentParser(description="Trains the autoencoder of the embedded model.")
+    parser.add_argument("--out", type=Path, required=True, help="folder for checkpoint, curve and model")
+    parser.add_argument(
+        "--pictures",
+        type=Path,
+        action="append",
+        default=[],
+        help="a folder of free pictures (may be repeated)",
+    )
+    parser.add_argument(
+        "--puppets", type=Path, action="append", default=[], help="a store of puppet clips (may be repeated)"
+    )
+    parser.add_argument("--resume", action="store_true", help="go on from the folder's checkpoint")
+    parser.add_argument("--freeze-encoder", action="store_true", help="train the decoder alone from now on")
+    for field in fields(AutoencoderSettings):
+        if isinstance(field.default, int | float):
+            parser.add_argument(
+                f"--{field.name.replace('_', '-')}", type=type(field.default), default=field.default
+            )
+    options = parser.parse_args(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    chosen = {
+        field.name: getattr(options, field.name)
+        for field in fields(AutoencoderSettings)
+        if hasattr(options, field.name)
+    }
+    settings = AutoencoderSettings(**chosen)
+    options.out.mkdir(parents=True, exist_ok=True)
+    if (options.out / "checkpoint.pt").exists() and not options.resume:
+        parser.error(f"{options.out} already holds a checkpoint: give --resume, or another folder")
+    job = Job(
+        settings=settings,
+        out=options.out,
+        pictures=load_pictures(find_pictures(options.pictures)),
+        puppets=options.puppets,
+        resume=options.resume,
+        freeze_encoder=options.freeze_encoder,
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        arguments_of_all = (job, f"{folder}/rendezvous")
+        spawn(run_process, args=arguments_of_all, nprocs=settings.processes)  # type: ignore[no-untyped-call]
+
+
+if __name__ == "__main__":
+    main()
