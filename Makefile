@@ -4,7 +4,9 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
+MODEL  ?= tiny
 PARITY ?= ../shared/parity
+DEMO   := src/stableavatar/assets/demo
 # Where the embedded model is trained: data and checkpoints, outside the checkout; every step goes on where it stopped.
 WORK   ?= $(if $(XDG_CACHE_HOME),$(XDG_CACHE_HOME),$(HOME)/.cache)/stableavatar/train
 STORE  ?= $(WORK)/puppets
@@ -18,6 +20,11 @@ $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q -c constraints.txt -e '.[dev]'
 	touch $@
+
+demo: $(STAMP)   ## out/demo.mp4: a portrait says a recording
+	mkdir -p out
+	$(BIN)/stableavatar generate $(DEMO)/portrait.png $(DEMO)/speech.flac -o out/demo.mp4 --model $(MODEL) --seed 1 --overwrite
+	@echo "The video is out/demo.mp4. Play it with any player or browser, for example: xdg-open out/demo.mp4"
 
 test: $(STAMP)   ## run every test
 	$(BIN)/python -m pytest -n 2 --dist worksteal

@@ -391,7 +391,7 @@ def test_the_whole_command_as_a_process(files: tuple[Path, Path, Path]) -> None:
     """Nothing but our own lines: libraries have bars and warnings of their own."""
     picture, recording, output = files
     process = start("generate", picture, recording, "-o", output, "--model", toy_model(), *QUICK)
-    printed, said = process.communicate(timeout=120)
+    printed, said = process.communicate(timeout=300)
     assert process.returncode == 0, said
     assert printed.startswith(f"{output}: 15 frames")
     assert printed.count("\n") == 1

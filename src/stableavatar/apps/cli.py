@@ -23,7 +23,7 @@ from stableavatar.options import FILE, PICTURE, GenerateOptions, OutputOptions
 
 MODEL = "The model"
 
-_EXAMPLES = """\
+EXAMPLES = """\
 Examples:
 
   stableavatar generate portrait.png speech.wav -o talk.mp4
@@ -55,7 +55,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
-    epilog=_EXAMPLES,
+    epilog=EXAMPLES,
 )
 
 Verbose = Annotated[
@@ -91,7 +91,7 @@ def _common(
     """From one portrait and a recording to a talking video of any length."""
 
 
-@app.command(epilog=_EXAMPLES)
+@app.command(epilog=EXAMPLES)
 @with_fields
 def generate(
     portrait: Annotated[

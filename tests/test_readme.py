@@ -1,0 +1,129 @@
+"""The README does what it says: commands and examples run, options and files that it names exist.
+
+A block below a comment `<!-- needs: ... -->` needs what a test has not (weights, a network): its commands
+are only parsed.
+"""
+
+import re
+import shlex
+import shutil
+import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import typer
+
+from command_line import portrait, run, speech, toy_model
+from stableavatar import pipeline
+from stableavatar.apps import cli
+from stableavatar.media.video import probe
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+COMMANDS = typer.main.get_command(cli.app).commands  # type: ignore[attr-defined]
+# Commands of the system, which have nothing to do with what is tested here.
+FOREIGN = ("python3", ".venv/bin/pip", "source")
+
+
+@dataclass(frozen=True)
+class Block:
+    """A fenced block of the README: its language, its text, and whether it can be run in a test."""
+
+    language: str
+    text: str
+    runs: bool
+
+
+def blocks() -> Iterator[Block]:
+    pattern = r"(<!-- needs: [^>]+ -->\n)?```(\w*)\n(.*?)```"
+    for marker, language, text in re.findall(pattern, README, re.DOTALL):
+        yield Block(language, text, runs=not marker)
+
+
+def commands(text: str) -> list[list[str]]:
+    lines = text.replace("\\\n", " ").splitlines()
+    return [words for line in lines if (words := shlex.split(line, comments=True))]
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where a reader would be: a portrait and a recording there, and a model `tiny`."""
+    portrait(tmp_path / "portrait.png")
+    speech(tmp_path / "speech.wav", 1.0)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(pipeline, "TINY", toy_model())
+    return tmp_path
+
+
+def test_blocks_are_found() -> None:
+    assert README.count("```") == 2 * len(list(blocks()))
+    assert {block.language for block in blocks()} == {"bash", "python"}
+    assert any(block.runs for block in blocks() if block.language == "bash")
+
+
+def test_commands(folder: Path) -> None:
+    for block in (block for block in blocks() if block.language == "bash"):
+        for words in commands(block.text):
+            if words[0] == "stableavatar" and block.runs:
+                result = run(*words[1:])
+                assert result.exit_code == 0, (words, result.output)
+            elif words[0] == "stableavatar":
+                COMMANDS[words[1]].make_context(words[1], words[2:])
+            elif words[0] == "make":
+                make_knows(words)
+            else:
+                assert not block.runs, words
+                assert words[0] in FOREIGN, words
+    assert probe(folder / "talk.mp4").frames == 25
+
+
+def make_knows(words: list[str]) -> None:
+    if shutil.which("make") is None:
+        pytest.skip("there is no make here")
+    done = subprocess.run([words[0], "-n", *words[1:]], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("text", [block.text for block in blocks() if block.language == "python"])
+def test_python_examples(folder: Path, text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    exec(compile(text, "README.md", "exec"), {"__name__": "__main__"})
+    assert re.search(r"\d+", capsys.readouterr().out)
+
+
+def test_options_that_are_named_exist() -> None:
+    known = {option for command in COMMANDS.values() for p in command.params for option in p.opts}
+    named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", README))
+    assert len(named) > 10
+    assert named <= known | {"--help"}
+
+
+def test_files_that_are_named_exist() -> None:
+    links = re.findall(r"\]\(([^)#]+)\)", README)
+    assert links
+    for link in links:
+        assert link.startswith("https://") or (ROOT / link).is_file(), link
+
+
+def test_examples_of_the_help_are_commands() -> None:
+    lines = [line for line in cli.EXAMPLES.splitlines() if line.startswith("  ")]
+    assert len(lines) > 3
+    for words in map(shlex.split, lines):
+        assert words[0] == "stableavatar"
+        COMMANDS[words[1]].make_context(words[1], words[2:])
+
+
+def test_the_demo_is_what_the_readme_says() -> None:
+    """`make demo` runs the command line on the files that ship, and says where the video is."""
+    if shutil.which("make") is None:
+        pytest.skip("there is no make here")
+    done = subprocess.run(["make", "-n", "demo"], cwd=ROOT, capture_output=True, text=True, check=True)
+    lines = [shlex.split(line) for line in done.stdout.splitlines() if "generate" in line.split()[1:2]]
+    [words] = lines
+    arguments = words[words.index("generate") + 1 :]
+    parsed = COMMANDS["generate"].make_context("generate", arguments).params
+    assert (parsed["model"], str(parsed["output"])) == ("tiny", "out/demo.mp4")
+    assert (ROOT / parsed["portrait"]).is_file()
+    assert (ROOT / parsed["speech"]).is_file()
+    assert "out/demo.mp4" in done.stdout.splitlines()[-1]
