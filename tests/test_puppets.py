@@ -179,6 +179,10 @@ def test_articulation_counts_frames_exactly_and_refuses_nonsense() -> None:
 def test_masks_lie_in_each_other_and_the_lips_open(clip: PuppetClip) -> None:
     assert not (clip.lip_masks & ~clip.face_masks).any()
     assert (clip.face_masks > 0).mean() > 0.15
+    broad = Renderer(replace(Identity.from_seed(8), mouth_half_width=1.2), 64)
+    _, face, lips = broad.draw(_mouth(), Motion.rest(1), 0)
+    assert lips.any()
+    assert not (lips & ~face).any()
     renderer = Renderer(Identity.from_seed(8), 128)
     shut, _, small = renderer.draw(_mouth(), Motion.rest(1), 0)
     wide, _, large = renderer.draw(_mouth(1.0, jaw=1.0), Motion.rest(1), 0)
