@@ -156,9 +156,7 @@ def test_loss_and_gradients_equal_a_calculation_by_hand(
     velocity = torch.cat(rows)
     loss, slope = by_hand(velocity.detach().double().numpy(), inputs, step, mode, motion)
     names, parameters = zip(*model.named_parameters(), strict=True)
-    gradients = torch.autograd.grad(
-        velocity, parameters, torch.from_numpy(slope).float(), allow_unused=True
-    )
+    gradients = torch.autograd.grad(velocity, parameters, torch.from_numpy(slope).float(), allow_unused=True)
 
     assert result.loss.item() == pytest.approx(loss, rel=1e-5)
     assert result.per_clip.mean().item() == pytest.approx(loss, rel=1e-5)
@@ -225,9 +223,7 @@ def test_draws_have_the_asked_probabilities_and_repeat() -> None:
         audio_dropping=0.1, audio_output_dropping=0.3, clip_level_audio=0.25, prompt_dropping=0.2
     )
     sigmas, shape = training_sigmas(5.0), torch.Size((8, 1, 1, 1, 1))
-    many = [
-        draw_step(shape, settings, sigmas, torch.Generator().manual_seed(seed)) for seed in range(1500)
-    ]
+    many = [draw_step(shape, settings, sigmas, torch.Generator().manual_seed(seed)) for seed in range(1500)]
     share = {
         "audio": np.mean([step.audio_dropped for step in many]),
         "output": np.mean([step.audio_output_dropped for step in many]),

@@ -42,6 +42,7 @@ Sample = TypeVar("Sample")
 SampleOut = TypeVar("SampleOut", covariant=True)
 Precision = Literal["no", "bf16"]
 Callback = Callable[[int], None]
+OptimizerFactory = Callable[[Mapping[str, nn.Parameter]], torch.optim.Optimizer]
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,8 @@ class TrainerSettings:
     Attributes:
         steps: optimizer steps at which the run is over.
         batch_size: clips a process and micro-step; `accumulation` micro-steps make an optimizer step.
-        learning_rate: reached after `warmup_steps`, constant from then on.
+        learning_rate: reached after `warmup_steps`, constant from then on; over the last `decay_steps` before
+            `steps` it falls linearly towards 0.
         clip_norm: the gradient's norm is cut to it.
         ema_decay: of the moving average of the weights; 0 keeps none.
         precision: `bf16` runs the forward pass in autocast; weights and optimizer stay float32.
@@ -75,6 +77,7 @@ class TrainerSettings:
     epsilon: float = 1e-10
     clip_norm: float = 0.05
     warmup_steps: int = 100
+    decay_steps: int = 0
     ema_decay: float = 0.0
     precision: Precision = "bf16"
     gradient_checkpointing: bool = False
@@ -146,6 +149,13 @@ class TrainingResult:
     checkpoint: Path
 
 
+def learning_rate(settings: TrainerSettings, step: int) -> float:
+    """The rate of step `step`, counted from 0."""
+    rising = min(1.0, (step + 1) / max(settings.warmup_steps, 1))
+    falling = min(1.0, (settings.steps - step) / (settings.decay_steps + 1))
+    return settings.learning_rate * min(rising, falling)
+
+
 class Trainer(Generic[Sample]):
     """Trains a module on a data set, in a folder of its own.
 
@@ -154,6 +164,8 @@ class Trainer(Generic[Sample]):
             are and are not saved.
         source: the data set; `collate` makes a batch of a list of its samples.
         folder: for checkpoints and `log.jsonl`.
+        optimizer: makes the optimizer from the trained parameters by name; its rate is set at every step. By
+            default AdamW as the settings say.
         callbacks: called with the number of steps done every `settings.callback_every` steps, with the
             averaged weights in place where there are any; they cannot disturb the run's random numbers.
 
@@ -170,6 +182,7 @@ class Trainer(Generic[Sample]):
         settings: TrainerSettings,
         folder: Path,
         *,
+        optimizer: OptimizerFactory | None = None,
         callbacks: Iterable[Callback] = (),
     ) -> None:
         self.settings = settings
@@ -191,16 +204,20 @@ class Trainer(Generic[Sample]):
             _enable_gradient_checkpointing(module)
         self.sampler = GroupedSampler(source.groups, settings.batch_size, settings.seed)
         self.parameters = trained_parameters(module)
-        optimizer = torch.optim.AdamW(
-            self.parameters.values(),
+        made = (optimizer or self._adamw)(self.parameters)
+        self.module, self.optimizer = self.accelerator.prepare(module, made)
+        self.ema = MovingAverage(self.parameters, settings.ema_decay) if settings.ema_decay else None
+
+    def _adamw(self, parameters: Mapping[str, nn.Parameter]) -> torch.optim.Optimizer:
+        settings = self.settings
+        return torch.optim.AdamW(
+            parameters.values(),
             lr=settings.learning_rate,
             betas=settings.betas,
             eps=settings.epsilon,
             weight_decay=settings.weight_decay,
             fused=True,
         )
-        self.module, self.optimizer = self.accelerator.prepare(module, optimizer)
-        self.ema = MovingAverage(self.parameters, settings.ema_decay) if settings.ema_decay else None
 
     def request_stop(self) -> None:
         """End after the step that is running, with a checkpoint; may be called from a signal handler."""
@@ -300,7 +317,7 @@ class Trainer(Generic[Sample]):
     def _optimizer_step(self, batches: Iterator[Any]) -> tuple[float, float, int]:
         """One optimizer step; its gradient norm, learning rate and number of clips."""
         settings = self.settings
-        rate = settings.learning_rate * min(1.0, (self.step + 1) / max(settings.warmup_steps, 1))
+        rate = learning_rate(settings, self.step)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         results: list[StepLoss] = []
@@ -328,8 +345,8 @@ class Trainer(Generic[Sample]):
         self.optimizer.zero_grad()
         if self._bad_in_a_row >= settings.max_bad_steps:
             raise InputError(
-                f"{self._bad_in_a_row} steps in a row up to step {self.step} were not finite; lower the learning "
-                f"rate, or look at the data. Good checkpoints are in {self.folder}"
+                f"{self._bad_in_a_row} steps in a row up to step {self.step} were not finite; lower "
+                f"the learning rate, or look at the data. Good checkpoints are in {self.folder}"
             )
         return float(norm), rate, sum(len(result.per_clip) for result in results)
 

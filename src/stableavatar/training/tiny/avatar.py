@@ -1,0 +1,162 @@
+"""What is trained together for `tiny`: the video transformer, the prompt encoder and the portrait encoder.
+
+The two encoders have half a million parameters each, so they learn with the transformer instead of coming
+from elsewhere. Autoencoder and speech encoder are trained before and frozen; their results come from a latent
+cache.
+"""
+
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import ByT5Tokenizer, CLIPVisionConfig, CLIPVisionModel, UMT5Config, UMT5EncoderModel
+
+from stableavatar.conditioning.image import portrait_pixels
+from stableavatar.conditioning.text import encode_tokens
+from stableavatar.data.cache import CachedBatch
+from stableavatar.models.attention import KernelProcessor
+from stableavatar.models.transformer import StableAvatarTransformer3DModel
+from stableavatar.training.objective import (
+    ModelInputs,
+    ObjectiveSettings,
+    StepDraws,
+    StepLoss,
+    draw_step,
+    step_loss,
+    training_sigmas,
+)
+
+TEXT_WIDTH = 128
+IMAGE_WIDTH = 128
+TEXT_LENGTH = 96  # bytes; the longest prompt of a puppet has 87
+
+
+class ExplicitAttention(KernelProcessor):
+    """Softmax attention written out: on a CPU its backward pass takes half the time of the fused kernel's."""
+
+    def __call__(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, parallel: bool = False
+    ) -> torch.Tensor:
+        q, k, v = (part.transpose(1, 2) for part in (query, key, value))  # [B, heads, N, d]
+        scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
+        return (scores.softmax(-1).to(v.dtype) @ v).transpose(1, 2)
+
+
+def build_transformer(heads: int, layers: int, audio_dim: int) -> StableAvatarTransformer3DModel:
+    """The untrained transformer of `tiny`: `heads` heads of 64 channels.
+
+    Trained from scratch there is no plain video model to keep, so the audio keys and values start at random
+    like
+    every other layer, and the gates of the blocks start half open: with the published start (nearly shut) the
+    first thousand steps go into opening them.
+    """
+    model = StableAvatarTransformer3DModel(
+        num_attention_heads=heads,
+        attention_head_dim=64,
+        text_dim=TEXT_WIDTH,
+        text_length=TEXT_LENGTH,
+        ffn_dim=4 * 64 * heads,
+        num_layers=layers,
+        image_dim=IMAGE_WIDTH,
+        audio_dim=audio_dim,
+        audio_layers=2,
+        audio_heads=heads,
+        audio_ffn_dim=2 * 64 * heads,
+    )
+    with torch.no_grad():
+        for block in (*model.blocks, *model.vocal_projector.blocks):
+            block.scale_shift_table[:, [2, 5]] += 0.5
+        nn.init.zeros_(model.proj_out.weight)
+        nn.init.zeros_(model.proj_out.bias)
+    return model
+
+
+class TinyAvatar(nn.Module):
+    """Transformer, prompt encoder and portrait encoder; calling it gives the loss of a step."""
+
+    def __init__(
+        self, objective: ObjectiveSettings, *, heads: int = 3, layers: int = 8, audio_dim: int = 192
+    ) -> None:
+        super().__init__()
+        self.objective = objective
+        self.tokenizer = ByT5Tokenizer()
+        self.transformer = build_transformer(heads, layers, audio_dim)
+        self.text_encoder = UMT5EncoderModel(
+            UMT5Config(
+                vocab_size=384,
+                d_model=TEXT_WIDTH,
+                d_kv=32,
+                d_ff=2 * TEXT_WIDTH,
+                num_layers=2,
+                num_heads=4,
+                dropout_rate=0.0,
+                feed_forward_proj="gated-gelu",
+            )
+        )
+        # The portrait embeddings are the state before the last layer, so one layer of the three never acts.
+        self.image_encoder = CLIPVisionModel(
+            CLIPVisionConfig(
+                hidden_size=IMAGE_WIDTH,
+                intermediate_size=2 * IMAGE_WIDTH,
+                num_hidden_layers=3,
+                num_attention_heads=2,
+                image_size=128,
+                patch_size=16,
+                projection_dim=IMAGE_WIDTH,
+            )
+        )
+        for name, parameter in self.image_encoder.named_parameters():
+            parameter.requires_grad_("layers.2." not in name and "post_layernorm" not in name)
+        self.sigmas = training_sigmas(objective.shift)
+
+    def use_explicit_attention(self) -> None:
+        """Attention that trains faster on a CPU, with the same result up to rounding."""
+        for part in self.transformer.modules():
+            if hasattr(part, "set_processor") and hasattr(part, "to_q"):
+                part.set_processor(ExplicitAttention())
+
+    def encode_prompts(self, prompts: tuple[str, ...]) -> torch.Tensor:
+        """Embeddings `[B, text_length, C]`; equal prompts are encoded once."""
+        distinct = list(dict.fromkeys(prompts))
+        tokens = self.tokenizer(
+            distinct, padding="longest", truncation=True, max_length=TEXT_LENGTH, return_tensors="pt"
+        )
+        embeddings = encode_tokens(self.text_encoder, tokens.input_ids, tokens.attention_mask, TEXT_LENGTH)
+        return embeddings[[distinct.index(prompt) for prompt in prompts]]
+
+    def encode_portraits(self, portraits: torch.Tensor) -> torch.Tensor:
+        """Embeddings `[B, P, C]` of pictures uint8 `[B, H, W, 3]`."""
+        pictures = portraits.permute(0, 3, 1, 2).float() / 127.5 - 1
+        size = self.image_encoder.config.image_size
+        pixels = torch.cat([portrait_pixels(picture, size) for picture in pictures])
+        return self.image_encoder(pixels, output_hidden_states=True).hidden_states[-2]
+
+    def inputs(self, batch: CachedBatch) -> ModelInputs:
+        """What the transformer takes."""
+        prompts = self.encode_prompts(("", *batch.prompts))
+        return ModelInputs(
+            latents=batch.latents,
+            condition=batch.condition,
+            prompt=prompts[1:],
+            empty_prompt=prompts[:1],
+            portrait=self.encode_portraits(batch.portrait),
+            speech=batch.speech,
+            face_mask=batch.face_mask,
+            lip_mask=batch.lip_mask,
+        )
+
+    def forward(self, batch: CachedBatch, generator: torch.Generator) -> StepLoss:
+        """Loss of one step, everything random drawn from `generator`."""
+        draws = draw_step(batch.latents.shape, self.objective, self.sigmas, generator)
+        return self.loss(batch, draws)
+
+    def loss(self, batch: CachedBatch, draws: StepDraws) -> StepLoss:
+        """Loss of one step with given draws."""
+        return step_loss(self.transformer, self.inputs(batch), draws, self.objective)
+
+    def export(self, folder: Path) -> None:
+        """Write the parts in diffusers' layout: `transformer`, `text_encoder`, `image_encoder`,
+        `tokenizer`.
+        """
+        for name in ("transformer", "text_encoder", "image_encoder", "tokenizer"):
+            getattr(self, name).save_pretrained(folder / name)

@@ -1,0 +1,86 @@
+"""Muon for the matrices of the transformer's blocks, AdamW for everything else, as one optimizer."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from stableavatar.training.tiny.muon import orthogonalize
+
+
+class MuonAdamW(torch.optim.Optimizer):
+    """Orthogonal momentum for matrices within blocks, AdamW for vectors, embeddings and the layers at both
+    ends.
+
+    Both take steps of AdamW's usual size, so that one learning rate serves both (see `muon`).
+
+    Args:
+        parameters: trained parameters by name; those with two dimensions and `blocks.` or `layers.` in their
+            name get Muon.
+    """
+
+    def __init__(
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        lr: float,
+        *,
+        momentum: float = 0.95,
+        betas: tuple[float, float] = (0.9, 0.98),
+        eps: float = 1e-8,
+        weight_decay: float = 0.01,
+    ) -> None:
+        matrices = [p for name, p in parameters.items() if p.ndim == 2 and _within_block(name)]
+        chosen = {id(parameter) for parameter in matrices}
+        others = [p for p in parameters.values() if id(p) not in chosen]
+        defaults = {
+            "lr": lr,
+            "momentum": momentum,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+        }
+        groups = [{"params": matrices, "muon": True}, {"params": others, "muon": False}]
+        super().__init__([group for group in groups if group["params"]], defaults)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One update from the gradients; parameters without one stay."""
+        result = None
+        if closure is not None:
+            with torch.enable_grad():
+                result = closure()
+        for group in self.param_groups:
+            update = self._muon if group["muon"] else self._adamw
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    parameter.mul_(1 - group["lr"] * group["weight_decay"])
+                    update(parameter, parameter.grad, self.state[parameter], group)
+        return result
+
+    @staticmethod
+    def _muon(
+        parameter: nn.Parameter, gradient: torch.Tensor, state: dict[str, Any], group: dict[str, Any]
+    ) -> None:
+        if not state:
+            state["momentum"] = torch.zeros_like(parameter)
+        momentum = state["momentum"].lerp_(gradient, 1 - group["momentum"])
+        direction = orthogonalize(gradient.lerp(momentum, group["momentum"]))
+        parameter.add_(direction, alpha=-group["lr"] * 0.2 * max(parameter.shape) ** 0.5)
+
+    @staticmethod
+    def _adamw(
+        parameter: nn.Parameter, gradient: torch.Tensor, state: dict[str, Any], group: dict[str, Any]
+    ) -> None:
+        if not state:
+            state.update(steps=0, mean=torch.zeros_like(parameter), square=torch.zeros_like(parameter))
+        first, second = group["betas"]
+        state["steps"] += 1
+        mean = state["mean"].lerp_(gradient, 1 - first)
+        square = state["square"].mul_(second).addcmul_(gradient, gradient, value=1 - second)
+        size = (square / (1 - second ** state["steps"])).sqrt_().add_(group["eps"])
+        parameter.addcdiv_(mean, size, value=-group["lr"] / (1 - first ** state["steps"]))
+
+
+def _within_block(name: str) -> bool:
+    return "blocks." in name or "layers." in name

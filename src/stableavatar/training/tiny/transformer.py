@@ -1,0 +1,165 @@
+"""Trains the transformer of `tiny`, its prompt encoder and its portrait encoder from a latent cache.
+
+    python -m stableavatar.training.tiny.transformer --cache FOLDER --out FOLDER --minutes 60 [--resume]
+
+`--out` gets checkpoints, `log.jsonl` (the loss), `preview/` (losses on unseen puppets and sheets of frames)
+and, when the run ends, `export/`: the averaged weights in diffusers' layout. Stopped by SIGTERM or Ctrl-C it
+saves and exports too. `--export-only` writes `export/` from the newest checkpoint while a training goes on.
+"""
+
+import argparse
+import logging
+import signal
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKLWan
+from torch import nn
+from transformers import Wav2Vec2Model
+
+from stableavatar.data.cache import CachedSample, LatentCache, stack_samples
+from stableavatar.evaluation.meter import read_meter
+from stableavatar.training.objective import ObjectiveSettings
+from stableavatar.training.tiny.avatar import TinyAvatar
+from stableavatar.training.tiny.optimizer import MuonAdamW
+from stableavatar.training.tiny.preview import Preview
+from stableavatar.training.trainer import Trainer, TrainerSettings
+
+logger = logging.getLogger(__name__)
+
+# Half of the dropped speech is dropped at the adapter's output, half at its input: guidance may use either.
+OBJECTIVE = ObjectiveSettings(
+    shift=3.0,
+    mask_loss="expected",
+    audio_dropping=0.05,
+    audio_output_dropping=0.1,
+    clip_level_audio=0.1,
+    prompt_dropping=0.1,
+)
+LEARNING_RATE = 2e-3
+
+
+def trainer_settings(options: argparse.Namespace) -> TrainerSettings:
+    """The loop's settings: batches of 24, in pieces small enough for the processor's cache."""
+    return TrainerSettings(
+        steps=options.steps,
+        seed=options.seed,
+        batch_size=options.piece,
+        accumulation=24 // options.piece,
+        learning_rate=LEARNING_RATE,
+        clip_norm=1.0,
+        warmup_steps=60,
+        decay_steps=options.decay_steps,
+        ema_decay=0.999,
+        precision="bf16",
+        minutes=options.minutes,
+        checkpoint_every=50,
+        log_every=10,
+        callback_every=options.preview_every,
+    )
+
+
+def make_optimizer(parameters: Mapping[str, nn.Parameter]) -> torch.optim.Optimizer:
+    """The optimizer of `tiny`."""
+    return MuonAdamW(parameters, LEARNING_RATE)
+
+
+def build(options: argparse.Namespace) -> tuple[TinyAvatar, Trainer[CachedSample]]:
+    """Model and trainer, resumed if asked for."""
+    torch.manual_seed(options.seed)
+    cache = LatentCache(options.cache)
+    audio_dim = cache[0, 0].speech.shape[-1]
+    avatar = TinyAvatar(OBJECTIVE, heads=options.heads, layers=options.layers, audio_dim=audio_dim)
+    avatar.use_explicit_attention()
+    callbacks = []
+    if options.autoencoder is not None and not options.export_only:
+        callbacks.append(
+            Preview(
+                avatar,
+                AutoencoderKLWan.from_pretrained(options.autoencoder).eval(),
+                Wav2Vec2Model.from_pretrained(options.speech_encoder).eval(),
+                options.out / "preview",
+                clips=options.preview_clips,
+                meter=read_meter(options.meter) if options.meter else None,
+                shift=OBJECTIVE.shift,
+            )
+        )
+    trainer = Trainer(
+        avatar,
+        cache,
+        stack_samples,
+        trainer_settings(options),
+        options.out,
+        optimizer=make_optimizer,
+        callbacks=callbacks,
+    )
+    if options.resume or options.export_only:
+        trainer.resume("latest", new_data=options.new_data or options.export_only)
+    return avatar, trainer
+
+
+def export(avatar: TinyAvatar, trainer: Trainer[CachedSample], folder: Path) -> None:
+    """Write the averaged weights."""
+    if trainer.ema is None:
+        raise ValueError("tiny is trained with averaged weights")
+    with trainer.ema.applied():
+        avatar.export(folder)
+    logger.info("step %d exported to %s", trainer.step, folder)
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The command's options."""
+    parser = argparse.ArgumentParser(
+        prog="python -m stableavatar.training.tiny.transformer",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--cache", type=Path, required=True, help="made by `training.tiny.latents`")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--autoencoder", type=Path, help="frozen autoencoder, to look at frames on the way")
+    parser.add_argument(
+        "--speech-encoder", type=Path, help="frozen speech encoder, needed with --autoencoder"
+    )
+    parser.add_argument("--meter", type=Path, help="mouth meter, to read the frames with")
+    parser.add_argument(
+        "--minutes", type=float, default=None, help="stop after so long (default: at --steps)"
+    )
+    parser.add_argument("--steps", type=int, default=20_000)
+    parser.add_argument(
+        "--decay-steps", type=int, default=0, help="let the rate fall over the last so many steps"
+    )
+    parser.add_argument("--preview-every", type=int, default=100, help="steps")
+    parser.add_argument("--preview-clips", type=int, default=8, help="unseen puppets to look at")
+    parser.add_argument("--heads", type=int, default=3, help="of 64 channels each")
+    parser.add_argument("--layers", type=int, default=6)
+    parser.add_argument(
+        "--piece", type=int, default=4, choices=[1, 2, 3, 4, 6, 8, 12, 24], help="clips at once"
+    )
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in --out")
+    parser.add_argument("--new-data", action="store_true", help="resume although the cache has grown")
+    parser.add_argument("--export-only", action="store_true", help="write export/ from the newest checkpoint")
+    options = parser.parse_args(arguments)
+    if (options.autoencoder is None) != (options.speech_encoder is None):
+        parser.error("--autoencoder and --speech-encoder go together")
+    return options
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command."""
+    options = parse(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    torch.set_num_threads(options.threads)
+    avatar, trainer = build(options)
+    if not options.export_only:
+        for name in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(name, lambda *_: trainer.request_stop())
+        result = trainer.train()
+        logger.info("step %d, %d skipped, %s", result.step, result.skipped_steps, result.checkpoint)
+    export(avatar, trainer, options.out / "export")
+
+
+if __name__ == "__main__":
+    main()

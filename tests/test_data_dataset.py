@@ -1,0 +1,312 @@
+"""Training clips from the layout on disk, and the cache of what encoders make of them."""
+
+import json
+import wave
+from collections import Counter
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKLWan
+from numpy.typing import NDArray
+from transformers import Wav2Vec2Config, Wav2Vec2Model
+
+from clip_folders import SIDE, write_clip
+from stableavatar.conditioning.image import picture_tensor, reference_condition
+from stableavatar.conditioning.speech import speech_features
+from stableavatar.data.cache import CacheWriter, LatentCache, stack_samples
+from stableavatar.data.clips import FolderClip, find_clips, read_path_list
+from stableavatar.data.dataset import ClipDataset, ClipDatasetSettings, Window, read_sample
+from stableavatar.data.masks import masks_to_latents
+from stableavatar.data.sampler import GroupedSampler
+from stableavatar.errors import InputError
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    return tmp_path / "talking_face_data" / "square"
+
+
+def samples_of(first: int, last: int) -> NDArray[np.float64]:
+    values = np.arange(first, last, dtype=np.float64) / 2**15
+    return (values - values.mean()) / np.sqrt(values.var() + 1e-7)
+
+
+@pytest.mark.parametrize("images", [True, False])
+def test_a_sample_holds_frames_speech_and_masks_of_one_instant(root: Path, images: bool) -> None:
+    clip = FolderClip.open(write_clip(root / "speech" / "00001", images=images))
+    sample = read_sample(clip, Window(3, "first", 3), ClipDatasetSettings(frames=9))
+    levels = sample.frames.reshape(9, -1).astype(float).mean(1)
+    np.testing.assert_allclose(levels, 10.0 * np.arange(3, 12), atol=3)
+    np.testing.assert_array_equal(sample.reference, sample.frames[0])
+    assert len(sample.speech) == 9 * 640
+    np.testing.assert_allclose(sample.speech, samples_of(3 * 640, 12 * 640), atol=1e-3)
+    assert abs(sample.speech.mean()) < 1e-4
+    assert sample.speech.std() == pytest.approx(1, abs=1e-3)
+    assert sample.prompt == "The protagonist is talking"
+    assert sample.face_mask is not None
+    assert sample.lip_mask is not None
+    assert sample.face_mask.shape == sample.lip_mask.shape == (3, SIDE // 8, SIDE // 8)
+    assert sample.face_mask[:, :2].min() == sample.lip_mask[:, :, :2].min() == 1
+    assert sample.face_mask[:, 2:].max() == sample.lip_mask[:, :, 2:].max() == 0
+
+
+@pytest.mark.parametrize("fps", [20, 25, 30, Fraction(30000, 1001)])
+def test_speech_positions_are_exact_at_every_frame_rate(root: Path, fps: int | Fraction) -> None:
+    clip = FolderClip.open(write_clip(root / "speech" / "00001", fps=fps, frames=18))
+    assert clip.fps == fps
+    for start in (0, 7, 13):
+        first, last = (round(k * 16_000 / Fraction(fps)) for k in (start, start + 5))
+        speech = clip.read_speech(start, 5) * 2**15
+        assert len(speech) == last - first
+        np.testing.assert_allclose(speech[:-2], np.arange(first, last)[:-2], atol=0.6)
+
+
+def test_prompts_by_folder_and_by_file(root: Path) -> None:
+    said = {
+        "speech": "The protagonist is talking",
+        "singing": "The protagonist is singing",
+        "dancing": "The protagonist is simultaneously dancing and singing",
+    }
+    for word, prompt in said.items():
+        assert FolderClip.open(write_clip(root / word / "00001", frames=5)).prompt == prompt
+    own = write_clip(root / "speech" / "00002", frames=5, prompt=" A fox reads the news\n")
+    assert FolderClip.open(own).prompt == "A fox reads the news"
+    with pytest.raises(InputError, match=r"no prompt\.txt"):
+        FolderClip.open(write_clip(root / "other" / "00001", frames=5))
+
+
+def test_starts_and_references_vary_and_repeat(root: Path) -> None:
+    clip = write_clip(root / "speech" / "00001", frames=24)
+    settings = ClipDatasetSettings(frames=9, portrait=0.5, any_frame=0.2, masks=False)
+    dataset = ClipDataset.from_folders([clip], settings)
+    windows = [dataset[0, epoch].window for epoch in range(120)]
+    assert {window.start for window in windows} == set(range(16))
+    kinds = Counter(window.reference for window in windows)
+    assert kinds["portrait"] / 120 == pytest.approx(0.5, abs=0.13)
+    assert kinds["any"] / 120 == pytest.approx(0.2, abs=0.12)
+    assert all(w.reference_frame == w.start for w in windows if w.reference == "first")
+    anywhere = [w.reference_frame for w in windows if w.reference == "any"]
+    assert max(anywhere) > 15
+    again = ClipDataset.from_folders([clip], settings)
+    assert [again[0, epoch].window for epoch in range(5)] == windows[:5]
+    for epoch, window in enumerate(windows[:12]):
+        level = dataset[0, epoch].reference.mean()
+        expected = 250 if window.reference == "portrait" else 10 * window.reference_frame
+        assert level == pytest.approx(expected, abs=1)
+
+
+def damage(clip: Path, what: str) -> str:
+    """Spoil one file; returns what the message must name."""
+    if what == "mask":
+        (clip / "lip_masks" / "frame_4.png").unlink()
+        return "lip_masks/frame_4.png"
+    if what == "picture":
+        (clip / "images" / "frame_4.png").write_bytes(b"nothing")
+        return "images/frame_4.png"
+    if what == "sound":
+        (clip / "audio.wav").write_bytes(b"nothing")
+        return "audio.wav"
+    if what == "video":
+        (clip / "sub_clip.mp4").write_bytes(b"nothing")
+        return "sub_clip.mp4"
+    with wave.open(str(clip / "audio.wav"), "wb") as file:
+        file.setnchannels(1)
+        file.setsampwidth(2)
+        file.setframerate(16_000)
+        file.writeframes(np.ones(1000, np.int16).tobytes())
+    return "audio.wav ends after"
+
+
+@pytest.mark.parametrize("what", ["mask", "picture", "sound", "video", "short sound"])
+def test_what_cannot_be_read_is_named_or_skipped_and_counted(root: Path, what: str) -> None:
+    bad = write_clip(root / "speech" / "00001", frames=9)
+    good = write_clip(root / "speech" / "00002", frames=9)
+    named = damage(bad, what)
+    with pytest.raises(InputError, match=named):
+        ClipDataset.from_folders([bad, good], ClipDatasetSettings(frames=9))[0, 0]
+    dataset = ClipDataset.from_folders([bad, good], ClipDatasetSettings(frames=9, on_error="skip"))
+    for key in ((0, 0), (0, 1), (len(dataset) - 1, 2)):
+        assert dataset[key].clip.name == str(good)
+    assert list(dataset.skipped) == [str(bad)]
+    assert named in dataset.skipped[str(bad)]
+    damage(good, "picture")
+    with pytest.raises(InputError):
+        ClipDataset.from_folders([bad, good], ClipDatasetSettings(frames=9, on_error="skip"))[0, 0]
+
+
+def test_clips_that_do_not_fit_are_refused(root: Path) -> None:
+    short = write_clip(root / "speech" / "00001", frames=5)
+    odd = write_clip(root / "speech" / "00002", frames=9, size=(40, 32))
+    with pytest.raises(InputError, match="has 5 frames, fewer than the 9"):
+        ClipDataset.from_folders([short], ClipDatasetSettings(frames=9))
+    with pytest.raises(InputError, match="40x32 pixels: both must be multiples of 16"):
+        ClipDataset.from_folders([odd], ClipDatasetSettings(frames=9))
+    with pytest.raises(InputError, match="there is no clip folder"):
+        ClipDataset.from_folders([root / "nowhere"], ClipDatasetSettings(frames=9))
+    for values in ({"frames": 8}, {"portrait": 0.8, "any_frame": 0.3}, {"on_error": "ignore"}):
+        with pytest.raises(InputError):
+            ClipDatasetSettings(**values)  # type: ignore[arg-type]
+
+
+def test_path_lists_and_folders(root: Path) -> None:
+    clips = [write_clip(root / "speech" / name, frames=5) for name in ("00001", "00002")]
+    path_list = root.parent / "video_square_path.txt"
+    path_list.write_text(f"square/speech/00002\n\n{clips[0]}\n")
+    assert [path.resolve() for path in read_path_list(path_list)] == [clips[1].resolve(), clips[0].resolve()]
+    assert find_clips(root) == clips
+    path_list.write_text("\n")
+    with pytest.raises(InputError, match="is empty"):
+        read_path_list(path_list)
+    with pytest.raises(InputError, match="cannot read"):
+        read_path_list(root / "missing.txt")
+    with pytest.raises(InputError, match="no clip"):
+        find_clips(root / "speech" / "00001" / "images")
+
+
+def test_masks_shrink_trilinearly_to_a_quarter_of_the_frames() -> None:
+    mask = torch.zeros(9, 16, 16)
+    mask[5:] = 1
+    small = masks_to_latents(mask, 2, 2)
+    assert small.shape == (3, 2, 2)
+    # Latent frame f lies at frame 3·f + 1: frames 1, 4 and 7.
+    assert small.amax((1, 2)).tolist() == small.amin((1, 2)).tolist() == [0.0, 0.0, 1.0]
+    with pytest.raises(ValueError, match="4n"):
+        masks_to_latents(mask[:8], 2, 2)
+
+
+def test_every_clip_once_a_pass_and_one_size_a_batch() -> None:
+    groups = ["a"] * 7 + ["b"] * 4
+    sampler = GroupedSampler(groups, 3, seed=1)
+    count = sampler.batches_per_pass
+    assert count == 5
+    passes = []
+    for epoch in range(3):
+        batches = [sampler.batch(epoch * count + k) for k in range(count)]
+        assert all(len({groups[index] for index, _ in batch}) == 1 for batch in batches)
+        assert {seen for batch in batches for _, seen in batch} == {epoch}
+        assert sorted(index for batch in batches for index, _ in batch) == list(range(11))
+        passes.append(batches)
+    assert [[i for i, _ in batch] for batch in passes[0]] != [[i for i, _ in batch] for batch in passes[1]]
+    resumed = GroupedSampler(groups, 3, seed=1).from_batch(8)
+    assert [next(resumed) for _ in range(7)] == [sampler.batch(8 + k) for k in range(7)]
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_processes_share_every_batch(world: int) -> None:
+    groups = ["a"] * 13 + ["b"] * 5
+    ranks = [GroupedSampler(groups, 2, seed=4, rank=rank, world_size=world) for rank in range(world)]
+    seen: list[int] = []
+    for number in range(ranks[0].batches_per_pass):
+        shares = [rank.batch(number) for rank in ranks]
+        assert all(shares)
+        assert len({groups[index] for share in shares for index, _ in share}) == 1
+        seen += [index for share in shares for index, _ in share]
+    assert sorted(seen) == list(range(18))
+    with pytest.raises(InputError, match="too few"):
+        GroupedSampler(["a"] * 5 + ["b"], 1, seed=0, world_size=2)
+
+
+@pytest.fixture(scope="module")
+def encoders() -> tuple[AutoencoderKLWan, Wav2Vec2Model]:
+    torch.manual_seed(0)
+    vae = AutoencoderKLWan(
+        base_dim=4, z_dim=16, dim_mult=[1, 1, 1], num_res_blocks=1, temperal_downsample=[True, True], is_residual=True,
+        in_channels=12, out_channels=12, patch_size=2, latents_mean=[0.1] * 16, latents_std=[0.5] * 16,
+    )  # fmt: skip
+    speech = Wav2Vec2Model(
+        Wav2Vec2Config(
+            hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, conv_dim=[8] * 7,
+            num_conv_pos_embeddings=8, num_conv_pos_embedding_groups=2, feat_extract_norm="group",
+        )
+    )  # fmt: skip
+    return vae.eval(), speech.eval()
+
+
+KEYS = [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (1, 2), (2, 0)]
+
+
+def three_clips(root: Path) -> ClipDataset:
+    folders = [write_clip(root / "speech" / f"{k:05d}", frames=12, prompt=f"clip {k}") for k in range(2)]
+    folders.append(write_clip(root / "singing" / "00009", frames=12, fps=20))
+    return ClipDataset.from_folders(
+        folders, ClipDatasetSettings(frames=9, portrait=0.5, any_frame=0.2, seed=3)
+    )
+
+
+def test_the_cache_gives_what_the_encoders_give(
+    root: Path, encoders: tuple[AutoencoderKLWan, Wav2Vec2Model]
+) -> None:
+    vae, speech_encoder = encoders
+    dataset = three_clips(root)
+    CacheWriter(dataset, root / "cache", vae, speech_encoder, shard_samples=4).write(KEYS)
+    cache = LatentCache(root / "cache")
+    assert len(cache) == len(KEYS)
+    assert len(set(cache.groups)) == 2  # 20 and 25 frames a second have speech of different length
+
+    by_prompt: dict[str, list[int]] = {}
+    for index in range(len(cache)):
+        by_prompt.setdefault(cache[index, 0].prompt, []).append(index)
+    for key in KEYS:
+        sample = dataset[key]
+        cached = cache[by_prompt[sample.prompt].pop(0), 5]
+        with torch.no_grad():
+            pixels = torch.from_numpy(sample.frames).permute(3, 0, 1, 2)[None] / 127.5 - 1
+            latents = (vae.encode(pixels).latent_dist.mode() - 0.1) / 0.5
+        torch.testing.assert_close(cached.latents, latents[0], rtol=1e-4, atol=1e-5)
+        condition = reference_condition(vae, picture_tensor(sample.reference), 9)
+        torch.testing.assert_close(stack_samples([cached]).condition, condition, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            cached.speech, speech_features(speech_encoder, sample.speech)[0], rtol=1e-4, atol=1e-5
+        )
+        np.testing.assert_array_equal(cached.portrait.numpy(), sample.reference)
+        assert sample.face_mask is not None
+        torch.testing.assert_close(cached.face_mask, sample.face_mask)
+
+
+def test_an_interrupted_cache_is_finished_and_another_ones_refused(
+    root: Path, encoders: tuple[AutoencoderKLWan, Wav2Vec2Model]
+) -> None:
+    vae, speech_encoder = encoders
+    dataset = three_clips(root)
+    folder = root / "cache"
+    CacheWriter(dataset, folder, vae, speech_encoder, shard_samples=3).write(KEYS[:3])
+    first = (folder / "shard-00000-0.safetensors").stat().st_mtime_ns
+    assert len(LatentCache(folder)) == 3
+    CacheWriter(dataset, folder, vae, speech_encoder, shard_samples=3).write(KEYS)
+    assert (folder / "shard-00000-0.safetensors").stat().st_mtime_ns == first
+    assert len(LatentCache(folder)) == len(KEYS)
+
+    with pytest.raises(InputError, match="another dtype"):
+        CacheWriter(dataset, folder, vae, speech_encoder, torch.bfloat16, shard_samples=3)
+    other = AutoencoderKLWan.from_config(vae.config)
+    with pytest.raises(InputError, match="another vae"):
+        CacheWriter(dataset, folder, other, speech_encoder, shard_samples=3)
+
+    (folder / "shard-00001-0.safetensors").write_bytes(b"cut off")
+    with pytest.raises(InputError, match="shard-00001-0"):
+        LatentCache(folder)
+    (folder / "manifest.json").write_text(json.dumps({"format": 99}))
+    with pytest.raises(InputError, match="format 99"):
+        LatentCache(folder)
+    with pytest.raises(InputError, match="no readable cache"):
+        LatentCache(root / "nothing")
+
+
+def test_training_from_the_cache_in_half_precision_is_close(
+    root: Path, encoders: tuple[AutoencoderKLWan, Wav2Vec2Model]
+) -> None:
+    vae, speech_encoder = encoders
+    dataset = three_clips(root)
+    CacheWriter(dataset, root / "full", vae, speech_encoder).write(KEYS[:2])
+    CacheWriter(dataset, root / "half", vae, speech_encoder, torch.bfloat16).write(KEYS[:2])
+    full, half = (
+        stack_samples([LatentCache(root / name)[k, 0] for k in range(2)]) for name in ("full", "half")
+    )
+    assert half.latents.dtype == torch.float32
+    torch.testing.assert_close(half.latents, full.latents, rtol=1e-2, atol=1e-2)
+    assert full.condition.shape == (2, 20, 3, SIDE // 8, SIDE // 8)
+    assert full.condition[:, :4, 0].min() == 1
+    assert full.condition[:, :4, 1:].abs().max() == 0

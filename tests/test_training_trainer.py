@@ -1,0 +1,426 @@
+"""The trainer: exact resuming, atomic checkpoints, bad steps, the log, what is trained."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from torch import nn
+
+from stableavatar.errors import CheckpointError, InputError
+from stableavatar.models.transformer import StableAvatarTransformer3DModel
+from stableavatar.training.checkpoints import (
+    TrainingState,
+    list_checkpoints,
+    load_checkpoint,
+    random_state,
+    save_checkpoint,
+)
+from stableavatar.training.ema import MovingAverage
+from stableavatar.training.log import read_log
+from stableavatar.training.objective import StepLoss
+from stableavatar.training.parameters import freeze_others, trained_by_recipe, trained_parameters
+from stableavatar.training.trainer import Trainer, TrainerSettings
+
+SAMPLES = 7
+
+
+@pytest.fixture(autouse=True)
+def _fresh_accelerator() -> Iterator[None]:
+    AcceleratorState._reset_state(True)
+    yield
+    AcceleratorState._reset_state(True)
+
+
+class Points:
+    """Samples of two sizes, each telling which clip in which pass it is."""
+
+    groups = ("small", "large", "small", "small", "large", "small", "large")
+
+    def __getitem__(self, key: tuple[int, int]) -> torch.Tensor:
+        index, epoch = key
+        width = 2 if self.groups[index] == "small" else 3
+        return torch.full((width,), float(index) / SAMPLES + 0.01 * epoch)
+
+
+class Fit(nn.Module):
+    """A small network whose loss uses the step's generator and, by its dropout, the global one."""
+
+    def __init__(self, poison: tuple[int, ...] = ()) -> None:
+        super().__init__()
+        torch.manual_seed(5)
+        self.layers = nn.Sequential(nn.Linear(1, 6), nn.Dropout(0.3), nn.Tanh(), nn.Linear(6, 1))
+        self.poison = poison
+        self.calls = 0
+
+    def forward(self, batch: torch.Tensor, generator: torch.Generator) -> StepLoss:
+        self.calls += 1
+        sigma = torch.rand(len(batch), generator=generator)
+        wanted = torch.sin(5 * batch.mean(1)) + sigma
+        error = (self.layers(batch.mean(1, keepdim=True))[:, 0] - wanted) ** 2
+        if self.calls in self.poison:
+            error = error * math.nan
+        return StepLoss(error.mean(), error.detach(), sigma)
+
+
+def settings(**values: Any) -> TrainerSettings:
+    usual = {
+        "steps": 12, "batch_size": 2, "accumulation": 2, "learning_rate": 1e-2, "clip_norm": 1.0,
+        "warmup_steps": 4, "ema_decay": 0.9, "precision": "no", "checkpoint_every": 5, "log_every": 3, "seed":
+        11,
+    }  # fmt: skip
+    return TrainerSettings.from_dict({**usual, **values})
+
+
+def make(folder: Path, module: nn.Module | None = None, **values: Any) -> Trainer[torch.Tensor]:
+    return Trainer(module or Fit(), Points(), torch.stack, settings(**values), folder)
+
+
+def final(folder: Path) -> dict[str, torch.Tensor]:
+    state = load_checkpoint(list_checkpoints(folder)[-1])
+    assert state.ema is not None
+    moments = {f"adam.{k}.{n}": v for k, s in state.optimizer["state"].items() for n, v in s.items()}
+    return {**state.model, **{f"ema.{k}": v for k, v in state.ema.items()}, **moments}
+
+
+def losses(folder: Path) -> list[dict[str, Any]]:
+    return [
+        {name: value for name, value in line.items() if name != "clips_per_second"}
+        for line in read_log(folder / "log.jsonl")
+    ]
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    a, b = final(one), final(other)
+    assert a.keys() == b.keys()
+    for name in a:
+        assert torch.equal(a[name], b[name]), name
+    assert losses(one) == losses(other)
+
+
+def test_interrupted_and_resumed_equals_uninterrupted(tmp_path: Path) -> None:
+    make(tmp_path / "whole").train()
+    make(tmp_path / "parts", steps=7).train()  # a stop between two lines of the log and two checkpoints
+    torch.manual_seed(999)
+    rest = make(tmp_path / "parts")
+    rest.resume("latest")
+    assert rest.step == 7
+    result = rest.train()
+    assert (result.step, result.skipped_steps) == (12, 0)
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_what_a_killed_run_did_after_its_checkpoint_is_done_again(tmp_path: Path) -> None:
+    make(tmp_path / "whole").train()
+    killed = make(tmp_path / "killed", steps=9)
+    killed.save = lambda: Path() if killed.step > 5 else Trainer.save(killed)  # type: ignore[method-assign]
+    killed.train()
+    assert [line["step"] for line in losses(tmp_path / "killed")] == [3, 6, 9]
+    rest = make(tmp_path / "killed")
+    rest.resume("latest")
+    assert rest.step == 5
+    rest.train()
+    assert_same_run(tmp_path / "whole", tmp_path / "killed")
+
+
+KILLED = """
+import sys, torch
+from pathlib import Path
+sys.path.insert(0, {tests!r})
+from test_training_trainer import Points, Fit, settings
+from stableavatar.training.trainer import Trainer
+torch.set_num_threads(1)
+Trainer(Fit(), Points(), torch.stack, settings(steps=10**6, checkpoint_every=1), Path(sys.argv[1])).train()
+"""
+
+
+def test_a_kill_at_any_moment_leaves_a_good_checkpoint(tmp_path: Path) -> None:
+    script = KILLED.format(tests=str(Path(__file__).parent))
+    with subprocess.Popen([sys.executable, "-c", script, str(tmp_path)]) as process:
+        while len(list_checkpoints(tmp_path)) < 3:
+            assert process.poll() is None
+            time.sleep(0.01)
+        os.kill(process.pid, signal.SIGKILL)
+    step = load_checkpoint(list_checkpoints(tmp_path)[-1]).counters["step"]
+
+    rest = make(tmp_path, steps=step + 2, checkpoint_every=1)
+    rest.resume("latest")
+    rest.train()
+    make(tmp_path / "whole", steps=step + 2, checkpoint_every=1).train()
+    assert_same_run(tmp_path / "whole", tmp_path)
+    assert not list(tmp_path.glob(".step-*"))
+
+
+def state(value: float) -> TrainingState:
+    return TrainingState({"w": torch.tensor([value])}, None, {}, random_state(), {"step": int(value)})
+
+
+def test_a_failed_write_leaves_the_last_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_checkpoint(tmp_path, 1, state(1.0), keep=2)
+
+    def full_disk(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", full_disk)
+        with pytest.raises(CheckpointError, match="No space left"):
+            save_checkpoint(tmp_path, 2, state(2.0), keep=2)
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["step-00000001"]
+    for step in (2, 3, 4):
+        save_checkpoint(tmp_path, step, state(float(step)), keep=2)
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["step-00000003", "step-00000004"]
+    assert load_checkpoint(tmp_path / "step-00000004").model["w"].item() == 4
+
+
+def test_a_damaged_checkpoint_is_named(tmp_path: Path) -> None:
+    path = save_checkpoint(tmp_path, 1, state(1.0), keep=1)
+    (path / "model.safetensors").write_bytes(b"cut off")
+    with pytest.raises(CheckpointError, match="step-00000001"):
+        load_checkpoint(path)
+
+
+def test_bad_steps_are_skipped_counted_and_end_the_run(tmp_path: Path) -> None:
+    whole = make(tmp_path / "good", Fit(poison=(3, 8)), accumulation=1).train()
+    assert whole.skipped_steps == 2
+    assert all(value.isfinite().all() for value in final(tmp_path / "good").values())
+
+    bad = make(tmp_path / "bad", Fit(poison=tuple(range(7, 100))), accumulation=1, steps=100, max_bad_steps=4)
+    with pytest.raises(InputError, match="4 steps in a row up to step 10"):
+        bad.train()
+    assert bad.skipped_steps == 4
+    assert [path.name for path in list_checkpoints(tmp_path / "bad")] == ["step-00000005"]
+
+
+def test_a_bad_micro_step_skips_the_whole_step(tmp_path: Path) -> None:
+    trainer = make(tmp_path, Fit(poison=(1,)), steps=1)
+    before = {name: value.detach().clone() for name, value in trainer.parameters.items()}
+    assert trainer.train().skipped_steps == 1
+    assert all(torch.equal(before[name], value) for name, value in trainer.parameters.items())
+
+
+def test_a_step_is_adamw_on_the_mean_of_its_micro_steps(tmp_path: Path) -> None:
+    """One optimizer step against PyTorch's AdamW on the average gradient, clipped, at the warm-up's first
+    rate.
+    """
+    trainer = make(tmp_path, steps=1, ema_decay=0.0, clip_norm=0.01)
+    reference = Fit()
+    torch.manual_seed(42)
+    trainer.train()
+
+    torch.manual_seed(42)
+    for micro_step in range(2):
+        batch = torch.stack([Points()[key] for key in trainer.sampler.batch(micro_step)])
+        trainer.step = 0
+        (reference(batch, trainer._generator(micro_step)).loss / 2).backward()
+    optimizer = torch.optim.AdamW(reference.parameters(), lr=1e-2 / 4, weight_decay=3e-2, eps=1e-10)
+    nn.utils.clip_grad_norm_(reference.parameters(), 0.01)
+    optimizer.step()
+    for name, value in reference.named_parameters():
+        torch.testing.assert_close(trainer.parameters[name], value, rtol=1e-6, atol=1e-7)
+
+
+def test_warm_up_then_constant(tmp_path: Path) -> None:
+    make(tmp_path, steps=6, log_every=1).train()
+    rates = [line["learning_rate"] for line in losses(tmp_path)]
+    assert rates == pytest.approx([0.0025, 0.005, 0.0075, 0.01, 0.01, 0.01])
+
+
+def test_the_rate_falls_over_the_last_steps(tmp_path: Path) -> None:
+    make(tmp_path, steps=8, log_every=1, decay_steps=3).train()
+    rates = [line["learning_rate"] for line in losses(tmp_path)]
+    assert rates == pytest.approx([0.0025, 0.005, 0.0075, 0.01, 0.01, 0.0075, 0.005, 0.0025])
+
+
+def test_another_optimizer_is_used_and_saved(tmp_path: Path) -> None:
+    trainer = Trainer(
+        Fit(), Points(), torch.stack, settings(steps=1, ema_decay=0.0), tmp_path,
+        optimizer=lambda parameters: torch.optim.SGD(parameters.values(), lr=1.0, momentum=0.9),
+    )  # fmt: skip
+    trainer.train()
+    state = load_checkpoint(list_checkpoints(tmp_path)[-1]).optimizer["state"]
+    assert all("momentum_buffer" in entry for entry in state.values())
+
+
+def test_the_log_splits_the_loss_by_sigma(tmp_path: Path) -> None:
+    make(tmp_path, steps=12, log_every=12).train()
+    (line,) = losses(tmp_path)
+    parts = [line[f"loss_{low:.2f}_{low + 0.25:.2f}"] for low in (0.0, 0.25, 0.5, 0.75)]
+    assert all(part is not None for part in parts)
+    assert min(parts) < line["loss"] < max(parts)
+    assert len(set(parts)) == 4
+
+
+def test_averaged_weights_in_callbacks_which_cannot_disturb_the_run(tmp_path: Path) -> None:
+    module = Fit()
+    seen: list[tuple[int, float, bool]] = []
+
+    def look(step: int) -> None:
+        torch.rand(5)
+        seen.append((step, module.layers[0].weight.sum().item(), module.training))
+
+    watched = Trainer(
+        module, Points(), torch.stack, settings(callback_every=6), tmp_path / "watched", callbacks=[look]
+    )
+    torch.manual_seed(1)
+    watched.train()
+    assert watched.ema is not None
+    assert [(step, training) for step, _, training in seen] == [(6, False), (12, False)]
+    assert seen[-1][1] == pytest.approx(watched.ema.state["layers.0.weight"].sum().item(), rel=1e-6)
+    assert seen[-1][1] != pytest.approx(module.layers[0].weight.sum().item(), rel=1e-6)
+    alone = make(tmp_path / "alone")
+    torch.manual_seed(1)
+    alone.train()
+    assert_same_run(tmp_path / "alone", tmp_path / "watched")
+
+
+def test_moving_average_forgets_its_start() -> None:
+    weight = nn.Parameter(torch.zeros(1))
+    average = MovingAverage({"w": weight}, 0.5)
+    with torch.no_grad():
+        weight.fill_(1.0)
+    average.update()  # decay min(0.5, 1/10)
+    assert average.state["w"].item() == pytest.approx(0.9)
+    average.update()  # decay min(0.5, 2/11)
+    assert average.state["w"].item() == pytest.approx(0.9 * 2 / 11 + 9 / 11)
+
+
+def test_minutes_and_requests_stop_with_a_checkpoint(tmp_path: Path) -> None:
+    result = make(tmp_path / "time", steps=10**6, minutes=0.01, checkpoint_every=10**5).train()
+    assert 0 < result.step < 10**6
+    assert result.checkpoint.name == f"step-{result.step:08d}"
+
+    class Stopper(Points):
+        def __getitem__(self, key: tuple[int, int]) -> torch.Tensor:
+            trainer.request_stop()
+            return super().__getitem__(key)
+
+    trainer = Trainer(Fit(), Stopper(), torch.stack, settings(), tmp_path / "asked")
+    assert trainer.train().step == 1
+    assert [path.name for path in list_checkpoints(tmp_path / "asked")] == ["step-00000001"]
+
+
+def test_resuming_another_run_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="no complete checkpoint"):
+        make(tmp_path).resume("latest")
+    make(tmp_path, steps=1).train()
+    with pytest.raises(InputError, match="another batch_size"):
+        make(tmp_path, batch_size=3).resume("latest")
+
+    class More(Points):
+        groups = (*Points.groups, "small")
+
+    other = Trainer(Fit(), More(), torch.stack, settings(), tmp_path)
+    with pytest.raises(InputError, match="another clips"):
+        other.resume("latest")
+    other.resume("latest", new_data=True)
+    assert other.step == 1
+
+    class Wider(Fit):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers[3] = nn.Linear(6, 2)
+
+    with pytest.raises(CheckpointError, match=r"layers\.3"):
+        make(tmp_path, Wider()).resume("latest")
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"learningrate": 1.0}, "unknown training settings: learningrate"),
+        ({"steps": 0}, "steps must be at least 1"),
+        ({"ema_decay": 1.0}, "ema_decay"),
+        ({"precision": "fp8"}, "precision must be one of"),
+        ({"clip_norm": 0.0}, "clip_norm"),
+        ({"minutes": 0}, "minutes"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        settings(**values)
+
+
+def small_transformer() -> StableAvatarTransformer3DModel:
+    return StableAvatarTransformer3DModel(
+        num_attention_heads=1, attention_head_dim=12, text_dim=8, text_length=4, freq_dim=16, ffn_dim=16,
+        num_layers=2, image_dim=8, audio_dim=6, audio_layers=1, audio_heads=1,
+    )  # fmt: skip
+
+
+def test_the_recipe_trains_blocks_and_adapter_alone() -> None:
+    model = small_transformer()
+    freeze_others(model, trained_by_recipe)
+    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    assert {name.split(".")[0] for name in frozen} == {
+        "patch_embedding", "condition_embedder", "proj_out", "scale_shift_table",
+    }  # fmt: skip
+    assert {name.split(".")[0] for name in trained_parameters(model)} == {"blocks", "vocal_projector"}
+    with pytest.raises(InputError, match="no parameter"):
+        trained_by_recipe("decoder.weight")
+    freeze_others(model, lambda _: False)
+    with pytest.raises(InputError, match="no parameter of the model is trained"):
+        trained_parameters(model)
+
+
+class Velocity(nn.Module):
+    """The real transformer at toy size; its inputs are made of the batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.transformer = small_transformer()
+        self.register_buffer("context", torch.randn(1, 4, 8))
+
+    def forward(self, batch: torch.Tensor, generator: torch.Generator) -> StepLoss:
+        rows = len(batch)
+        latents = torch.randn(rows, 16, 2, 4, 4, generator=generator)
+        velocity = self.transformer(
+            latents, torch.zeros(1, 20, 2, 4, 4), torch.full((rows,), 500.0), self.context.expand(rows, -1,
+            -1), self.context, torch.ones(rows, 9, 6),
+        ).sample  # fmt: skip
+        error = ((velocity - batch.mean()) ** 2).flatten(1).mean(1)
+        return StepLoss(error.mean(), error.detach(), torch.full((rows,), 0.5))
+
+
+def test_gradient_checkpointing_changes_no_number(tmp_path: Path) -> None:
+    make(tmp_path / "plain", Velocity(), steps=2).train()
+    module = Velocity()
+    make(tmp_path / "saving", module, steps=2, gradient_checkpointing=True).train()
+    assert module.transformer.gradient_checkpointing
+    assert_same_run(tmp_path / "plain", tmp_path / "saving")
+    with pytest.raises(InputError, match="gradient_checkpointing"):
+        make(tmp_path / "none", Fit(), gradient_checkpointing=True)
+
+
+def test_bf16_is_an_autocast_of_the_forward_pass(tmp_path: Path) -> None:
+    seen = []
+
+    class Watched(Velocity):
+        def forward(self, batch: torch.Tensor, generator: torch.Generator) -> StepLoss:
+            seen.append(nn.functional.linear(torch.ones(1, 1), torch.ones(1, 1)).dtype)
+            return super().forward(batch, generator)
+
+    trainer = make(tmp_path, Watched(), steps=1, precision="bf16")
+    trainer.train()
+    assert set(seen) == {torch.bfloat16}
+    assert all(parameter.dtype == torch.float32 for parameter in trainer.parameters.values())
+
+
+def test_only_trained_parameters_are_saved_and_frozen_ones_stay(tmp_path: Path) -> None:
+    module = Fit()
+    freeze_others(module, lambda name: name.startswith("layers.3"))
+    before = module.layers[0].weight.detach().clone()
+    make(tmp_path, module, steps=2).train()
+    assert torch.equal(module.layers[0].weight, before)
+    saved = load_checkpoint(list_checkpoints(tmp_path)[-1])
+    assert set(saved.model) == {"layers.3.weight", "layers.3.bias"}
+    assert json.loads((tmp_path / "step-00000002" / "state.json").read_text())["step"] == 2
