@@ -15,6 +15,7 @@ import argparse
 import json
 import logging
 import math
+import signal
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -53,25 +54,25 @@ class AutoencoderSettings:
     minutes: float = 75.0
     base_channels: int = 32
     residual_blocks: int = 1
-    # Of AdamW (vectors, first and last layers) and of Muon (all other kernels).
-    learning_rate: float = 1.5e-3
-    kernel_learning_rate: float = 4e-3
+    # Of AdamW (biases and gains) and of Muon (kernels).
+    learning_rate: float = 6e-4
+    kernel_learning_rate: float = 2e-3
     warmup_steps: int = 100
     # The share of the minutes, at their end, in which the rate falls to zero.
-    cooldown: float = 0.25
+    cooldown: float = 0.15
     weight_decay: float = 1e-2
     gradient_clip: float = 1.0
-    average_decay: float = 0.998
+    average_decay: float = 0.99
     # A step's size in frames of 64x64; the batch follows from it, the clips' length and the crop.
     frames_a_step: int = 40
     clip_lengths: tuple[int, ...] = (1, 5, 9, 21, 41)
-    clip_weights: tuple[float, ...] = (0.25, 0.2, 0.25, 0.2, 0.1)
+    clip_weights: tuple[float, ...] = (0.15, 0.15, 0.25, 0.3, 0.15)
     longest_chunk: int = 20
     # Steps at the start in which clips have 1 or 5 frames.
     image_steps: int = 300
     whole_frames: float = 0.3
     longest_whole_clip: int = 21
-    picture_share: float = 0.3
+    picture_share: float = 0.25
     squared_weight: float = 2.0
     edge_weight: float = 0.25
     kl_weight: float = 1e-5
@@ -198,11 +199,10 @@ class AutoencoderTrainer:
         use_quick_norms(self.vae)
         kernels: list[torch.nn.Parameter] = []
         others: list[torch.nn.Parameter] = []
-        for name, parameter in self.vae.named_parameters():
-            outer = any(part in name for part in ("conv_in", "conv_out", "quant_conv"))
-            (others if outer or parameter.ndim < 2 or parameter[0].numel() <= 1 else kernels).append(
-                parameter
-            )
+        for parameter in self.vae.parameters():
+            # Muon on the first and last layers too: pixels differ mostly in brightness, and under AdamW these
+            # layers learn little else, so that colour never reaches the latents.
+            (others if parameter.ndim < 2 or parameter[0].numel() <= 1 else kernels).append(parameter)
         self.optimizers: dict[str, torch.optim.Optimizer] = {
             "muon": Muon(kernels, lr=settings.kernel_learning_rate, weight_decay=settings.weight_decay),
             "adamw": torch.optim.AdamW(
@@ -212,6 +212,7 @@ class AutoencoderTrainer:
         self.step = 0
         self.seconds = 0.0
         self.encoder_frozen = False
+        self.stopping = False
 
     def freeze_encoder(self) -> None:
         """From now on the averaged encoder stays as it is, and with it all latents; the decoder learns."""
@@ -279,12 +280,13 @@ class AutoencoderTrainer:
         """Averages the gradients over the processes."""
         gradients = [value.grad for value in self.vae.parameters() if value.grad is not None]
         if ranks > 1:
-            # The clock rides along: rate and end are the same in all processes.
-            flat = torch.cat([*(value.flatten() for value in gradients), torch.tensor([self.seconds])])
+            # The clock and the wish to stop ride along: rate and end are the same in all processes.
+            extra = torch.tensor([self.seconds, float(self.stopping)])
+            flat = torch.cat([*(value.flatten() for value in gradients), extra])
             dist.all_reduce(flat)
             flat /= ranks
-            self.seconds = float(flat[-1])
-            shares = torch.split(flat[:-1], [value.numel() for value in gradients])
+            self.seconds, self.stopping = float(flat[-2]), bool(flat[-1] > 0)
+            shares = torch.split(flat[:-2], [value.numel() for value in gradients])
             for gradient, share in zip(gradients, shares, strict=True):
                 gradient.copy_(share.view_as(gradient))
 
@@ -329,11 +331,15 @@ class AutoencoderTrainer:
             self.encoder_frozen = True
             self.freeze_encoder()
 
+    def stop(self, *_: object) -> None:
+        """Ends the run, checkpoint written, after the present step; a signal handler."""
+        self.stopping = True
+
     def run(self, *, save_every: float = 180.0) -> None:
         """Trains until the settings' minutes are spent; appends a line to `curve.jsonl` every 20 steps."""
         last_save = clock = time.monotonic()
         recent: list[dict[str, float]] = []
-        while self.seconds < self.settings.minutes * 60:
+        while self.seconds < self.settings.minutes * 60 and not self.stopping:
             recent.append(self.train_step())
             now = time.monotonic()
             self.seconds += now - clock
@@ -435,6 +441,9 @@ def run_process(rank: int, job: Job, rendezvous: str) -> None:
         trainer.load()
     if job.freeze_encoder:
         trainer.freeze_encoder()
+    # The second is what a process gets when the command itself was ended.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, trainer.stop)
     trainer.run()
     if ranks > 1:
         dist.destroy_process_group()

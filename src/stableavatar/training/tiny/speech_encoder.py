@@ -26,6 +26,7 @@ from transformers import Wav2Vec2Config, Wav2Vec2Model
 
 from stableavatar.data.puppets import ClipStore, articulate
 from stableavatar.data.puppets.speech import unseen_speech
+from stableavatar.training.tiny.muon import Muon
 
 logger = logging.getLogger(__name__)
 
@@ -43,11 +44,13 @@ class SpeechEncoderSettings:
     """Everything a run depends on besides its speech. `minutes` is wall clock."""
 
     minutes: float = 4.0
+    # Of AdamW (vectors, head, first layer) and of Muon (all other kernels and matrices).
     learning_rate: float = 1.5e-3
+    kernel_learning_rate: float = 3e-3
     warmup_steps: int = 50
     batch: int = 16
     shortest: float = 1.3
-    longest: float = 4.0
+    longest: float = 3.0
     hidden_size: int = 192
     convolution_channels: int = 64
     threads: int = 2
@@ -66,8 +69,9 @@ def build_speech_encoder(hidden_size: int = 192, convolution_channels: int = 64)
         num_attention_heads=3,
         intermediate_size=2 * hidden_size,
         conv_dim=[convolution_channels] * 7,
-        feat_extract_norm="layer",
-        do_stable_layer_norm=True,
+        # Layer norms would take the loudness out of every instant; the group norm only sets the scale.
+        feat_extract_norm="group",
+        do_stable_layer_norm=False,
         num_conv_pos_embeddings=33,
         num_conv_pos_embedding_groups=8,
         hidden_dropout=0.0,
@@ -180,23 +184,33 @@ def train(settings: SpeechEncoderSettings, windows: SpeechWindows, out: Path) ->
     rng = np.random.default_rng(settings.seed)
     encoder = build_speech_encoder(settings.hidden_size, settings.convolution_channels)
     model = ArticulationModel(encoder).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=settings.learning_rate, betas=(0.9, 0.98))
+    kernels: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
+    for name, parameter in model.named_parameters():
+        outer = any(
+            part in name for part in ("head", "conv_layers.0.", "parametrizations", "masked_spec_embed")
+        )
+        (others if outer or parameter.ndim < 2 else kernels).append(parameter)
+    optimizers = (
+        (Muon(kernels, lr=settings.kernel_learning_rate), settings.kernel_learning_rate),
+        (torch.optim.AdamW(others, lr=settings.learning_rate, betas=(0.9, 0.98)), settings.learning_rate),
+    )
     begun = time.monotonic()
     step, recent = 0, []
     while (spent := (time.monotonic() - begun) / 60 / settings.minutes) < 1:
-        rate = (
-            settings.learning_rate * min(1.0, (step + 1) / settings.warmup_steps) * min(1.0, 2 * (1 - spent))
-        )
-        for group in optimizer.param_groups:
-            group["lr"] = rate
+        factor = min(1.0, (step + 1) / settings.warmup_steps) * min(1.0, 2 * (1 - spent))
+        for optimizer, rate in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = rate * factor
         samples, targets = windows.batch(rng, settings, encoder)
         with torch.autocast("cpu", torch.bfloat16):
             tracks = model(samples)
         loss = F.smooth_l1_loss(tracks.float(), targets, beta=0.1)
         loss.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        for optimizer, _ in optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
         recent.append(loss.item())
         step += 1
         if step % 20 == 0:

@@ -1,0 +1,374 @@
+"""Training of the embedded autoencoder and speech encoder, at sizes that take seconds."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKLWan
+from diffusers.models.autoencoders.autoencoder_kl_wan import WanRMS_norm
+from PIL import Image
+from transformers import Wav2Vec2Model
+
+from stableavatar.training.tiny import autoencoder, speech_encoder
+from stableavatar.training.tiny.autoencoder import (
+    AutoencoderSettings,
+    AutoencoderTrainer,
+    Batches,
+    build_autoencoder,
+    export,
+    peak_signal_to_noise,
+    reconstruct,
+)
+from stableavatar.training.tiny.feature_memory import (
+    FeatureMemory,
+    chunk_lengths,
+    decode_chunk,
+    encode_chunk,
+    use_quick_norms,
+)
+from stableavatar.training.tiny.muon import Muon, orthogonalize
+from stableavatar.training.tiny.pictures import PictureClips, find_pictures, load_pictures, procedural_picture
+from stableavatar.training.tiny.puppet_clips import PuppetClips
+from stableavatar.training.tiny.speech_encoder import (
+    SpeechEncoderSettings,
+    SpeechWindows,
+    build_speech_encoder,
+    normalise,
+    tracks_at_features,
+)
+
+SMALL = AutoencoderSettings(
+    minutes=60, base_channels=8, frames_a_step=2, image_steps=0, whole_frames=0.0, warmup_steps=1, processes=1
+)
+
+
+@pytest.fixture
+def small_vae() -> AutoencoderKLWan:
+    torch.manual_seed(0)
+    return build_autoencoder(8).eval()
+
+
+def small_trainer(out: Path, **changes: object) -> AutoencoderTrainer:
+    settings = AutoencoderSettings(**{**SMALL.__dict__, **changes})
+    return AutoencoderTrainer(settings, Batches(settings, PictureClips([]), None, frame_size=64), out)
+
+
+def test_autoencoder_compresses_8_times_in_space_and_4_in_time() -> None:
+    vae = build_autoencoder()
+    assert 2_500_000 < sum(value.numel() for value in vae.parameters()) < 2_900_000
+    with torch.no_grad():
+        latents = vae.encode(torch.zeros(1, 3, 9, 64, 32)).latent_dist.mode()
+        assert latents.shape == (1, 16, 3, 8, 4)
+        assert vae.decode(latents).sample.shape == (1, 3, 9, 64, 32)
+
+
+@pytest.mark.parametrize("chunks", [[17], [1, 16], [5, 4, 8], [13, 4]])
+def test_chunks_give_what_the_library_gives(small_vae: AutoencoderKLWan, chunks: list[int]) -> None:
+    frames = torch.rand(2, 3, 17, 32, 32) * 2 - 1
+    with torch.no_grad():
+        expected = small_vae.encode(frames).latent_dist
+        memory, means, start = FeatureMemory(small_vae), [], 0
+        for length in chunks:
+            mean, log_variance = encode_chunk(small_vae, frames[:, :, start : start + length], memory)
+            means.append(mean)
+            start += length
+        latents = torch.cat(means, dim=2)
+        torch.testing.assert_close(latents, expected.mode(), atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(log_variance[:, :, -1], expected.logvar[:, :, -1], atol=1e-5, rtol=1e-4)
+        memory, made, start = FeatureMemory(small_vae), [], 0
+        for length in (mean.shape[2] for mean in means):
+            made.append(decode_chunk(small_vae, latents[:, :, start : start + length], memory))
+            start += length
+        decoded = small_vae.decode(latents).sample
+    torch.testing.assert_close(torch.cat(made, dim=2).clamp(-1, 1), decoded, atol=1e-4, rtol=1e-3)
+
+
+def test_detached_memory_passes_values_but_no_gradient(small_vae: AutoencoderKLWan) -> None:
+    first = torch.rand(1, 3, 5, 32, 32, requires_grad=True)
+    memory = FeatureMemory(small_vae)
+    encode_chunk(small_vae, first, memory)
+    memory.detach()
+    mean, _ = encode_chunk(small_vae, torch.rand(1, 3, 4, 32, 32), memory)
+    mean.sum().backward()
+    assert first.grad is None
+
+
+def test_quick_norms_change_nothing() -> None:
+    norm = WanRMS_norm(8, images=False)
+    torch.nn.init.uniform_(norm.gamma, 0.5, 2)
+    x = torch.randn(2, 8, 3, 4, 4)
+    expected = norm(x)
+    use_quick_norms(torch.nn.ModuleList([norm]))
+    assert "forward" in vars(norm)
+    torch.testing.assert_close(norm(x), expected)
+
+
+def test_a_chunk_off_the_latent_grid_is_refused(small_vae: AutoencoderKLWan) -> None:
+    assert chunk_lengths(41, 20) == [21, 20]
+    assert chunk_lengths(81, 20) == [21, 20, 20, 20]
+    assert chunk_lengths(1, 20) == [1]
+    with pytest.raises(ValueError, match="4n"):
+        chunk_lengths(40, 20)
+    with pytest.raises(ValueError, match="latent grid"):
+        encode_chunk(small_vae, torch.zeros(1, 3, 4, 32, 32), FeatureMemory(small_vae))
+
+
+def test_training_brings_the_error_down(tmp_path: Path) -> None:
+    trainer = small_trainer(tmp_path, clip_lengths=(1,), clip_weights=(1.0,), frames_a_step=4)
+    frames = trainer.batches.draw(1_000)[0]
+    before = (reconstruct(trainer.vae, frames) - frames).square().mean()
+    for _ in range(25):
+        trainer.train_step()
+    assert (reconstruct(trainer.vae, frames) - frames).square().mean() < 0.7 * before
+    assert (reconstruct(trainer.average, frames) - frames).square().mean() < before
+
+
+def test_long_clips_train_every_weight_but_the_variance(tmp_path: Path) -> None:
+    trainer = small_trainer(tmp_path, clip_lengths=(9,), clip_weights=(1.0,), longest_chunk=4)
+    before = {name: value.clone() for name, value in trainer.vae.state_dict().items()}
+    trainer.train_step()
+    trainer.train_step()
+    after = trainer.vae.state_dict()
+    unchanged = [name for name, value in before.items() if torch.equal(value, after[name])]
+    assert unchanged == []
+
+
+def test_a_resumed_run_continues_exactly(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    first = small_trainer(tmp_path / "a", clip_lengths=(1, 5), clip_weights=(0.5, 0.5))
+    for _ in range(2):
+        first.train_step()
+    first.seconds = 30.0
+    first.save()
+    first.train_step()
+    second = small_trainer(tmp_path / "a", clip_lengths=(1, 5), clip_weights=(0.5, 0.5))
+    second.load()
+    assert (second.step, second.seconds) == (2, 30.0)
+    second.train_step()
+    for name, value in first.average.state_dict().items():
+        torch.testing.assert_close(second.average.state_dict()[name], value)
+    other = small_trainer(tmp_path / "a", base_channels=16)
+    with pytest.raises(ValueError, match="base_channels 8"):
+        other.load()
+
+
+def test_a_frozen_encoder_keeps_latents_while_the_decoder_learns(tmp_path: Path) -> None:
+    trainer = small_trainer(tmp_path, clip_lengths=(1,), clip_weights=(1.0,))
+    trainer.train_step()
+    trainer.freeze_encoder()
+    frames = trainer.batches.draw(7)[0]
+
+    def encode(vae: AutoencoderKLWan) -> torch.Tensor:
+        with torch.no_grad():
+            return encode_chunk(vae, frames, FeatureMemory(vae))[0]
+
+    latents, decoder = encode(trainer.average), trainer.average.decoder.conv_out.weight.clone()
+    trainer.train_step()
+    again, live = encode(trainer.average), encode(trainer.vae)
+    assert torch.equal(latents, again)
+    torch.testing.assert_close(live, latents, atol=1e-4, rtol=1e-4)
+    assert not torch.equal(decoder, trainer.average.decoder.conv_out.weight)
+    trainer.save()
+    resumed = small_trainer(tmp_path, clip_lengths=(1,), clip_weights=(1.0,))
+    resumed.load()
+    assert resumed.encoder_frozen
+    assert not resumed.vae.quant_conv.weight.requires_grad
+
+
+def test_exported_latents_are_normalised_by_the_config(small_vae: AutoencoderKLWan, tmp_path: Path) -> None:
+    clips = [torch.rand(1, 3, 5, 32, 32) * 2 - 1 for _ in range(3)]
+    export(small_vae, tmp_path, iter(clips))
+    loaded = AutoencoderKLWan.from_pretrained(tmp_path)
+    assert loaded.dtype == torch.float32
+    with torch.no_grad():
+        latents = torch.cat([loaded.encode(clip).latent_dist.mode() for clip in clips])
+    mean = torch.tensor(loaded.config.latents_mean).view(1, 16, 1, 1, 1)
+    deviation = torch.tensor(loaded.config.latents_std).view(1, 16, 1, 1, 1)
+    normalised = (latents - mean) / deviation
+    assert normalised.mean(dim=(0, 2, 3, 4)).abs().max() < 0.05
+    assert (normalised.std(dim=(0, 2, 3, 4)) - 1).abs().max() < 0.05
+
+
+def test_peak_signal_to_noise_of_a_known_error() -> None:
+    true = torch.zeros(1, 3, 2, 8, 8)
+    made = true.clone()
+    made[:, :, 1] += 0.2
+    assert peak_signal_to_noise(made, true).tolist() == pytest.approx([126.02, 20.0], abs=0.01)
+
+
+def test_the_rate_warms_up_and_falls_at_the_end() -> None:
+    settings = AutoencoderSettings(minutes=100, warmup_steps=10, cooldown=0.2)
+    factors = [
+        autoencoder.rate_factor(settings, step, at) for step, at in ((0, 0), (10, 50), (999, 90), (999, 100))
+    ]
+    assert factors == pytest.approx([0.1, 1.0, 0.5, 0.05])
+
+
+def test_settings_refuse_what_cannot_run() -> None:
+    with pytest.raises(ValueError, match="4n"):
+        AutoencoderSettings(clip_lengths=(4,), clip_weights=(1.0,))
+    with pytest.raises(ValueError, match="differ"):
+        AutoencoderSettings(clip_lengths=(1, 5), clip_weights=(1.0,))
+    with pytest.raises(ValueError, match="positive"):
+        AutoencoderSettings(minutes=0)
+
+
+def test_the_command_trains_in_processes_and_refuses_to_overwrite(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(autoencoder, "find_pictures", lambda folders: [])
+    command = ["--out", str(tmp_path), "--minutes", "0.0001", "--base-channels", "8", "--processes", "2"]
+    autoencoder.main([*command, "--frames-a-step", "2"])
+    state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    assert state["step"] >= 1
+    with pytest.raises(SystemExit):
+        autoencoder.main(command)
+
+
+def test_muon_makes_singular_values_equal_and_refuses_vectors() -> None:
+    torch.manual_seed(0)
+    values = torch.linalg.svdvals(
+        orthogonalize(torch.randn(16, 54) @ torch.diag(torch.linspace(0.01, 1, 54)))
+    )
+    assert values.min() > 0.5
+    assert values.max() < 1.3
+    kernel = torch.nn.Parameter(torch.ones(4, 2, 3, 3))
+    optimizer = Muon([kernel], lr=0.1, weight_decay=0.5)
+    kernel.grad = torch.randn(4, 2, 3, 3)
+    optimizer.step()
+    # An update's root mean square is 0.2 of the rate, after the decay of 5 %.
+    change = kernel.detach() - 0.95
+    assert change.square().mean().sqrt() == pytest.approx(0.02, rel=0.3)
+    with pytest.raises(ValueError, match="AdamW"):
+        Muon([torch.nn.Parameter(torch.ones(4))], lr=0.1)
+
+
+def test_free_pictures_leave_the_test_photograph_out(tmp_path: Path) -> None:
+    Image.new("RGB", (200, 200), (10, 200, 30)).save(tmp_path / "green.png")
+    Image.new("RGB", (200, 200), (10, 200, 30)).save(tmp_path / "same_green.png")
+    Image.new("RGB", (200, 200), (1, 2, 3)).save(tmp_path / "astronaut.png")
+    Image.new("RGB", (50, 50)).save(tmp_path / "icon.png")
+    paths = find_pictures([tmp_path])
+    assert any(path.name == "coffee.png" for path in paths)
+    assert all("astronaut" not in path.name for path in paths)
+    own = [path for path in paths if path.parent == tmp_path]
+    loaded = load_pictures(own)
+    assert [tuple(picture.shape) for picture in loaded] == [(3, 200, 200)]
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        find_pictures([tmp_path / "nowhere"])
+
+
+def test_picture_clips_move_and_are_repeatable() -> None:
+    picture = procedural_picture(np.random.default_rng(3))
+    assert picture.dtype == torch.uint8
+    assert picture.shape == (3, 256, 256)
+    clips = PictureClips([picture], procedural=0.0)
+    made = [clips.sample(np.random.default_rng(seed), 5, 32) for seed in range(8)]
+    assert all(clip.shape == (3, 5, 32, 32) and clip.abs().max() <= 1 for clip in made)
+    assert torch.equal(made[2], clips.sample(np.random.default_rng(2), 5, 32))
+    moving = sum(not torch.equal(clip[:, 0], clip[:, 4]) for clip in made)
+    assert 4 <= moving <= 8
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Path:
+    """A store of one clip of 12 frames at 32x32 with a square of mouth."""
+    folder = tmp_path / "store" / "0000000007"
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    frames = rng.integers(0, 256, (12, 32, 32, 3), dtype=np.uint8)
+    face, lips = np.zeros((2, 12, 32, 32), dtype=bool)
+    face[:, 4:28, 4:28] = True
+    lips[:, 20:24, 12:20] = True
+    frames[lips] = (255, 0, 0)
+    np.save(folder / "frames.npy", frames)
+    np.savez(
+        folder / "labels.npz",
+        samples=rng.normal(0, 0.1, 7680).astype(np.float32),
+        articulation=np.zeros((12, 6), np.float32),
+        face_masks=np.packbits(face, axis=-1),
+        lip_masks=np.packbits(lips, axis=-1),
+        portrait=frames[0],
+    )
+    about = {"seed": 7, "prompt": "", "expression": "neutral", "person": "man", "frames": 12, "size": 32}
+    (folder / "about.json").write_text(json.dumps(about), encoding="utf-8")
+    return folder.parent
+
+
+def test_puppet_crops_keep_masks_on_the_mouth(store: Path) -> None:
+    puppets = PuppetClips([store, store])
+    seen = 0
+    for seed in range(20):
+        clip, face, lips = puppets.sample(np.random.default_rng(seed), 5, 16)
+        assert clip.shape == (3, 5, 16, 16)
+        assert face.shape == lips.shape == (5, 16, 16)
+        inside = clip[:, lips > 0]
+        seen += inside.shape[1] > 0
+        # Red, even when tinted, stays far above green and blue.
+        assert (inside[0] > inside[1] + 0.7).all()
+        assert (inside[0] > inside[2] + 0.7).all()
+        assert (face[lips > 0] == 1).all()
+    assert seen >= 10
+
+
+def test_an_empty_store_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no finished clip"):
+        PuppetClips([tmp_path])
+
+
+def test_speech_encoder_gives_fifty_features_a_second() -> None:
+    encoder = build_speech_encoder().eval()
+    assert sum(value.numel() for value in encoder.parameters()) < 1_500_000
+    with torch.no_grad():
+        features = encoder(torch.randn(1, 32_000)).last_hidden_state
+    assert features.shape == (1, 99, 192)
+
+
+def test_windows_are_normalised_and_targets_aligned() -> None:
+    samples = np.random.default_rng(0).normal(3, 5, 8000).astype(np.float32)
+    assert abs(normalise(samples).mean()) < 1e-4
+    assert normalise(samples).std() == pytest.approx(1, abs=1e-3)
+    ramp = np.repeat((np.arange(100, dtype=np.float32) + 0.5)[:, None] / 25, 6, axis=1)
+    read = tracks_at_features(ramp, 50, start=1.0)
+    # A ramp that says the time in seconds must say the middle of each feature.
+    assert read[:, 0] == pytest.approx(1.0 + np.arange(50) * 0.02 + 0.0125, abs=1e-4)
+
+
+def test_speech_encoder_learns_and_is_written(
+    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rng = np.random.default_rng(0)
+    times = np.arange(48_000) / 16_000
+    recordings = []
+    for _ in range(4):
+        loudness = np.clip(np.sin(2 * np.pi * rng.uniform(1, 3) * times + rng.uniform(0, 6)), 0, 1)
+        tone = sum(np.sin(2 * np.pi * rng.uniform(90, 200) * k * times) / k for k in range(1, 20))
+        recordings.append((0.1 * loudness * tone).astype(np.float32))
+    settings = SpeechEncoderSettings(
+        minutes=0.12, batch=4, longest=1.4, hidden_size=48, convolution_channels=16, threads=1
+    )
+    model = speech_encoder.train(settings, SpeechWindows(recordings), tmp_path)
+    assert speech_encoder.correlations(model, recordings)["opening"] > 0.5
+    figures = {"opening": 0.5}
+    monkeypatch.setattr(speech_encoder, "correlations", lambda model, recordings: figures)
+    monkeypatch.setattr(speech_encoder, "unseen_speech", lambda seed, seconds, person: recordings[0])
+    speech_encoder.main(
+        [
+            "--out",
+            str(tmp_path / "out"),
+            "--puppets",
+            str(store),
+            "--minutes",
+            "0.001",
+            "--batch",
+            "1",
+            "--hidden-size",
+            "48",
+        ]
+    )
+    assert Wav2Vec2Model.from_pretrained(tmp_path / "out" / "final").config.hidden_size == 48
+    assert json.loads((tmp_path / "out" / "figures.json").read_text()) == figures
