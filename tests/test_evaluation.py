@@ -407,6 +407,8 @@ def test_plans_are_checked() -> None:
         replace(SMALL, puppets=21)
     with pytest.raises(InputError, match="4n\\+1"):
         replace(SMALL, autoencoder_frames=78)
+    with pytest.raises(InputError, match="last 20 s"):
+        cases.photograph_speech(21.0)
     with pytest.raises(InputError, match="cannot be more"):
         replace(SMALL, prompts=3)
 

@@ -11,7 +11,11 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from stableavatar.data.puppets import EVALUATION_SEED, PuppetClip, articulate, make_clip
-from stableavatar.data.puppets.recordings import EVALUATION_RECORDINGS, evaluation_speech
+from stableavatar.data.puppets.recordings import (
+    EVALUATION_RECORDINGS,
+    evaluation_recording,
+    evaluation_speech,
+)
 from stableavatar.errors import InputError
 from stableavatar.evaluation.observation import Frames, Track
 
@@ -22,6 +26,8 @@ Samples = NDArray[np.float32]
 
 _OTHER = 7
 """Recordings this far apart have other voices and other words."""
+_READINGS = (0, 10)
+"""The recordings of a person; the others are synthesised."""
 _CROP = (144, 31, 305, 192)
 """Left, top, right, bottom of the astronaut's face in its 512x512 picture: as large and as high as a
 puppet's."""
@@ -64,7 +70,7 @@ class Plan:
 
 FULL = Plan(
     puppets=20, seconds=10.0, autoencoder_frames=301, wrong=20, silence=4, silence_seconds=4.0,
-    prompts=10, prompt_seconds=2.6, photograph_seconds=30.0,
+    prompts=10, prompt_seconds=2.6, photograph_seconds=20.0,
 )  # fmt: skip
 """What docs/tiny.md shows."""
 QUICK = Plan(
@@ -145,5 +151,16 @@ def photograph() -> Frames:
 
 
 def photograph_speech(seconds: float) -> tuple[Samples, Samples]:
-    """What the photograph says, a reading by a person first, and other speech of the same length."""
-    return evaluation_speech(0, seconds), evaluation_speech(_OTHER + 3, seconds)
+    """What the photograph says, a reading by a person, and other speech of the same length.
+
+    Raises:
+        InputError: more is asked for than the recordings of people hold, 20 s.
+    """
+    own = np.concatenate([evaluation_recording(index) for index in _READINGS])
+    other = np.concatenate([evaluation_recording(index + _OTHER) for index in _READINGS])
+    samples = round(seconds * SAMPLE_RATE)
+    if samples > len(own):
+        raise InputError(
+            f"The readings for the photograph last {len(own) / SAMPLE_RATE:g} s, not {seconds:g} s."
+        )
+    return own[:samples], other[:samples]

@@ -20,8 +20,8 @@ from torch import nn
 from stableavatar.errors import CheckpointError
 from stableavatar.evaluation.observation import Frames, MouthTrack
 
-SIZE = 128
-"""Side in pixels of the picture that the network sees."""
+SIZE = 64
+"""Side in pixels of the picture that the network sees: a tenth of the widest opening is a pixel of it."""
 METER_FILE = Path(__file__).resolve().parents[1] / "assets" / "evaluation" / "mouth_meter.safetensors"
 """The weights that come with the package."""
 _HEADS = 4
@@ -39,9 +39,9 @@ class MouthMeter(nn.Module):
         # 2x2 pixels are channels from the start: most of the work at full size would find edges only.
         self.stages = nn.ModuleList(
             [
-                nn.Conv2d(12, first, 3, stride=2, padding=1),
-                nn.Conv2d(first, first, 3, padding=1),
-                nn.Conv2d(first, second, 3, stride=2, padding=1),
+                nn.Conv2d(12, first, 3, padding=1),
+                nn.Conv2d(first, first, 3, stride=2, padding=1),
+                nn.Conv2d(first, second, 3, padding=1),
                 nn.Conv2d(second, third, 3, padding=1),
                 nn.Conv2d(third, third, 3, padding=2, dilation=2),
             ]
@@ -52,7 +52,7 @@ class MouthMeter(nn.Module):
         self.out = nn.Linear(64, _OUTPUTS)
 
     def forward(self, pictures: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Pictures [B, 3, 128, 128] in -1..1 to (opening, width - 1, smile) [B, 3] and the mouth's place [B,
+        """Pictures [B, 3, 64, 64] in -1..1 to (opening, width - 1, smile) [B, 3] and the mouth's place [B,
         2] in 0..1."""
         x = F.pixel_unshuffle(pictures, 2)
         for stage, norm in zip(self.stages, self.norms, strict=True):
@@ -73,7 +73,7 @@ class MouthMeter(nn.Module):
 
     @torch.inference_mode()
     def measure(self, frames: Frames) -> MouthTrack:
-        """Reads every frame of a clip [F, H, W, 3]; a picture of another size is scaled to 128x128.
+        """Reads every frame of a clip [F, H, W, 3]; a picture of another size is scaled to 64x64.
 
         The face should fill the picture as a puppet's does: half to nine tenths of its height.
 
