@@ -55,8 +55,9 @@ class Points:
 class Fit(nn.Module):
     """A small network whose loss uses the step's generator and, by its dropout, the global one."""
 
-    def __init__(self, poison: tuple[int, ...] = ()) -> None:
+    def __init__(self, poison: tuple[int, ...] = (), kind: str = "nan") -> None:
         super().__init__()
+        self.kind = kind
         torch.manual_seed(5)
         self.layers = nn.Sequential(nn.Linear(1, 6), nn.Dropout(0.3), nn.Tanh(), nn.Linear(6, 1))
         self.poison = poison
@@ -68,7 +69,12 @@ class Fit(nn.Module):
         wanted = torch.sin(5 * batch.mean(1)) + sigma
         error = (self.layers(batch.mean(1, keepdim=True))[:, 0] - wanted) ** 2
         if self.calls in self.poison:
-            error = error * math.nan
+            zero = error - error.detach()
+            error = {
+                "nan": error * math.nan,
+                "infinite loss, finite gradient": error + math.inf,
+                "finite loss, infinite gradient": error.detach() + zero.sqrt(),
+            }[self.kind]
         return StepLoss(error.mean(), error.detach(), sigma)
 
 
@@ -200,8 +206,9 @@ def test_bad_steps_are_skipped_counted_and_end_the_run(tmp_path: Path) -> None:
     assert [path.name for path in list_checkpoints(tmp_path / "bad")] == ["step-00000005"]
 
 
-def test_a_bad_micro_step_skips_the_whole_step(tmp_path: Path) -> None:
-    trainer = make(tmp_path, Fit(poison=(1,)), steps=1)
+@pytest.mark.parametrize("kind", ["nan", "infinite loss, finite gradient", "finite loss, infinite gradient"])
+def test_a_bad_micro_step_skips_the_whole_step(tmp_path: Path, kind: str) -> None:
+    trainer = make(tmp_path, Fit(poison=(1,), kind=kind), steps=1)
     before = {name: value.detach().clone() for name, value in trainer.parameters.items()}
     assert trainer.train().skipped_steps == 1
     assert all(torch.equal(before[name], value) for name, value in trainer.parameters.items())

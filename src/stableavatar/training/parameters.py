@@ -12,8 +12,8 @@ RECIPE_WORDS = ("vocal", "attn", "blocks")
 
 def trained_by_recipe(name: str) -> bool:
     """Whether the published recipe trains a parameter of the transformer: its published name has `vocal`,
-    `attn` or `blocks` (spec 4). So all blocks and the audio adapter are trained; patch, time, text and portrait
-    embeddings and the head are not.
+    `attn` or `blocks` (spec 4). So all blocks and the audio adapter are trained; patch, time, text and
+    portrait embeddings and the head are not.
 
     Raises:
         InputError: the name is no transformer parameter's.
