@@ -340,6 +340,17 @@ def test_resuming_another_run_is_refused(tmp_path: Path) -> None:
         make(tmp_path, Wider()).resume("latest")
 
 
+def test_a_run_does_not_write_among_later_checkpoints(tmp_path: Path) -> None:
+    make(tmp_path, steps=10).train()
+    with pytest.raises(InputError, match="up to step-00000010, and this run stands at step 0"):
+        make(tmp_path).train()
+    earlier = make(tmp_path)
+    earlier.resume(tmp_path / "step-00000005")
+    with pytest.raises(InputError, match="stands at step 5"):
+        earlier.train()
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["step-00000005", "step-00000010"]
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [

@@ -75,10 +75,15 @@ def set_random_state(state: Mapping[str, Any]) -> None:
         torch.cuda.set_rng_state(state["cuda"])
 
 
+def checkpoint_step(path: Path) -> int:
+    """The step of a checkpoint's folder."""
+    return int(path.name.removeprefix(PREFIX))
+
+
 def list_checkpoints(folder: Path) -> list[Path]:
     """Complete checkpoints of a run's folder, oldest first."""
     found = [path for path in folder.glob(f"{PREFIX}*") if path.name.removeprefix(PREFIX).isdigit()]
-    return sorted(found, key=lambda path: int(path.name.removeprefix(PREFIX)))
+    return sorted(found, key=checkpoint_step)
 
 
 def save_checkpoint(folder: Path, step: int, state: TrainingState, keep: int) -> Path:

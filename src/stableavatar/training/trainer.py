@@ -25,6 +25,7 @@ from stableavatar.data.sampler import ClipKey, GroupedSampler
 from stableavatar.errors import CheckpointError, InputError
 from stableavatar.training.checkpoints import (
     TrainingState,
+    checkpoint_step,
     list_checkpoints,
     load_checkpoint,
     random_state,
@@ -260,10 +261,16 @@ class Trainer(Generic[Sample]):
         """Run until `settings.steps`, `settings.minutes` or `request_stop`.
 
         Raises:
-            InputError: a sample cannot be read, or `max_bad_steps` steps in a row were not finite (the last
-            checkpoint is from before them).
+            InputError: a sample cannot be read; `max_bad_steps` steps in a row were not finite (the last
+                checkpoint is from before them); the folder holds checkpoints of later steps than this run's.
         """
         settings = self.settings
+        later = [path for path in list_checkpoints(self.folder) if checkpoint_step(path) > self.step]
+        if later:
+            raise InputError(
+                f"{self.folder} holds checkpoints up to {later[-1].name}, and this run stands at step "
+                f"{self.step}: resume from the latest, remove the later ones, or choose another folder"
+            )
         log = JsonLog(self.folder / "log.jsonl", self.step)
         deadline = time.monotonic() + 60 * settings.minutes if settings.minutes is not None else None
         batches = self._batches()
@@ -286,11 +293,13 @@ class Trainer(Generic[Sample]):
                     }
                 )
                 self._meter, log_step, log_time = LossMeter(), self.step, time.monotonic()
+            aside = time.monotonic()
             if self.callbacks and self.step % settings.callback_every == 0:
                 self._call_back()
             if self.step % settings.checkpoint_every == 0 and not self._bad_in_a_row:
                 self.save()
                 saved = self.step
+            log_time += time.monotonic() - aside
         if saved != self.step:
             self.save()
         return TrainingResult(self.step, self.skipped_steps, list_checkpoints(self.folder)[-1])
