@@ -34,9 +34,7 @@ TEXT_LENGTH = 96  # bytes; the longest prompt of a puppet has 87
 class ExplicitAttention(KernelProcessor):
     """Softmax attention written out: on a CPU its backward pass takes half the time of the fused kernel's."""
 
-    def __call__(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, parallel: bool = False
-    ) -> torch.Tensor:
+    def __call__(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         q, k, v = (part.transpose(1, 2) for part in (query, key, value))  # [B, heads, N, d]
         scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
         return (scores.softmax(-1).to(v.dtype) @ v).transpose(1, 2)
@@ -46,9 +44,8 @@ def build_transformer(heads: int, layers: int, audio_dim: int) -> StableAvatarTr
     """The untrained transformer of `tiny`: `heads` heads of 64 channels.
 
     Trained from scratch there is no plain video model to keep, so the audio keys and values start at random
-    like
-    every other layer, and the gates of the blocks start half open: with the published start (nearly shut) the
-    first thousand steps go into opening them.
+    like every other layer. The gates of the blocks start half open instead of nearly shut, so that all blocks
+    learn from the first step on (a choice, not yet compared with the published start).
     """
     model = StableAvatarTransformer3DModel(
         num_attention_heads=heads,
