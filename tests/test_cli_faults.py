@@ -140,6 +140,8 @@ def test_pictures(scene: Scene, kind: str) -> None:
         ("--device cuda:99", "choose cpu"),
         ("--device toaster", "choose cpu"),
         ("--frames-folder .", "not empty"),
+        ("--variant square", "is one model"),
+        ("--model-size 14b", "is one model"),
     ],
 )
 def test_options(scene: Scene, more: str, words: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,10 +8,11 @@ file.
 """
 
 import contextlib
+import difflib
 import json
 import secrets
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import asdict, dataclass, fields
 from fractions import Fraction
 from pathlib import Path
@@ -41,7 +42,7 @@ from stableavatar.models.transformer import StableAvatarTransformer3DModel
 from stableavatar.options import GenerateOptions, OutputOptions, SamplingDefaults, Settings
 from stableavatar.placement.device import choose_device, choose_dtype
 from stableavatar.sampling.decoding import stream_decode
-from stableavatar.sampling.engine import Conditions, Denoiser, Schedule, sample_lockstep
+from stableavatar.sampling.engine import Conditions, Denoiser, SamplingError, Schedule, sample_lockstep
 from stableavatar.sampling.guidance import GUIDANCE_RULES
 from stableavatar.sampling.noise import GivenNoise, Noise, PositionalNoise
 from stableavatar.sampling.windows import Window, WindowPlan, latent_frames_for, plan_windows
@@ -86,12 +87,14 @@ class AvatarStream(Iterator[Frame]):
 
     def __init__(
         self,
-        frames: Iterator[Frame],
+        frames: Generator[Frame, None, None],
         frame_count: int,
         frame_rate: Fraction,
         options: Settings,
+        recording: Speech | None,
     ) -> None:
         self._frames = frames
+        self._recording = recording
         self.frame_count = frame_count
         self.frame_rate = frame_rate
         self.options = options
@@ -100,6 +103,12 @@ class AvatarStream(Iterator[Frame]):
 
     def __next__(self) -> Frame:
         return next(self._frames)
+
+    def close(self) -> None:
+        """Stop, and give up the decoded recording; needed only where the frames are not taken to the end."""
+        self._frames.close()
+        if self._recording is not None:
+            self._recording.close()
 
 
 @dataclass(frozen=True)
@@ -153,6 +162,7 @@ class AvatarPipeline(DiffusionPipeline):
             speech_encoder=speech_encoder,
             scheduler=scheduler,
         )
+        self.origin: dict[str, str] = {}  # what it was loaded from, for the metadata of videos
         self.defaults = SamplingDefaults(**(sampling_defaults or {}))
         self.register_to_config(sampling_defaults=asdict(self.defaults))
 
@@ -161,8 +171,8 @@ class AvatarPipeline(DiffusionPipeline):
         cls,
         source: str | Path,
         *,
-        variant: str = "square",
-        size: str = "1.3b",
+        variant: str | None = None,
+        size: str | None = None,
         dtype: torch.dtype = torch.float32,
         **kwargs: Any,
     ) -> "AvatarPipeline":
@@ -171,24 +181,39 @@ class AvatarPipeline(DiffusionPipeline):
         Args:
             source: "tiny" (ships with the package), a folder (this project's own, or the published
                 checkpoints as they lie on disk), or a hub id such as "FrancisRing/StableAvatar".
-            variant: which of the published transformers, "square" or "rec-vec". size: "1.3b" or "14b".
+            variant: which of the published transformers, "square" (the default) or "rec-vec".
+            size: of the published checkpoints, "1.3b" (the default) or "14b".
             dtype: of the weights.
             kwargs: for a folder of this project's own or a hub id, as in diffusers.
 
         Raises:
             CheckpointError: files are missing, damaged, or of another model.
-            InputError: there is no such folder.
+            InputError: there is no such folder; a variant or a size is asked of a folder that holds one
+                model.
         """
+        published = {"variant": variant or "square", "size": size or "1.3b"}
         folder = TINY if str(source) == "tiny" else Path(source).expanduser()
         if not folder.is_dir():
-            folder = hub.resolve(str(source), variant=variant)
+            folder = hub.resolve(str(source), variant=published["variant"])
         if detect_layout(folder) == "own":
+            if variant is not None or size is not None:
+                raise InputError(
+                    f"{source} is one model: variant and model size choose among the published checkpoints"
+                )
             check_own(folder, [part for part in OWN_PARTS if part not in kwargs])
             kwargs.setdefault("local_files_only", True)
-            return super().from_pretrained(folder, dtype=dtype, **kwargs)
+            pipeline = super().from_pretrained(folder, dtype=dtype, **kwargs)
+            pipeline.origin = {"model": str(source)}
+            return pipeline
         if kwargs:
             raise InputError(f"{', '.join(kwargs)} cannot be used with the published checkpoints in {folder}")
-        return cls(**load_published(find_published(folder), variant, size, dtype))
+        pipeline = cls(**load_published(find_published(folder), dtype=dtype, **published))
+        pipeline.origin = {
+            "model": str(source),
+            "variant": published["variant"],
+            "model_size": published["size"],
+        }
+        return pipeline
 
     def stream(
         self,
@@ -216,7 +241,7 @@ class AvatarPipeline(DiffusionPipeline):
         Raises:
             InputError: a file or an option that cannot be used.
         """
-        given = GenerateOptions(**options)
+        given = _options(options)
         picture = _picture(portrait)
         recording = _recording(speech, given)
         try:
@@ -256,7 +281,7 @@ class AvatarPipeline(DiffusionPipeline):
             raise InputError(f"latents of shape {tuple(latents.shape)} do not fit: {wanted} is needed")
         fitted = fit_picture(picture, options.width, options.height, options.fit)
         run = _Run(self, options, plan, frames, fps, picture_tensor(fitted), recording, noise, progress)
-        return AvatarStream(run.frames(), frames, fps, options)
+        return AvatarStream(run.frames(), frames, fps, options, recording)
 
     def _resolve(self, given: GenerateOptions, picture: Frame) -> Settings:
         """The options with the model's settings, a size and a seed in place of None."""
@@ -283,7 +308,8 @@ class AvatarPipeline(DiffusionPipeline):
     ) -> GeneratedVideo:
         """Write the portrait saying the speech as an MP4 with sound.
 
-        The file appears under its name when it is complete. Options, seed and version are in its metadata.
+        The file appears under its name when it is complete. In its metadata are the model, the version, and
+        every option and the seed, so that it can be made again.
 
         Args:
             output: the MP4. output_options: quality, preset, and a folder for PNG frames.
@@ -294,9 +320,19 @@ class AvatarPipeline(DiffusionPipeline):
         """
         encoding = output_options or OutputOptions()
         stream = self.stream(portrait, speech, progress=progress, **options)
-        settings = {f.name: getattr(stream.options, f.name) for f in fields(stream.options)}
-        metadata = {"stableavatar": json.dumps({"version": __version__, **settings}, ensure_ascii=False)}
+        settings = {
+            "version": __version__,
+            **self.origin,
+            "dtype": str(self.transformer.dtype).removeprefix("torch."),
+            **{f.name: getattr(stream.options, f.name) for f in fields(stream.options)},
+            "quality": encoding.quality,
+            "preset": encoding.preset,
+        }
+        metadata = {"stableavatar": json.dumps(settings, ensure_ascii=False)}
         with contextlib.ExitStack() as stack:
+            stack.enter_context(contextlib.closing(stream))
+            # Entered first, so that the folder gets its name after the video has.
+            pictures = stack.enter_context(FrameWriter(encoding.frames)) if encoding.frames else None
             video = stack.enter_context(
                 VideoWriter(
                     output,
@@ -309,7 +345,6 @@ class AvatarPipeline(DiffusionPipeline):
                     metadata=metadata,
                 )
             )
-            pictures = stack.enter_context(FrameWriter(encoding.frames)) if encoding.frames else None
             for frame in stream:
                 video.write(frame)
                 if pictures is not None:
@@ -342,16 +377,25 @@ class _Run:
         self.noise = noise
         self.progress = progress
 
-    def frames(self) -> Iterator[Frame]:
+    def frames(self) -> Generator[Frame, None, None]:
         try:
-            latents = self._sample(self._conditions())
+            yield from self._frames()
         finally:
             if self.speech is not None:
                 self.speech.close()
+            self.pipeline.maybe_free_model_hooks()
+
+    def _frames(self) -> Iterator[Frame]:
+        latents = self._sample(self._conditions())
         started = time.monotonic()
-        decoded = stream_decode(self.pipeline.vae, latents.unbind(1))
+        decoded = stream_decode(self.pipeline.vae, latents.unbind(1), self.pipeline._execution_device)
         for index in range(self.frame_count):
             frame = next(decoded)
+            if not torch.isfinite(frame).all():
+                raise SamplingError(
+                    f"frame {index + 1} of {self.frame_count} came out of the autoencoder without finite "
+                    "numbers: try --dtype float32"
+                )
             pixels = ((frame + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
             self._report("decoding", index + 1, self.frame_count, started, len(self.plan.windows) - 1)
             yield pixels.permute(1, 2, 0).cpu().numpy()
@@ -361,7 +405,9 @@ class _Run:
         device = pipeline._execution_device
         prompts = [options.prompt, options.negative_prompt]
         text_length = pipeline.transformer.config.text_length
-        prompt, negative = encode_prompts(pipeline.tokenizer, pipeline.text_encoder, prompts, text_length)
+        prompt, negative = encode_prompts(
+            pipeline.tokenizer, pipeline.text_encoder, prompts, text_length, device
+        )
         picture = self.picture.to(device)
         portrait = portrait_embeddings(pipeline.image_encoder, picture)
         reference = reference_condition(pipeline.vae, picture, options.window)
@@ -369,6 +415,7 @@ class _Run:
 
     def _sample(self, conditions: Conditions) -> torch.Tensor:
         pipeline, options = self.pipeline, self.options
+        device = pipeline._execution_device
         rule = GUIDANCE_RULES[options.guidance]
         guidance = rule(options.text_scale, options.audio_scale, has_audio=self.speech is not None)
         schedule = Schedule.from_scheduler(pipeline.scheduler, options.steps)
@@ -380,6 +427,7 @@ class _Run:
                 self.plan,
                 self.fps,
                 normalisation=options.speech_normalisation,
+                device=device,
             )
         denoiser = Denoiser(
             pipeline.transformer,
@@ -389,6 +437,7 @@ class _Run:
             speech,
             window_latents=self.plan.window_latents,
             no_audio=options.no_audio,
+            device=device,
         )
         windows, started = len(self.plan.windows), time.monotonic()
 
@@ -402,7 +451,7 @@ class _Run:
             self.noise,
             denoiser,
             weights=options.overlap_weights,
-            device=pipeline._execution_device,
+            device=device,
             progress=report,
         )
 
@@ -474,8 +523,6 @@ def _picture(portrait: Portrait) -> Frame:
 
 def _recording(speech: SpeechInput | None, options: GenerateOptions) -> Speech | None:
     if speech is None:
-        if options.duration is None:
-            raise InputError("a video without speech needs a duration")
         return None
     if isinstance(speech, str | Path):
         return Speech.open(speech, SPEECH_RATE, start=options.start, duration=options.duration)
@@ -496,14 +543,26 @@ def _sound(speech: SpeechInput | None, options: GenerateOptions) -> Sound | None
     return Sound.from_array(_cut(speech, options), SPEECH_RATE)
 
 
+def _options(values: dict[str, Any]) -> GenerateOptions:
+    known = [f.name for f in fields(GenerateOptions)]
+    for name in values:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            raise InputError(f"there is no option {name}" + (f"; did you mean {near[0]}?" if near else ""))
+    return GenerateOptions(**values)
+
+
 def _frames(recording: Speech | None, options: Settings) -> int:
+    """Frames of the video: of the duration that was asked for, else of the recording."""
     fps = options.frame_rate
-    if recording is None:
-        frames = round((options.duration or 0) * fps)
-        what = f"{options.duration} s"
-    else:
-        frames = frame_count(len(recording), SPEECH_RATE, fps)
+    if recording is not None and Fraction(len(recording), SPEECH_RATE) * fps < 1:
         what = f"the speech ({recording.seconds:.3f} s)"
-    if frames < 1:
-        raise InputError(f"{what} is shorter than a frame ({float(1 / fps):.3f} s): give a longer recording")
-    return frames
+    elif options.duration is not None and Fraction(options.duration) * fps < 1:
+        what = f"a duration of {options.duration} s"
+    elif options.duration is not None:
+        return round(Fraction(options.duration) * fps)
+    elif recording is not None:
+        return frame_count(len(recording), SPEECH_RATE, fps)
+    else:
+        raise InputError("a video without speech needs a duration")
+    raise InputError(f"{what} is shorter than a frame ({float(1 / fps):.3f} s): give a longer one")

@@ -64,16 +64,16 @@ Verbose = Annotated[
         "--verbose", "-v", count=True, show_default=False, help="Say what is being done; -vv: more."
     ),
 ]
-VariantOption = Annotated[
-    Variant,
-    typer.Option(
-        help="Which of the published transformers: square (512x512) or rec-vec (also 480x832 and 832x480).",
-        rich_help_panel=MODEL,
-    ),
-]
-ModelSizeOption = Annotated[
-    ModelSize, typer.Option(help="Which of the published sizes.", rich_help_panel=MODEL)
-]
+_VARIANT = typer.Option(
+    help="Which of the published transformers: square (512x512, the default) or rec-vec (also 480x832 and "
+    "832x480).",
+    rich_help_panel=MODEL,
+)
+_MODEL_SIZE = typer.Option(
+    help="Which of the published sizes: 1.3b (the default) or 14b.", rich_help_panel=MODEL
+)
+VariantOption = Annotated[Variant, _VARIANT]
+ModelSizeOption = Annotated[ModelSize, _MODEL_SIZE]
 
 
 def _show_version(wanted: bool) -> None:
@@ -124,8 +124,8 @@ def generate(
             rich_help_panel=MODEL,
         ),
     ] = "tiny",
-    variant: VariantOption = "square",
-    model_size: ModelSizeOption = "1.3b",
+    variant: Annotated[Variant | None, _VARIANT] = None,
+    model_size: Annotated[ModelSize | None, _MODEL_SIZE] = None,
     device: Annotated[
         str,
         typer.Option(help="auto (a GPU if there is one), cpu, cuda, cuda:1, mps, ...", rich_help_panel=MODEL),
