@@ -30,7 +30,14 @@ def test_frame_rates(given_fps: int | str | float | Fraction, exact: Fraction) -
     assert parse_fps(given_fps) == exact
 
 
-@pytest.mark.parametrize("bad", ["fast", "25/0", 0, -25, 1000, float("nan"), float("inf")])
+@pytest.mark.parametrize("long", ["24.12345678912", 24.12345678912, Fraction(10**12 + 7, 4 * 10**10)])
+def test_long_decimals_become_fractions_that_a_file_can_hold(long: str | float | Fraction) -> None:
+    fps = parse_fps(long)
+    assert fps.denominator <= 100_000
+    assert float(fps) == pytest.approx(float(Fraction(long)), abs=1e-5)
+
+
+@pytest.mark.parametrize("bad", ["fast", 1e-9, "25/0", 0, -25, 1000, float("nan"), float("inf")])
 def test_bad_frame_rates(bad: str | float) -> None:
     with pytest.raises(InputError, match="frame rate"):
         parse_fps(bad)

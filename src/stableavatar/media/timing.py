@@ -9,12 +9,15 @@ from fractions import Fraction
 from stableavatar.errors import InputError
 
 MAX_FPS = 240
+# FFmpeg counts time in fractions of 32 bits; this is exact for every rate that is in use.
+MAX_DENOMINATOR = 100_000
 
 
 def parse_fps(value: str | int | float | Fraction) -> Fraction:
     """The exact frame rate that is meant by `value`: 25, "30", "24000/1001", or 29.97 (which is 30000/1001).
 
-    The decimal forms of the NTSC rates (23.976, 29.97, 59.94, 119.88) stand for k * 1000 / 1001.
+    The decimal forms of the NTSC rates (23.976, 29.97, 59.94, 119.88) stand for k * 1000 / 1001;
+    other numbers are taken to the nearest fraction with a denominator of at most 100 000.
     Raises InputError where `value` is no number, or not above 0 and at most 240.
     """
     try:
@@ -23,6 +26,7 @@ def parse_fps(value: str | int | float | Fraction) -> Fraction:
         raise InputError(
             f"{value!r} is not a frame rate: give frames a second as 25, 29.97 or 30000/1001"
         ) from error
+    fps = fps.limit_denominator(MAX_DENOMINATOR)
     if not 0 < fps <= MAX_FPS:
         raise InputError(f"a frame rate of {value} is out of range: it must be above 0 and at most {MAX_FPS}")
     for nominal in (24, 30, 60, 120):
