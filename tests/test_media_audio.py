@@ -18,10 +18,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+import stableavatar
 from media_files import click, tone, write_sound, write_video, write_wav
 from stableavatar.errors import InputError
 from stableavatar.media.audio import Samples, Sound, Speech
-from stableavatar.media.decoding import Resampler, mix_gains
+from stableavatar.media.decoding import Resampler, mix_gains, ogg_ending
 
 BLACK = np.zeros((32, 32, 3), dtype=np.uint8)
 SHARED = Path(__file__).parents[2] / "shared" / "samples"
@@ -303,6 +304,8 @@ def test_unreadable(tmp_path: Path) -> None:
         ("cut.mka", "libopus"),
         ("cut.m4a", "aac"),
         ("cut.aiff", "pcm_s16be"),
+        ("cut.opus", "libopus"),
+        ("cut.ogg", "flac"),
     ],
 )
 def test_a_file_that_was_cut_off(tmp_path: Path, name: str, codec: str) -> None:
@@ -315,6 +318,35 @@ def test_a_file_that_was_cut_off(tmp_path: Path, name: str, codec: str) -> None:
     if "at most" in str(caught.value):  # what the message offers works
         there = float(str(caught.value).rsplit("at most ", 1)[1].split(" s.")[0])
         assert len(Speech.open(path, duration=there)) == round(there * 16000)
+
+
+@pytest.mark.parametrize("left", [-1, 20, 30])
+def test_ogg_cut_off_in_its_last_page(tmp_path: Path, left: int) -> None:
+    path = write_sound(tmp_path / "cut.opus", click(2.0, 48000, 0.1), 48000, "libopus")
+    data = path.read_bytes()
+    path.write_bytes(data[: data.rindex(b"OggS") + left] if left > 0 else data[:left])
+    with pytest.raises(InputError, match="cut off"):
+        Speech.open(path)
+
+
+def test_ogg_without_a_mark_at_its_end(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Messengers on Android write such files: they are read, and it is said that something may be missing."""
+    path = write_sound(tmp_path / "a.opus", click(2.0, 48000, 0.1), 48000, "libopus")
+    data = path.read_bytes()
+    assert ogg_ending(path) == "marked"
+    assert "not marked" not in caplog.text
+    path.write_bytes(data[: data.rindex(b"OggS")])
+    assert ogg_ending(path) == "unmarked"
+    assert 16000 < len(Speech.open(path)) < 32000
+    assert "not marked as the end" in caplog.text
+
+
+def test_the_recordings_of_the_evaluation_are_whole() -> None:
+    recordings = sorted((Path(stableavatar.__file__).parent / "assets" / "evaluation").glob("*.opus"))
+    assert recordings
+    for path in recordings:
+        assert ogg_ending(path) == "marked"
+    assert len(Speech.open(recordings[0])) > 16000
 
 
 def test_mp4_cut_off_behind_its_index(tmp_path: Path) -> None:
@@ -429,6 +461,20 @@ def test_no_room_for_the_decoded_speech(tmp_path: Path, monkeypatch: pytest.Monk
     path = write_wav(tmp_path / "a.wav", tone(0.5, 16000), 16000)
     monkeypatch.setattr(tempfile, "TemporaryFile", lambda prefix: Path("/dev/full").open("r+b"))  # noqa: SIM115
     with pytest.raises(InputError, match="TMPDIR"):
+        Speech.open(path)
+
+
+def test_no_temporary_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_wav(tmp_path / "a.wav", tone(0.5, 16000), 16000)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "gone"))
+    with pytest.raises(InputError, match=r"\(No such file.*TMPDIR"):
+        Speech.open(path)
+
+    def unusable() -> str:
+        raise FileNotFoundError(2, "No usable temporary directory found")
+
+    monkeypatch.setattr(tempfile, "gettempdir", unusable)
+    with pytest.raises(InputError, match=r"\(No usable.*TMPDIR"):
         Speech.open(path)
 
 

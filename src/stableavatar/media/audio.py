@@ -65,8 +65,8 @@ class Speech:
         memory. A recording that is shorter gives what it has; one without samples has length 0.
 
         Raises InputError: missing, a folder, empty, not media, no sound, cut off (unless `duration` ends
-        before the cut), damaged, samples that are NaN or infinite, `start` after the end, no room for the
-        temporary file.
+        before the cut; of .ts and .aac it cannot be told), damaged, samples that are NaN or infinite, `start`
+        after the end, no room for the temporary file.
         """
         mix: Mix = "mono" if sound_format(path).channels == 1 else "stereo"
         speech, energies = cls._store(stream_sound(path, sample_rate, mix, start, duration), sample_rate)
@@ -95,7 +95,10 @@ class Speech:
     ) -> tuple["Speech", tuple[float, float, float]]:
         """Write the mean of the channels of every block; also the energies of left, right and mean."""
         length, left, right, mean = 0, 0.0, 0.0, 0.0
-        file: IO[bytes] = tempfile.TemporaryFile(prefix="stableavatar-")  # noqa: SIM115  (closed by close)
+        try:
+            file: IO[bytes] = tempfile.TemporaryFile(prefix="stableavatar-")  # noqa: SIM115  (closed by close)
+        except OSError as error:
+            raise _no_room(error) from error
         try:
             for block in blocks:
                 mono = np.ascontiguousarray(block.mean(axis=1, dtype=np.float32))
@@ -244,8 +247,8 @@ def _energy(samples: Samples) -> float:
 
 def _no_room(error: OSError) -> InputError:
     return InputError(
-        f"the decoded speech does not fit into the temporary folder {tempfile.gettempdir()} "
-        f"({reason_of(error)}). Make room, or set TMPDIR to a folder with room."
+        f"the decoded speech cannot be put into a temporary file ({reason_of(error)}). Make room, or set "
+        "TMPDIR to a folder with room."
     )
 
 

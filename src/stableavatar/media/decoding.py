@@ -8,6 +8,10 @@ What makes the length and the place of every sample right:
   round(samples * new rate / old rate).
 - In a video, time 0 is the start of picture or sound, whichever comes first: sound that begins later is
   preceded by silence. Holes between packets (pauses in browser recordings, bad packets) become silence.
+
+A file that was cut off is an error where the format allows to know it: a header that states the length, or
+an Ogg page that is not whole. Of MPEG transport streams (.ts) and bare AAC (.aac) it cannot be told: neither
+states its length or marks its end.
 """
 
 import logging
@@ -30,6 +34,7 @@ logger = logging.getLogger(__name__)
 
 Samples = NDArray[np.float32]
 Mix = Literal["mono", "stereo", "left", "right"]
+OggEnding = Literal["marked", "unmarked", "broken"]
 
 # A step between packets below this is the rounding of time stamps (Matroska and FLV keep milliseconds).
 SMALLEST_HOLE = Fraction(1, 20)
@@ -39,6 +44,10 @@ BLOCK = 16384
 LARGEST_SAMPLE = 2.0**31
 # Formats whose header states the length of the sound itself, so that a shorter file was cut off.
 STATED_LENGTH = {"mov", "flac", "aiff", "caf", "tta", "ape", "wv", "w64"}
+# Bytes of an Ogg page's header before its segment table, of the largest page, and the flag of the last one.
+_PAGE_HEADER = 27
+_LARGEST_PAGE = _PAGE_HEADER + 255 + 255 * 255
+_LAST_OF_STREAM = 4
 
 # (left, right) gains of ITU-R BS.775 by FFmpeg's channel names; low-frequency channels are left out.
 _HALF = float(np.sqrt(0.5))
@@ -231,6 +240,8 @@ def _decoded(reading: "_Reading") -> Iterator[tuple[int, tuple[str, ...], Sample
     with open_media(path, "recording") as container:
         stream = _sound_stream(container, path)
         reading.stated = _stated_seconds(container, stream, Path(path))
+        if "ogg" in container.format.name.split(","):
+            reading.ending = ogg_ending(Path(path))
         longest = None if container.duration is None else Fraction(container.duration, av.time_base) + 1
         end_of_file = _stated_end(container, stream)
         time: Fraction | None = None  # where the sound so far ends, in the stream's own time
@@ -275,6 +286,7 @@ class _Reading:
     damaged: int = 0  # packets that cannot be decoded
     stated: Fraction | None = None  # seconds of sound by the header
     seconds: Fraction = Fraction(0)  # seconds of sound that were decoded
+    ending: OggEnding = "marked"  # how an Ogg file ends
     end: Fraction = Fraction(0)  # seconds: where the last packet of any stream ends, where that is looked at
 
     def check(self) -> None:
@@ -292,12 +304,22 @@ class _Reading:
                 self.packets,
             )
         there = max(self.seconds, self.end)
-        if self.stated is None or self.stated - there <= max(0.03, min(0.5, 0.05 * float(self.stated))):
+        if self.ending == "unmarked":
+            logger.warning(
+                "recording %s: its last Ogg page is not marked as the end; unless the program that wrote it "
+                "never does so, something is missing after %.1f s",
+                self.path,
+                float(there),
+            )
+        if self.ending == "broken":
+            why = "it ends within an Ogg page and"
+        elif self.stated is not None and self.stated - there > max(0.03, min(0.5, 0.05 * float(self.stated))):
+            why = f"its header promises {float(self.stated):.1f} s but"
+        else:
             return
         raise InputError(
-            f"recording {self.path}: cut off, its header promises {float(self.stated):.1f} s but only "
-            f"{float(there):.1f} s could be read. Fetch the whole file again, or use what is there with a "
-            f"duration of at most {int(there * 10) / 10:g} s."
+            f"recording {self.path}: cut off, {why} only {float(there):.1f} s could be read. Fetch the whole "
+            f"file again, or use what is there with a duration of at most {int(there * 10) / 10:g} s."
         )
 
 
@@ -423,6 +445,27 @@ def _stated_by_wav(path: Path) -> Fraction | None:
                 byte_rate = int.from_bytes(file.read(16)[8:12], "little")
             file.seek(chunk + size + size % 2)
     return None
+
+
+def ogg_ending(path: Path) -> OggEnding:
+    """How an Ogg file ends: with a page "marked" as its stream's last, with an "unmarked" one, or "broken".
+
+    An unmarked one alone is no proof of a cut: Android's writer, and with it messengers and call recorders,
+    never marks the end. A file that is cut anywhere but between two pages (RFC 3533, section 6) is broken.
+    """
+    with path.expanduser().open("rb") as file:
+        file.seek(max(file.seek(0, 2) - 2 * _LARGEST_PAGE, 0))
+        tail = file.read()
+    # Version 0 follows; the pattern alone may occur in the sound.
+    start = tail.rfind(b"OggS\0")
+    if start < 0:
+        return "broken"
+    header = tail[start : start + _PAGE_HEADER]
+    segments = tail[start + _PAGE_HEADER :][: header[-1]]
+    length = _PAGE_HEADER + len(segments) + sum(segments)
+    if len(header) < _PAGE_HEADER or len(segments) < header[-1] or len(tail) - start < length:
+        return "broken"
+    return "marked" if header[5] & _LAST_OF_STREAM else "unmarked"
 
 
 def _mp3_states_length(path: Path) -> bool:
