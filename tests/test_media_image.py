@@ -15,7 +15,15 @@ from PIL import Image, ImageCms
 
 from media_files import write_sound, write_video
 from stableavatar.errors import InputError
-from stableavatar.media.image import MAX_PIXELS, Picture, crop_box, fit_picture, read_picture
+from stableavatar.media.image import (
+    MAX_PIXELS,
+    Picture,
+    check_size,
+    convert_picture,
+    crop_box,
+    fit_picture,
+    read_picture,
+)
 
 SHARED = Path(__file__).parents[2] / "shared" / "samples"
 
@@ -195,6 +203,49 @@ def test_the_first_frame_of_an_animation(tmp_path: Path, name: str) -> None:
     options = {"lossless": True} if name == "a.webp" else {}
     frames[0].save(tmp_path / name, save_all=True, append_images=frames[1:], duration=100, **options)
     assert np.abs(read_picture(tmp_path / name).astype(int) - corner()).max() < 4
+
+
+@pytest.mark.parametrize(
+    "mode", ["1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "HSV", "I", "F"]
+)
+def test_pictures_that_are_open_already(mode: str) -> None:
+    opaque = Image.fromarray(corner())
+    image = Image.new(mode, opaque.size) if mode in ("La", "PA", "I", "F") else opaque.convert(mode)
+    picture = convert_picture(image, "of mine")
+    assert picture.shape == (32, 48, 3)
+    assert picture.dtype == np.uint8
+    if mode.startswith(("RGB", "CMYK", "YCbCr", "HSV")):
+        assert np.abs(picture.astype(int) - corner()).mean() < 4
+
+
+def test_open_pictures_are_read_as_files_are(tmp_path: Path) -> None:
+    path = tmp_path / "a.png"
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    image = Image.fromarray(np.dstack([corner(), np.full((32, 48), 128, np.uint8)]))
+    image.save(path, exif=exif)
+    read = read_picture(path)
+    assert read.shape == (48, 32, 3)
+    with Image.open(path) as opened:
+        assert np.array_equal(convert_picture(opened, "of mine"), read)
+        assert opened.size == (48, 32)
+    grey = Image.fromarray(ramp(16))
+    assert np.abs(convert_picture(grey, "of mine")[0, :, 0].astype(int) - np.linspace(0, 255, 64)).max() <= 1
+
+
+def test_open_pictures_that_cannot_be_used(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="portrait of mine: 8x32 pixels are too few"):
+        convert_picture(Image.new("RGB", (8, 32)), "of mine")
+    with pytest.raises(InputError, match="portrait of mine: 121 megapixels"):
+        check_size("of mine", 11_000, 11_000)
+    Image.fromarray(corner()).save(tmp_path / "a.png")
+    (tmp_path / "a.png").write_bytes((tmp_path / "a.png").read_bytes()[:-40])
+    with (
+        Image.open(tmp_path / "a.png") as opened,
+        pytest.raises(InputError, match="portrait of mine: cut off or damaged"),
+    ):
+        convert_picture(opened, "of mine")
+    check_size("of mine", 16, 16)
 
 
 def test_the_first_frame_of_a_video(tmp_path: Path) -> None:

@@ -84,24 +84,31 @@ def read_picture(path: str | Path) -> Picture:
         frame = _first_frame(path, absolute)
         if frame is None:
             raise _not_a_picture(path, absolute) from error
-        _check_size(path, frame.shape[1], frame.shape[0])
+        check_size(path, frame.shape[1], frame.shape[0])
         return frame
     except _DAMAGED as error:
         raise _damaged(path, error) from error
     with image:
-        _check_size(path, *image.size)
-        try:
-            image.load()
-            colour, alpha = _split(_upright(image, path), path)
-            colour = _to_srgb(colour, image.info.get("icc_profile"), path)
-        except _DAMAGED as error:
-            if isinstance(error, InputError):
-                raise
-            raise _damaged(path, error) from error
-        except MemoryError as error:
-            raise InputError(
-                f"portrait {path}: there is too little memory for it. Make it smaller."
-            ) from error
+        return convert_picture(image, path)
+
+
+def convert_picture(image: Image.Image, name: str | Path) -> Picture:
+    """An open picture as uint8 [height, width, 3] sRGB, as `read_picture` gives it; `image` is not changed.
+
+    `name` is what errors call it. Raises InputError: damaged, colours that cannot be converted, a side under
+    16 pixels, more than 120 megapixels.
+    """
+    check_size(name, *image.size)
+    try:
+        image.load()
+        colour, alpha = _split(_upright(image, name), name)
+        colour = _to_srgb(colour, image.info.get("icc_profile"), name)
+    except _DAMAGED as error:
+        if isinstance(error, InputError):
+            raise
+        raise _damaged(name, error) from error
+    except MemoryError as error:
+        raise InputError(f"portrait {name}: there is too little memory for it. Make it smaller.") from error
     if alpha is not None:
         white = Image.new("RGB", colour.size, (255, 255, 255))
         white.paste(colour, mask=alpha)
@@ -175,12 +182,13 @@ def _pad(image: Image.Image, picture: Picture, width: int, height: int) -> Pictu
     return result
 
 
-def _check_size(path: str | Path, width: int, height: int) -> None:
+def check_size(name: str | Path, width: int, height: int) -> None:
+    """Raise InputError for a side under 16 pixels, or more than 120 megapixels; `name` is in the message."""
     if width * height > MAX_PIXELS:
-        raise _too_large(path, width * height)
+        raise _too_large(name, width * height)
     if min(width, height) < MIN_SIDE:
         raise InputError(
-            f"portrait {path}: {width}x{height} pixels are too few, it needs at least {MIN_SIDE} on each "
+            f"portrait {name}: {width}x{height} pixels are too few, it needs at least {MIN_SIDE} on each "
             "side. Give a larger picture."
         )
 
@@ -190,7 +198,7 @@ def _upright(image: Image.Image, path: str | Path) -> Image.Image:
         return ImageOps.exif_transpose(image)
     except _DAMAGED as error:
         logger.warning("portrait %s: its EXIF data cannot be read (%s); it is not turned", path, error)
-        return image
+        return image.copy()
 
 
 def _split(image: Image.Image, path: str | Path) -> tuple[Image.Image, Image.Image | None]:
@@ -203,6 +211,8 @@ def _split(image: Image.Image, path: str | Path) -> tuple[Image.Image, Image.Ima
     if image.mode == "RGB" and isinstance(transparent, tuple) and max(transparent) > 255:
         # PNG with 16 bits a channel: Pillow keeps the high byte of colours, but not of the transparent one.
         image.info["transparency"] = tuple(value >> 8 for value in transparent)
+    if image.mode == "La":
+        image = image.convert("LA")  # the only mode that Pillow takes this one to
     if image.has_transparency_data:
         complete = image.convert("RGBA")
         grey = image.mode in ("L", "LA", "La", "1")
