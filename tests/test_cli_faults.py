@@ -187,7 +187,7 @@ def test_an_output_folder_without_rights(scene: Scene) -> None:
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
 def test_a_full_disk(scene: Scene) -> None:
-    partial = scene.folder / ".out.partial.mp4"
+    partial = scene.folder / f".out.{os.getpid()}.partial.mp4"
     partial.symlink_to("/dev/full")
     result = run(
         *["generate", scene.picture, scene.recording, "-o", scene.output, "--model", scene.model, *QUICK]
@@ -307,7 +307,7 @@ def test_interrupted(scene: Scene, sent: signal.Signals, status: int) -> None:
         said.append(line)
         if line.startswith("decoding"):
             break
-    assert (scene.folder / ".out.partial.mp4").exists()
+    assert (scene.folder / f".out.{process.pid}.partial.mp4").exists()
     process.send_signal(sent)
     printed, rest = process.communicate(timeout=300)
     assert process.returncode == status, "".join(said) + rest

@@ -205,7 +205,9 @@ def test_nothing_is_seen_before_it_is_complete(tmp_path: Path) -> None:
     with VideoWriter(final, 64, 48, 25, sound=None) as writer:
         writer.write(flat())
         assert final.read_bytes() == b"an earlier video"
-        assert [path.name for path in tmp_path.iterdir() if path != final] == [".a.partial.mp4"]
+        assert [path.name for path in tmp_path.iterdir() if path != final] == [
+            f".a.{os.getpid()}.partial.mp4"
+        ]
     assert probe(final).frames == 1
     assert list(tmp_path.iterdir()) == [final]
 
@@ -222,6 +224,32 @@ def test_a_failure_leaves_nothing(tmp_path: Path, error: type[BaseException], fr
             writer.write(flat())
         raise error
     assert list(tmp_path.iterdir()) == []
+
+
+def test_two_programs_with_one_output_do_not_mix(tmp_path: Path) -> None:
+    code = """
+import sys, numpy as np
+from stableavatar.media.video import FrameWriter, VideoWriter
+black = np.zeros((48, 64, 3), np.uint8)
+with VideoWriter(sys.argv[1] + "/a.mp4", 64, 48, 25, sound=None) as video:
+    with FrameWriter(sys.argv[1] + "/b") as frames:
+        video.write(black)
+        frames.write(black)
+"""
+    with (
+        VideoWriter(tmp_path / "a.mp4", 64, 48, 25, sound=None) as video,
+        FrameWriter(tmp_path / "b") as frames,
+    ):
+        for _ in range(5):
+            video.write(flat())
+            frames.write(flat())
+        subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True)
+        assert probe(tmp_path / "a.mp4").frames == 1
+        assert len(list((tmp_path / "b").iterdir())) == 1
+        (tmp_path / "b" / "frame_000000.png").unlink()
+    assert probe(tmp_path / "a.mp4").frames == 5
+    assert len(list((tmp_path / "b").iterdir())) == 5
+    assert {path.name for path in tmp_path.iterdir()} == {"a.mp4", "b"}
 
 
 def test_no_frame_is_no_video(tmp_path: Path) -> None:
@@ -382,7 +410,7 @@ def test_a_folder_without_rights(tmp_path: Path) -> None:
 
 
 def test_a_partial_name_that_is_taken(tmp_path: Path) -> None:
-    (tmp_path / ".a.partial.mp4").mkdir()
+    (tmp_path / f".a.{os.getpid()}.partial.mp4").mkdir()
     with pytest.raises(InputError, match="cannot be written"):
         write(tmp_path / "a.mp4", 2)
     assert not (tmp_path / "a.mp4").exists()

@@ -84,8 +84,8 @@ class VideoWriter:
                 writer.write(frame)
 
     The sound is cut, or padded with silence, to the length of the frames. The file is written as
-    `.NAME.partial.mp4` beside its final name and renamed when it is complete and on the disk. Memory does not
-    grow but for MP4's index (about 100 bytes a frame).
+    `.NAME.PROCESS.partial.mp4` beside its final name and renamed when it is complete and on the disk. Memory
+    does not grow but for MP4's index (about 100 bytes a frame).
     """
 
     def __init__(
@@ -119,7 +119,7 @@ class VideoWriter:
         self._quality, self._preset = quality, preset
         self._metadata = dict(metadata or {})
         self._sound = sound
-        self._partial = self._path.with_name(_partial_name(self._path.stem, ".partial.mp4"))
+        self._partial = self._path.with_name(_partial_name(self._path.stem, "partial.mp4"))
         self._container: Any = None
         self._frames = 0
 
@@ -266,7 +266,7 @@ class VideoWriter:
 class FrameWriter:
     """A folder of PNG pictures, frame_000000.png and on, for other programs to work with.
 
-    They are written to `.NAME.partial` beside the folder, which is renamed when it is complete.
+    They are written to `.NAME.PROCESS.partial` beside the folder, which is renamed when it is complete.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -277,7 +277,7 @@ class FrameWriter:
             raise InputError(f"output {folder}: there is a file of this name. Name a folder for the frames.")
         if self._folder.is_dir() and any(self._folder.iterdir()):
             raise InputError(f"output {folder}: this folder is not empty. Name a new or an empty one.")
-        self._partial = self._folder.with_name(_partial_name(self._folder.name, ".partial"))
+        self._partial = self._folder.with_name(_partial_name(self._folder.name, "partial"))
         self._frames = 0
 
     @property
@@ -374,7 +374,11 @@ def _check_parent(absolute: Path, given: str | Path) -> None:
 
 
 def _partial_name(stem: str, suffix: str) -> str:
-    """`.STEM.SUFFIX`, with the stem shortened where the name would be longer than file systems allow."""
+    """`.STEM.PROCESS.SUFFIX`: two programs may write to one output at a time.
+
+    The stem is shortened where the name would be longer than file systems allow.
+    """
+    suffix = f".{os.getpid()}.{suffix}"
     room = _LONGEST_NAME - len(os.fsencode(suffix)) - 1
     while len(os.fsencode(stem)) > room:
         stem = stem[:-1]
