@@ -47,6 +47,12 @@ class TestLength:
         assert made.shape == (count, 32, 32, 3)
         assert made.dtype == np.uint8
 
+    def test_a_stream_that_is_not_used_gives_its_recording_up(self, pipeline: AvatarPipeline) -> None:
+        stream = pipeline.stream(portrait(), noise(640), steps=1)
+        stream.close()
+        with pytest.raises(StopIteration):
+            next(stream)
+
     def test_the_nearest_frame(self, pipeline: AvatarPipeline) -> None:
         stream = pipeline.stream(portrait(), noise(5 * 640 + 400), steps=1)
         assert stream.frame_count == 6
@@ -56,9 +62,19 @@ class TestLength:
         stream = pipeline.stream(portrait(), np.zeros(600 * RATE, dtype=np.float32), steps=1, fps=30)
         assert stream.frame_count == 18000
 
-    def test_shorter_than_a_frame(self, pipeline: AvatarPipeline) -> None:
+    @pytest.mark.parametrize("samples", [1, 300, 639])
+    def test_shorter_than_a_frame(self, pipeline: AvatarPipeline, samples: int) -> None:
         with pytest.raises(InputError, match="shorter than a frame"):
-            pipeline.stream(portrait(), noise(300))
+            pipeline.stream(portrait(), noise(samples))
+        with pytest.raises(InputError, match="shorter than a frame"):
+            pipeline.stream(portrait(), None, duration=samples / RATE)
+
+    def test_silence_follows_a_recording_that_is_shorter_than_the_duration(
+        self, pipeline: AvatarPipeline, tmp_path: Path
+    ) -> None:
+        made = pipeline.generate(portrait(), noise(5 * 640), tmp_path / "out.mp4", steps=1, duration=0.4)
+        assert probe(made.path).frames == 10
+        assert probe(made.path).sound_seconds == pytest.approx(0.4, abs=0.001)
 
     def test_duration_and_start_cut_the_recording(self, pipeline: AvatarPipeline) -> None:
         samples = noise(3 * RATE)
@@ -92,8 +108,11 @@ class TestResult:
         assert not np.array_equal(first, other)
 
     def test_one_minute_and_one_hour_begin_alike(self, pipeline: AvatarPipeline) -> None:
-        samples = noise(60 * 640)
-        assert np.array_equal(frames(pipeline, samples[: 40 * 640])[:20], frames(pipeline, samples)[:20])
+        """With n steps, what lies more than n windows before the end does not know the end."""
+        samples = noise(90 * 640)
+        short, long = (frames(pipeline, part, steps=2) for part in (samples[: 65 * 640], samples))
+        assert np.array_equal(short[:25], long[:25])
+        assert not np.array_equal(short[40:65], long[40:65])
 
     def test_given_latents_are_the_noise(self, pipeline: AvatarPipeline) -> None:
         generator = torch.Generator().manual_seed(0)
@@ -189,10 +208,20 @@ class TestFile:
         first, frames_of_first = make("first", prompt='你好 "quoted"')
         settings = json.loads(read_metadata(first.path)["stableavatar"])
         assert settings.pop("version") == stableavatar.__version__
+        how_it_was_made = {name: settings.pop(name) for name in ("dtype", "quality", "preset")}
+        assert how_it_was_made == {"dtype": "float32", "quality": 18, "preset": "medium"}
         assert settings["seed"] == first.options.seed
         _, frames_of_second = make("second", **settings)
         assert frames_of_first.shape == (10, 32, 32, 3)
         assert np.array_equal(frames_of_first, frames_of_second)
+
+    def test_frames_that_are_no_numbers_are_not_written_as_black(self, tmp_path: Path) -> None:
+        broken = toy_pipeline()
+        with torch.no_grad():
+            broken.vae.decoder.conv_out.bias.fill_(float("nan"))
+        with pytest.raises(SamplingError, match="frame 1 of 1"):
+            broken.generate(portrait(), noise(640), tmp_path / "out.mp4", steps=1)
+        assert list(tmp_path.iterdir()) == []
 
     def test_nothing_is_left_when_it_fails(self, tmp_path: Path) -> None:
         broken = toy_pipeline()
@@ -232,6 +261,12 @@ class TestOptions:
             ({"window": 80}, "nearest are 77 and 81"),
             ({"window": 17, "overlap": 5}, "choose 2 to 4"),
             ({"steps": 0}, "steps 0 is too small"),
+            ({"steps": 2.5}, "steps 2.5 is not of type int"),
+            ({"steps": "10"}, "steps '10' is not of type int"),
+            ({"seed": True}, "seed True is not of type int"),
+            ({"fps": "25"}, "fps '25' is not of type float"),
+            ({"prompt": 3}, "prompt 3 is not of type str"),
+            ({"window": 5}, "window 5 is too small"),
             ({"fps": 0}, "fps 0"),
             ({"fps": float("nan")}, "not a number"),
             ({"duration": 0}, "more than 0"),
@@ -244,11 +279,13 @@ class TestOptions:
         with pytest.raises(InputError, match=message):
             GenerateOptions(**options)
 
+    def test_an_option_that_is_not_there(self, pipeline: AvatarPipeline) -> None:
+        with pytest.raises(InputError, match="no option stepps; did you mean steps"):
+            pipeline.stream(portrait(), noise(640), stepps=3)
+
     def test_a_model_s_overlap_that_does_not_fit_a_given_window(self) -> None:
         with pytest.raises(InputError, match="choose 2 to 2"):
-            Settings.resolve(
-                GenerateOptions(window=9), SamplingDefaults(), size=(512, 512), seed=0
-            )
+            Settings.resolve(GenerateOptions(window=9), SamplingDefaults(), size=(512, 512), seed=0)
 
     def test_auto_aspect_takes_the_nearest_shape(self) -> None:
         defaults = SamplingDefaults()

@@ -104,7 +104,7 @@ class GenerateOptions:
         None,
         "Frames of a window, 4n+1. Longer than trained loses sharpness, shorter loses motion.",
         panel=SAMPLING,
-        minimum=5,
+        minimum=9,
     )
     overlap: int | None = _option(
         None,
@@ -130,7 +130,10 @@ class GenerateOptions:
     )
     start: float = _option(0.0, "Where in the recording to begin, in seconds.", panel=TIME, minimum=0)
     duration: float | None = _option(
-        None, "Length of the video in seconds; by default the recording's.", panel=TIME, above=0
+        None,
+        "Length of the video in seconds; by default the recording's. Silence follows a shorter recording.",
+        panel=TIME,
+        above=0,
     )
     no_audio: NoAudio = _option(
         "output",
@@ -322,11 +325,33 @@ def _check_values(options: Any) -> None:
         value = getattr(options, f.name)
         if value is None:
             continue
+        kinds = [kind for kind in (int, float, str, Path) if kind in _members(types[f.name])]
+        if kinds and not _is_a(value, kinds):
+            label = f.name.replace("_", " ")
+            raise InputError(
+                f"{label} {value!r} is not of type {' or '.join(kind.__name__ for kind in kinds)}"
+            )
         choices = choices_of(types[f.name])
         if choices and value not in choices:
             label = f.name.replace("_", " ")
             raise InputError(f"{label} {value!r} is not known: choose one of {', '.join(choices)}")
         _check_range(f.name, value, f.metadata)
+
+
+def _members(hint: Any) -> tuple[Any, ...]:
+    """The types of a union, or the one type."""
+    return get_args(hint) or (hint,)
+
+
+def _is_a(value: Any, kinds: list[type[Any]]) -> bool:
+    if isinstance(value, bool):
+        return False
+    accepted: list[type[Any]] = [
+        *kinds,
+        *([int] if float in kinds else []),
+        *([str] if Path in kinds else []),
+    ]
+    return isinstance(value, tuple(accepted))
 
 
 def _check_range(name: str, value: Any, checks: Mapping[str, Any]) -> None:

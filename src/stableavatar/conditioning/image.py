@@ -39,10 +39,9 @@ def portrait_embeddings(image_encoder: CLIPVisionModel, picture: torch.Tensor) -
     image_dim]`.
 
     Args:
-        picture: `[3, H, W]` in [-1, 1].
+        picture: `[3, H, W]` in [-1, 1], on the device that the encoder computes on.
     """
-    pixels = portrait_pixels(picture, image_encoder.config.image_size)
-    pixels = pixels.to(image_encoder.device, image_encoder.dtype)
+    pixels = portrait_pixels(picture, image_encoder.config.image_size).to(image_encoder.dtype)
     return image_encoder(pixels, output_hidden_states=True).hidden_states[-2]
 
 

@@ -44,15 +44,19 @@ class Loudness:
 
 @torch.no_grad()
 def speech_features(
-    speech_encoder: Wav2Vec2Model, samples: NDArray[np.float32], loudness: Loudness | None = None
+    speech_encoder: Wav2Vec2Model,
+    samples: NDArray[np.float32],
+    loudness: Loudness | None = None,
+    device: torch.device | None = None,
 ) -> torch.Tensor:
     """Features `[1, S, audio_dim]` of samples `[n]`, about 50 a second.
 
     Args:
         loudness: what to normalise by; by default the samples' own.
+        device: where the encoder computes, by default where its weights lie.
     """
     normalised = (loudness or Loudness.of(samples)).normalise(samples)
-    values = torch.from_numpy(normalised)[None].to(speech_encoder.device, speech_encoder.dtype)
+    values = torch.from_numpy(normalised)[None].to(device or speech_encoder.device, speech_encoder.dtype)
     return speech_encoder(values).last_hidden_state
 
 
@@ -77,11 +81,13 @@ class WindowSpeech:
         fps: Fraction,
         *,
         normalisation: SpeechNormalisation = "window",
+        device: torch.device | None = None,
     ) -> None:
         self.speech_encoder = speech_encoder
         self.speech = speech
         self.plan = plan
         self.fps = fps
+        self.device = device
         self.loudness = Loudness.of_recording(speech) if normalisation == "recording" else None
         self._features: dict[int, torch.Tensor] = {}
 
@@ -103,5 +109,6 @@ class WindowSpeech:
         """Features `[1, S, audio_dim]` of a window, kept in main memory after the first call."""
         if window.index not in self._features:
             samples = self.speech.samples(*self.stretch(window))
-            self._features[window.index] = speech_features(self.speech_encoder, samples, self.loudness).cpu()
+            features = speech_features(self.speech_encoder, samples, self.loudness, self.device)
+            self._features[window.index] = features.cpu()
         return self._features[window.index]

@@ -13,10 +13,12 @@ def encode_prompts(
     text_encoder: UMT5EncoderModel,
     prompts: Sequence[str],
     text_length: int,
+    device: torch.device | None = None,
 ) -> torch.Tensor:
     """Prompt embeddings `[len(prompts), text_length, text_dim]`, zeros after the tokens of each prompt.
 
-    A prompt of more than `text_length` tokens is cut there, as in training.
+    A prompt of more than `text_length` tokens is cut there, as in training. `device` is where the encoder
+    computes, by default where its weights lie.
     """
     tokens: Any = tokenizer(
         list(prompts),
@@ -26,14 +28,16 @@ def encode_prompts(
         return_attention_mask=True,
         return_tensors="pt",
     )
-    return encode_tokens(text_encoder, tokens.input_ids, tokens.attention_mask, text_length)
+    device = device or text_encoder.device
+    return encode_tokens(
+        text_encoder, tokens.input_ids.to(device), tokens.attention_mask.to(device), text_length
+    )
 
 
 def encode_tokens(
     text_encoder: UMT5EncoderModel, input_ids: torch.Tensor, attention_mask: torch.Tensor, text_length: int
 ) -> torch.Tensor:
     """Embeddings `[B, text_length, text_dim]` of token ids `[B, n]`, zeros where the mask `[B, n]` is 0."""
-    mask = attention_mask.to(text_encoder.device)
-    hidden = text_encoder(input_ids.to(text_encoder.device), attention_mask=mask).last_hidden_state
-    hidden = hidden * mask[..., None].to(hidden.dtype)
+    hidden = text_encoder(input_ids, attention_mask=attention_mask).last_hidden_state
+    hidden = hidden * attention_mask[..., None].to(hidden)
     return torch.nn.functional.pad(hidden, (0, 0, 0, text_length - hidden.shape[1]))

@@ -15,26 +15,14 @@ from stableavatar.models.rope import RotaryTable, rotate
 
 
 class KernelProcessor:
-    """Runs attention on projected heads, with the kernel and the context parallelism that diffusers sets."""
+    """Runs attention on projected heads, with the kernel that diffusers' `set_attention_backend` chose."""
 
     def __init__(self) -> None:
         self._attention_backend: Any = None
-        self._parallel_config: Any = None
 
-    def __call__(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, parallel: bool = False
-    ) -> torch.Tensor:
-        """Attention of `[B, N, heads, d]` over `[B, M, heads, d]`, unmasked; returns `[B, N, heads, d]`.
-
-        `parallel` says that the keys are split over processes as the queries are (self-attention).
-        """
-        return dispatch_attention_fn(
-            query,
-            key,
-            value,
-            backend=self._attention_backend,
-            parallel_config=self._parallel_config if parallel else None,
-        )
+    def __call__(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        """Attention of `[B, N, heads, d]` over `[B, M, heads, d]`, unmasked; returns `[B, N, heads, d]`."""
+        return dispatch_attention_fn(query, key, value, backend=self._attention_backend)
 
 
 class _Attention(nn.Module, AttentionModuleMixin):
@@ -68,7 +56,7 @@ class SelfAttention(_Attention):
         query = rotate(self.split_heads(self.norm_q(self.to_q(x_BND))), table)
         key = rotate(self.split_heads(self.norm_k(self.to_k(x_BND))), table)
         value = self.split_heads(self.to_v(x_BND))
-        return self.to_out[0](self.processor(query, key, value, parallel=True).flatten(2))
+        return self.to_out[0](self.processor(query, key, value).flatten(2))
 
 
 class KeyValue(NamedTuple):

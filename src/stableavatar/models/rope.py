@@ -5,6 +5,12 @@ import torch
 RotaryTable = tuple[torch.Tensor, torch.Tensor]
 
 
+def float64_device(device: torch.device | str | None) -> torch.device:
+    """The device itself, or the CPU where it has no float64 (Apple's MPS)."""
+    wanted = torch.device(device or "cpu")
+    return torch.device("cpu") if wanted.type == "mps" else wanted
+
+
 def rotary_table(
     frames: int,
     height: int,
@@ -27,13 +33,14 @@ def rotary_table(
         `(cos, sin)`, float32 `[tokens, head_dim / 2]`, one angle for each pair of adjacent channels.
     """
     side = 2 * (head_dim // 6)
+    wide = float64_device(device)
     parts = []
     for axis, (length, channels) in enumerate(
         ((frames, head_dim - 2 * side), (height, side), (width, side)),
     ):
-        exponent = torch.arange(0, channels, 2, dtype=torch.float64, device=device) / channels
+        exponent = torch.arange(0, channels, 2, dtype=torch.float64, device=wide) / channels
         angle = torch.outer(
-            torch.arange(length, dtype=torch.float64, device=device), theta**-exponent
+            torch.arange(length, dtype=torch.float64, device=wide), theta**-exponent
         )  # [length, channels / 2]
         shape = [1, 1, 1, channels // 2]
         shape[axis] = length
@@ -41,7 +48,7 @@ def rotary_table(
     angles = torch.cat(parts, dim=-1).flatten(0, 2)  # [tokens, head_dim / 2]
     if padded_tokens is not None and padded_tokens > angles.shape[0]:
         angles = torch.cat([angles, angles.new_zeros(padded_tokens - angles.shape[0], angles.shape[1])])
-    return angles.cos().float(), angles.sin().float()
+    return angles.cos().float().to(device), angles.sin().float().to(device)
 
 
 def rotate(x_BNHd: torch.Tensor, table: RotaryTable) -> torch.Tensor:

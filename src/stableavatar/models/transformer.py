@@ -22,15 +22,16 @@ from torch import nn
 
 from stableavatar.models.attention import CrossAttention, KeyValue, SelfAttention
 from stableavatar.models.audio_adapter import AudioAdapter
-from stableavatar.models.rope import RotaryTable, rotary_table
+from stableavatar.models.rope import RotaryTable, float64_device, rotary_table
 
 
 def timestep_features(timestep: torch.Tensor, channels: int) -> torch.Tensor:
     """`[cos, sin]` of t·10000^(-k/(channels/2)), angles in float64: `[B]` -> float32 `[B, channels]`."""
     half = channels // 2
-    exponent = torch.arange(half, dtype=torch.float64, device=timestep.device) / half
-    angle = torch.outer(timestep.double(), 10000.0**-exponent)
-    return torch.cat([angle.cos(), angle.sin()], dim=1).float()
+    device = float64_device(timestep.device)
+    exponent = torch.arange(half, dtype=torch.float64, device=device) / half
+    angle = torch.outer(timestep.to(device).double(), 10000.0**-exponent)
+    return torch.cat([angle.cos(), angle.sin()], dim=1).float().to(timestep.device)
 
 
 class PortraitEmbedding(nn.Module):
@@ -58,11 +59,14 @@ class ConditionEmbedder(nn.Module):
         self.image_embedder = PortraitEmbedding(image_dim, width)
 
     def embed_timestep(self, timestep: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """e, float32 `[B, D]`, and e0, float32 `[B, 6, D]`, computed in the dtype of the weights (float32 as
-        loaded)."""
-        features = timestep_features(timestep, self.freq_dim).to(self.time_proj.weight.dtype)
-        embedding = self.time_embedder(features)
-        projected = self.time_proj(nn.functional.silu(embedding)).unflatten(1, (6, -1))
+        """e, float32 `[B, D]`, and e0, float32 `[B, 6, D]`.
+
+        Computed in the dtype of these layers' weights, which loading keeps in float32, autocast or not.
+        """
+        features = timestep_features(timestep, self.freq_dim)
+        with torch.autocast(timestep.device.type, enabled=False):
+            embedding = self.time_embedder(features.to(self.time_proj.weight.dtype))
+            projected = self.time_proj(nn.functional.silu(embedding)).unflatten(1, (6, -1))
         return embedding.float(), projected.float()
 
 
@@ -112,7 +116,8 @@ class StableAvatarTransformerBlock(nn.Module):
 class StableAvatarTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin, AttentionMixin):
     """Predicts the flow-matching velocity of a window of video latents from prompt, portrait and speech.
 
-    The defaults are the released 1.3B model.
+    The defaults are the released 1.3B model. diffusers' context parallelism is not supported: it splits the
+    sequence between tokens, and the audio attention goes by whole latent frames.
 
     Args:
         patch_size: latent frames, rows and columns of a patch.

@@ -32,14 +32,17 @@ def _statistics(vae: AutoencoderKLWan, latents: torch.Tensor) -> tuple[torch.Ten
 
 
 @torch.no_grad()
-def stream_decode(vae: AutoencoderKLWan, latents: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
+def stream_decode(
+    vae: AutoencoderKLWan, latents: Iterable[torch.Tensor], device: torch.device | None = None
+) -> Iterator[torch.Tensor]:
     """Decode normalised latents as they come.
 
     Args:
         latents: latent frames `[C, H, W]` in order.
+        device: where the autoencoder computes, by default where its weights lie.
 
     Yields:
-        frames `[3, 8·H, 8·W]`, float32 in [-1, 1] on the autoencoder's device: one for the first latent, four
+        frames `[3, 8·H, 8·W]`, float32 in [-1, 1] on that device: one for the first latent, four
         for every other.
     """
     hook = getattr(
@@ -49,8 +52,9 @@ def stream_decode(vae: AutoencoderKLWan, latents: Iterable[torch.Tensor]) -> Ite
         hook.pre_forward(vae)
     memory: list[torch.Tensor | None] = [None] * vae._cached_conv_counts["decoder"]
     patch = vae.config.patch_size
+    device = device or vae.device
     for index, latent in enumerate(latents):
-        raw = denormalise_latents(vae, latent.to(vae.device, torch.float32)[None, :, None])
+        raw = denormalise_latents(vae, latent.to(device, torch.float32)[None, :, None])
         hidden = vae.post_quant_conv(raw.to(vae.dtype))
         frames = vae.decoder(hidden, feat_cache=memory, feat_idx=[0], first_chunk=index == 0)
         if patch is not None:

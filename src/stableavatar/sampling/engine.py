@@ -75,7 +75,7 @@ class Denoiser:
         window_latents: F of a full window; a shorter one is padded as the published code does.
         no_audio: what a branch without audio hears: zeros after the adapter ("output", as published) or
             silence before it ("input", as in training; fault 16).
-        clip_level_audio: every token hears the audio of the whole window.
+        device: where the transformer computes, by default where its weights lie.
     """
 
     def __init__(
@@ -88,7 +88,7 @@ class Denoiser:
         *,
         window_latents: int,
         no_audio: str = "output",
-        clip_level_audio: bool = False,
+        device: torch.device | None = None,
     ) -> None:
         self.transformer = transformer
         self.schedule = schedule
@@ -97,7 +97,7 @@ class Denoiser:
         self.speech = speech
         self.window_latents = window_latents
         self.no_audio = no_audio
-        self.clip_level_audio = clip_level_audio
+        self.device = device
         self._prompts = torch.cat(
             [
                 conditions.prompt if branch.prompt else conditions.negative_prompt
@@ -118,7 +118,7 @@ class Denoiser:
 
     def predict_branches(self, window: Window, step: int, latents: torch.Tensor) -> torch.Tensor:
         """The velocity of every branch `[branches, C, F, H, W]`, float32."""
-        dtype, device = self.transformer.dtype, self.transformer.device
+        dtype, device = self.transformer.dtype, self.device or self.transformer.device
         branches = self.guidance.branches
         features = self.speech(window)
         rows: list[int | None] = [None] * len(branches)
@@ -137,7 +137,6 @@ class Denoiser:
             self.conditions.portrait.to(device, dtype),
             features,
             rows,
-            clip_level_audio=self.clip_level_audio,
             padded_latent_frames=self.window_latents if window.length < self.window_latents else None,
             return_dict=False,
         )[0]
