@@ -19,7 +19,6 @@ from stableavatar.training.tiny.autoencoder import (
     AutoencoderTrainer,
     Batches,
     build_autoencoder,
-    export,
     peak_signal_to_noise,
     reconstruct,
 )
@@ -130,8 +129,9 @@ def test_training_brings_the_error_down(tmp_path: Path) -> None:
 def test_long_clips_train_every_weight_but_the_variance(tmp_path: Path) -> None:
     trainer = small_trainer(tmp_path, clip_lengths=(9,), clip_weights=(1.0,), longest_chunk=4)
     before = {name: value.clone() for name, value in trainer.vae.state_dict().items()}
-    trainer.train_step()
-    trainer.train_step()
+    # Branches start silent: the weights before a silent one learn from the second step on.
+    for _ in range(4):
+        trainer.train_step()
     after = trainer.vae.state_dict()
     unchanged = [name for name, value in before.items() if torch.equal(value, after[name])]
     assert unchanged == []
@@ -179,11 +179,12 @@ def test_a_frozen_encoder_keeps_latents_while_the_decoder_learns(tmp_path: Path)
     assert not resumed.vae.quant_conv.weight.requires_grad
 
 
-def test_exported_latents_are_normalised_by_the_config(small_vae: AutoencoderKLWan, tmp_path: Path) -> None:
-    clips = [torch.rand(1, 3, 5, 32, 32) * 2 - 1 for _ in range(3)]
-    export(small_vae, tmp_path, iter(clips))
-    loaded = AutoencoderKLWan.from_pretrained(tmp_path)
+def test_exported_latents_are_normalised_by_the_config(tmp_path: Path) -> None:
+    trainer = small_trainer(tmp_path, measured_clips=6)
+    trainer.export(tmp_path / "model")
+    loaded = AutoencoderKLWan.from_pretrained(tmp_path / "model")
     assert loaded.dtype == torch.float32
+    clips = [trainer.batches.measured_clip(index) for index in range(6)]
     with torch.no_grad():
         latents = torch.cat([loaded.encode(clip).latent_dist.mode() for clip in clips])
     mean = torch.tensor(loaded.config.latents_mean).view(1, 16, 1, 1, 1)
@@ -191,6 +192,31 @@ def test_exported_latents_are_normalised_by_the_config(small_vae: AutoencoderKLW
     normalised = (latents - mean) / deviation
     assert normalised.mean(dim=(0, 2, 3, 4)).abs().max() < 0.05
     assert (normalised.std(dim=(0, 2, 3, 4)) - 1).abs().max() < 0.05
+
+
+def test_statistics_stay_once_the_encoder_is_frozen(tmp_path: Path) -> None:
+    trainer = small_trainer(tmp_path, measured_clips=2)
+    trainer.freeze_encoder()
+    trainer.export(tmp_path / "model")
+    trainer.save()
+    resumed = small_trainer(tmp_path, measured_clips=4)
+    resumed.load()
+    resumed.export(tmp_path / "again")
+    first, second = (AutoencoderKLWan.load_config(tmp_path / name) for name in ("model", "again"))
+    assert first["latents_std"] == second["latents_std"]
+
+
+def test_colour_passes_the_untrained_encoder() -> None:
+    torch.manual_seed(0)
+    vae = build_autoencoder().eval()
+    colours = torch.rand(64, 3, 1, 1, 1) * 2 - 1
+    with torch.no_grad():
+        latents, _ = encode_chunk(vae, colours.expand(-1, -1, 1, 32, 32), FeatureMemory(vae))
+    # A linear map of the middle cell's latents must tell the three colours.
+    known = torch.cat([latents[:, :, 0, 2, 2], torch.ones(64, 1)], dim=1)
+    fitted = known @ torch.linalg.lstsq(known, colours.flatten(1)).solution
+    unexplained = (fitted - colours.flatten(1)).square().mean() / colours.var()
+    assert unexplained < 0.1
 
 
 def test_peak_signal_to_noise_of_a_known_error() -> None:
@@ -222,9 +248,10 @@ def test_the_command_trains_in_processes_and_refuses_to_overwrite(
 ) -> None:
     monkeypatch.setattr(autoencoder, "find_pictures", lambda folders: [])
     command = ["--out", str(tmp_path), "--minutes", "0.0001", "--base-channels", "8", "--processes", "2"]
-    autoencoder.main([*command, "--frames-a-step", "2"])
+    autoencoder.main([*command, "--frames-a-step", "2", "--measured-clips", "2"])
     state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
     assert state["step"] >= 1
+    assert AutoencoderKLWan.load_config(tmp_path / "model")["base_dim"] == 8
     with pytest.raises(SystemExit):
         autoencoder.main(command)
 

@@ -51,16 +51,16 @@ class AutoencoderSettings:
     `minutes` counts all runs of one folder together.
     """
 
-    minutes: float = 75.0
+    minutes: float = 60.0
     base_channels: int = 32
     residual_blocks: int = 1
     # Of AdamW (biases and gains) and of Muon (kernels).
-    learning_rate: float = 6e-4
-    kernel_learning_rate: float = 2e-3
-    warmup_steps: int = 100
+    learning_rate: float = 5e-4
+    kernel_learning_rate: float = 1.2e-3
+    warmup_steps: int = 20
     # The share of the minutes, at their end, in which the rate falls to zero.
-    cooldown: float = 0.15
-    weight_decay: float = 1e-2
+    cooldown: float = 0.7
+    weight_decay: float = 0.1
     gradient_clip: float = 1.0
     average_decay: float = 0.99
     # A step's size in frames of 64x64; the batch follows from it, the clips' length and the crop.
@@ -69,15 +69,17 @@ class AutoencoderSettings:
     clip_weights: tuple[float, ...] = (0.15, 0.15, 0.25, 0.3, 0.15)
     longest_chunk: int = 20
     # Steps at the start in which clips have 1 or 5 frames.
-    image_steps: int = 300
+    image_steps: int = 150
     whole_frames: float = 0.3
     longest_whole_clip: int = 21
     picture_share: float = 0.25
     squared_weight: float = 2.0
     edge_weight: float = 0.25
+    coarse_weight: float = 0.5
     kl_weight: float = 1e-5
     face_weight: float = 0.5
     lip_weight: float = 1.5
+    measured_clips: int = 64
     # Processes of one thread each; they split a step's clips and share its gradient.
     processes: int = 2
     seed: int = 0
@@ -109,11 +111,26 @@ def build_autoencoder(base_channels: int = 32, residual_blocks: int = 1) -> Auto
         scale_factor_temporal=4,
         scale_factor_spatial=8,
     )
-    with torch.no_grad():
-        # Latents start almost without noise; at unit variance it would drown what the encoder says at first.
-        vae.quant_conv.bias[16:] = -6.0
-        vae.quant_conv.weight[16:] *= 0.1
+    _start_as_skips(vae)
     return vae
+
+
+@torch.no_grad()
+def _start_as_skips(vae: AutoencoderKLWan) -> None:
+    """Silences every residual branch, so that at first the averaging skips alone carry colour to the latents.
+
+    With the usual start the branches grow to a hundred times the skips within a thousand steps, colour drowns
+    on the way, and the latents end up with six effective dimensions of sixteen.
+    """
+    for name, module in vae.named_modules():
+        if name.endswith(("conv2", "resample.1", "proj")):
+            module.weight.zero_()
+            module.bias.zero_()
+    torch.nn.init.orthogonal_(vae.quant_conv.weight[:16].view(16, -1), gain=2.0)
+    torch.nn.init.orthogonal_(vae.post_quant_conv.weight.view(16, -1))
+    # Latents start almost without noise; at unit variance it would drown what the encoder says at first.
+    vae.quant_conv.weight[16:] = 0
+    vae.quant_conv.bias[16:] = -6.0
 
 
 def rate_factor(settings: AutoencoderSettings, step: int, minutes: float) -> float:
@@ -129,14 +146,19 @@ def rate_factor(settings: AutoencoderSettings, step: int, minutes: float) -> flo
 def reconstruction_loss(
     settings: AutoencoderSettings, made: torch.Tensor, true: torch.Tensor, weight: torch.Tensor
 ) -> torch.Tensor:
-    """Absolute, squared and edge error of clips [B, 3, F, H, W], weighted by [B, 1, F, H, W] ."""
+    """Absolute, squared, edge and coarse colour error of clips [B, 3, F, H, W]; weights [B, 1, F, H, W]."""
     difference = made - true
     per_pixel = difference.abs() + settings.squared_weight * difference.square()
     loss = (per_pixel * weight).sum() / (weight.sum() * 3)
     edges = difference.diff(dim=3).abs().mean() + difference.diff(dim=4).abs().mean()
     if difference.shape[2] > 1:
         edges = edges + difference.diff(dim=2).abs().mean()
-    return loss + settings.edge_weight * edges
+    # Brightness and two colour differences of 8x8 cells: colour is a small part of the other errors and would
+    # be learned last.
+    cells = F.avg_pool3d(difference, (1, 8, 8))
+    red, green, blue = cells.unbind(dim=1)
+    coarse = (cells.mean(dim=1).abs() + (red - green).abs() + (blue - green).abs()).mean()
+    return loss + settings.edge_weight * edges + settings.coarse_weight * coarse
 
 
 class Batches:
@@ -181,6 +203,13 @@ class Batches:
             masks.append(weight)
         return torch.stack(clips), torch.stack(masks)[:, None]
 
+    def measured_clip(self, index: int) -> torch.Tensor:
+        """Clip `index` of those that latents are measured over: puppets, else pictures, [1, 3, 21, S, S]."""
+        rng = np.random.default_rng([self.settings.seed, index])
+        if self.puppets is None:
+            return self.pictures.sample(rng, 21, self.frame_size)[None]
+        return self.puppets.sample(rng, 21, self.frame_size)[0][None]
+
 
 class AutoencoderTrainer:
     """The model, its moving average, the optimisers, steps and minutes; saved whole, resumed whole."""
@@ -206,13 +235,14 @@ class AutoencoderTrainer:
         self.optimizers: dict[str, torch.optim.Optimizer] = {
             "muon": Muon(kernels, lr=settings.kernel_learning_rate, weight_decay=settings.weight_decay),
             "adamw": torch.optim.AdamW(
-                others, lr=settings.learning_rate, betas=(0.9, 0.99), weight_decay=settings.weight_decay
+                others, lr=settings.learning_rate, betas=(0.9, 0.99), weight_decay=0.0
             ),
         }
         self.step = 0
         self.seconds = 0.0
         self.encoder_frozen = False
         self.stopping = False
+        self.statistics: tuple[list[float], list[float]] | None = None
 
     def freeze_encoder(self) -> None:
         """From now on the averaged encoder stays as it is, and with it all latents; the decoder learns."""
@@ -306,6 +336,7 @@ class AutoencoderTrainer:
             "step": self.step,
             "seconds": self.seconds,
             "encoder_frozen": self.encoder_frozen,
+            "statistics": self.statistics,
         }
         partial = self.out / ".checkpoint.pt.partial"
         torch.save(state, partial)
@@ -327,9 +358,23 @@ class AutoencoderTrainer:
         for name, optimizer in self.optimizers.items():
             optimizer.load_state_dict(state["optimizers"][name])
         self.step, self.seconds = state["step"], state["seconds"]
+        self.statistics = state.get("statistics")
         if state["encoder_frozen"]:
             self.encoder_frozen = True
             self.freeze_encoder()
+
+    def export(self, folder: Path) -> None:
+        """Writes the averaged model in diffusers' layout, float32, with the latents' mean and deviation.
+
+        They are measured over clips as trained on, and stay once the encoder is frozen.
+        """
+        if self.statistics is None or not self.encoder_frozen:
+            clips = (self.batches.measured_clip(index) for index in range(self.settings.measured_clips))
+            self.statistics = measure_latents(self.average, clips)
+        mean, deviation = self.statistics
+        self.average.register_to_config(latents_mean=mean, latents_std=deviation)
+        self.average.save_pretrained(folder)
+        logger.info("written to %s; latents' deviation %.2f to %.2f", folder, min(deviation), max(deviation))
 
     def stop(self, *_: object) -> None:
         """Ends the run, checkpoint written, after the present step; a signal handler."""
@@ -405,14 +450,6 @@ def measure_latents(vae: AutoencoderKLWan, clips: Iterator[torch.Tensor]) -> tup
     return average.tolist(), deviation.tolist()
 
 
-def export(vae: AutoencoderKLWan, folder: Path, clips: Iterator[torch.Tensor]) -> None:
-    """Writes `vae` in diffusers' layout, float32, with latents' mean and deviation measured over `clips`."""
-    mean, deviation = measure_latents(vae, clips)
-    vae.register_to_config(latents_mean=mean, latents_std=deviation)
-    vae.save_pretrained(folder)
-    logger.info("written to %s; latents' deviation %.2f to %.2f", folder, min(deviation), max(deviation))
-
-
 @dataclass(frozen=True)
 class Job:
     """What the processes of one run are told."""
@@ -445,6 +482,9 @@ def run_process(rank: int, job: Job, rendezvous: str) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, trainer.stop)
     trainer.run()
+    if rank == 0 and not trainer.stopping:
+        trainer.export(job.out / "model")
+        trainer.save()
     if ranks > 1:
         dist.destroy_process_group()
 
