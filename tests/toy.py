@@ -18,7 +18,7 @@ from stableavatar.models.transformer import StableAvatarTransformer3DModel
 from stableavatar.pipeline import AvatarPipeline
 
 
-def toy_transformer() -> StableAvatarTransformer3DModel:
+def toy_transformer(audio_heads: int = 2) -> StableAvatarTransformer3DModel:
     torch.manual_seed(1)
     model = StableAvatarTransformer3DModel(
         num_attention_heads=2,
@@ -30,7 +30,7 @@ def toy_transformer() -> StableAvatarTransformer3DModel:
         num_layers=2,
         image_dim=32,
         audio_dim=24,
-        audio_heads=2,
+        audio_heads=audio_heads,
     ).eval()
     with torch.no_grad():
         for parameter in model.parameters():  # none may stay at a value that hides its effect

@@ -7,7 +7,6 @@ tolerance, or a folder held nothing to run.
 """
 
 import json
-import logging
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from typing import Any
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from stableavatar.checkpoints.loading import (
@@ -41,7 +41,7 @@ from stableavatar.media.image import read_picture
 from stableavatar.models.transformer import StableAvatarTransformer3DModel
 from stableavatar.sampling.decoding import normalise_latents, stream_decode
 from stableavatar.sampling.engine import Cell, Conditions, Denoiser, Schedule, sample_lockstep
-from stableavatar.sampling.guidance import three_branch
+from stableavatar.sampling.guidance import Branch, Guidance, Predictions
 from stableavatar.sampling.noise import GivenNoise
 from stableavatar.sampling.windows import Window, plan_windows
 
@@ -116,7 +116,10 @@ def run_transformer(folder: _Folder) -> Iterator[Result]:
         "audio_adapter": model.vocal_projector,
         "img_emb": model.condition_embedder.image_embedder,
         "text_embedding": model.condition_embedder.text_embedder,
+        "time_embedding": model.condition_embedder.time_embedder,
         "time_projection": model.condition_embedder.time_proj,
+        "patch_embedding": model.patch_embedding,
+        "head": model.proj_out,
         **{f"block{index}": block for index, block in enumerate(model.blocks)},
     }
     for case, tensors in folder.cases():
@@ -146,6 +149,8 @@ def run_transformer(folder: _Folder) -> Iterator[Result]:
         for name in sorted(tensors):
             if name.startswith("mid."):
                 recorded = tensors[name]
+                if name.removeprefix("mid.") not in seen:
+                    raise ValueError(f"{case}: this runner knows no part of the transformer called {name}")
                 part = seen[name.removeprefix("mid.")]
                 yield _compare(f"{case} {name}", part.expand_as(recorded), recorded, 2e-5)
         if "out.clip_level" in tensors:
@@ -192,6 +197,16 @@ def run_image_encoder(folder: _Folder) -> Iterator[Result]:
         yield _compare(case, embeddings, tensors["out.embeddings"], 1e-5)
 
 
+def _published_rule(text_scale: float, audio_scale: float) -> Guidance:
+    """The three-branch rule with all its branches, whatever the scales: the published code drops none."""
+
+    def combine(v: Predictions) -> torch.Tensor:
+        u, a, f = (v[branch] for branch in (Branch.NEITHER, Branch.AUDIO, Branch.BOTH))
+        return u + audio_scale * (a - u) + text_scale * (f - a)
+
+    return Guidance((Branch.NEITHER, Branch.AUDIO, Branch.BOTH), combine)
+
+
 class _Loop:
     """A recorded run of the whole sampling loop, and ours on the same input."""
 
@@ -203,7 +218,7 @@ class _Loop:
         self.plan = plan_windows(
             sampling["video_latent_frames"], self.window_latents, sampling["overlap"], compat="upstream"
         )
-        self.guidance = three_branch(sampling["text_scale"], sampling["audio_scale"])
+        self.guidance = _published_rule(sampling["text_scale"], sampling["audio_scale"])
         self.schedule = Schedule.from_scheduler(FlowMatchEulerDiscreteScheduler(shift=5), self.steps)
         self.transformer = folder.transformer()
         self.vae = load_vae(folder.weights("vae"), folder.config["vae"])
@@ -301,39 +316,46 @@ KINDS: dict[str, Callable[[_Folder], Iterator[Result]]] = {
 }
 
 
-def run(root: Path) -> Iterator[tuple[Path, Result | None]]:
-    """Every result below `root` with its folder; None for a folder in which nothing could be run."""
-    for config in sorted(root.rglob("config.json")):
-        settings = json.loads(config.read_text())
-        folder = _Folder(config.parent, settings)
-        results = KINDS[settings["kind"]](folder) if settings.get("kind") in KINDS else iter(())
+def run(root: Path) -> Iterator[Result | str]:
+    """Every result below `root`; a text for a folder in which nothing could be run, and why.
+
+    A folder of cases is `root` itself, or one directly in it.
+    """
+    folders = [root] if (root / "config.json").is_file() else sorted(f for f in root.iterdir() if f.is_dir())
+    for folder in folders:
         found = False
-        for result in results:
+        try:
+            config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+            kind = config.get("kind")
+            if kind not in KINDS:
+                raise ValueError(f"its kind is {kind!r}, not one of {', '.join(KINDS)}")
+            for result in KINDS[kind](_Folder(folder, config)):
+                found = True
+                yield result
+        except (StableAvatarError, SafetensorError, ValueError, KeyError, OSError) as error:
             found = True
-            yield config.parent, result
+            reason = f"{error} is missing" if isinstance(error, KeyError) else str(error)
+            yield f"{folder.name}: cannot be run: {reason}"
         if not found:
-            yield config.parent, None
+            yield f"{folder.name}: held nothing that can be run"
 
 
 def main(arguments: list[str]) -> int:
-    """Print a line a result; 0 if all hold."""
+    """Print a line a result; 0 if there are some, and all hold."""
     if len(arguments) != 1 or not Path(arguments[0]).is_dir():
         sys.stderr.write(
             "usage: python -m stableavatar.evaluation.parity FOLDER (a folder of parity cases)\n"
         )
         return 2
     passed = failed = 0
-    try:
-        for folder, result in run(Path(arguments[0])):
-            holds = result is not None and result.holds
-            passed, failed = passed + holds, failed + (not holds)
-            text = "held nothing that can be run" if result is None else _line(result)
-            sys.stdout.write(f"{'ok  ' if holds else 'FAIL'} {folder.name if result is None else ''}{text}\n")
-    except StableAvatarError as error:
-        sys.stderr.write(f"Error: {error}\n")
-        return 1
+    for result in run(Path(arguments[0])):
+        holds = isinstance(result, Result) and result.holds
+        passed, failed = passed + holds, failed + (not holds)
+        text = _line(result) if isinstance(result, Result) else result
+        sys.stdout.write(f"{'ok  ' if holds else 'FAIL'} {text}\n")
+        sys.stdout.flush()
     if passed + failed == 0:
-        sys.stdout.write(f"{arguments[0]} holds no parity cases\n")
+        sys.stdout.write(f"FAIL {arguments[0]} holds no folder of parity cases\n")
         failed = 1
     sys.stdout.write(f"{passed} passed, {failed} failed\n")
     return 1 if failed else 0
@@ -344,5 +366,4 @@ def _line(result: Result) -> str:
 
 
 if __name__ == "__main__":
-    logging.basicConfig(level=logging.WARNING)
     sys.exit(main(sys.argv[1:]))
