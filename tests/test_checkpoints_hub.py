@@ -281,6 +281,36 @@ def test_paths_stay_paths_and_ids_become_cached_folders(server: Hub, tmp_path: P
         hub.resolve("someone/tuned")
 
 
+def test_an_own_repository_is_fetched_as_asked(server: Hub, tmp_path: Path) -> None:
+    server.repositories["someone/tuned"] = {"model_index.json": b"{}", "transformer/config.json": b"{}"}
+    folder = hub.resolve("someone/tuned", revision="v1", token="hf_mine", cache_dir=tmp_path / "elsewhere")
+    assert folder.is_relative_to(tmp_path / "elsewhere")
+    assert (tmp_path / "elsewhere" / "models--someone--tuned" / "refs" / "v1").read_text() == COMMIT
+    assert not (tmp_path / "cache").exists()
+    assert server.tokens == {"Bearer hf_mine"}
+    with pytest.raises(CheckpointError, match="has no revision 'v9'"):
+        hub.resolve("someone/tuned", revision="v9")
+
+
+def test_only_the_size_that_is_asked_for_is_fetched(server: Hub) -> None:
+    trained = {
+        "Wan2.1-I2V-14B-480P/config.json",
+        "Wan2.1-I2V-14B-480P/diffusion_pytorch_model.safetensors",
+        "StableAvatar-14B/transformer3d-square.safetensors",
+    }
+    files = {**published_files(), **dict.fromkeys(trained, b"weights")}
+    server.repositories["someone/published"] = files
+    small = files_below(hub.resolve("someone/published"))
+    assert not small & trained
+    shutil.rmtree(hub.resolve("someone/published"))
+    large = hub.resolve("someone/published", size="14b")
+    assert files_below(large) >= trained
+    assert f"{toy.BASE}/diffusion_pytorch_model.safetensors" not in files_below(large)
+    assert find_published(large).missing("square", "14b") == []
+    with pytest.raises(InputError, match="unknown model size '7b'"):
+        hub.resolve("someone/published", size="7b")
+
+
 def test_a_repository_without_a_model_is_named(server: Hub) -> None:
     server.repositories["some/pictures"] = {"cat.png": b"meow"}
     with pytest.raises(CheckpointError, match="some/pictures: holds no model"):

@@ -163,7 +163,15 @@ def list_files(
     return commit, wanted
 
 
-def resolve(name: Path | str, *, variant: str = "square", revision: str | None = None) -> Path:
+def resolve(
+    name: Path | str,
+    *,
+    variant: str = "square",
+    size: str = "1.3b",
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: Path | str | None = None,
+) -> Path:
     """A folder of weights by its path or by the id of a hub repository.
 
     A repository in this project's or in the published layout is fetched into the cache of the hub's library;
@@ -171,11 +179,14 @@ def resolve(name: Path | str, *, variant: str = "square", revision: str | None =
 
     Args:
         name: a path, or an id such as ``FrancisRing/StableAvatar``.
-        variant: which published transformer to fetch, if it is in the published layout.
+        variant, size: which published transformer to fetch, if it is in the published layout; of ``14b``
+            what is there: the official repository has the encoders alone.
         revision: branch, tag or commit.
+        token: of the hub; None for that of the environment, False for none.
+        cache_dir: in place of the cache of the hub's library.
 
     Raises:
-        InputError: neither an existing path nor an id.
+        InputError: neither an existing path nor an id; unknown variant or size.
         CheckpointError: the repository cannot be had, or holds no model.
     """
     path = Path(name).expanduser()
@@ -184,10 +195,20 @@ def resolve(name: Path | str, *, variant: str = "square", revision: str | None =
     repo_id = str(name)
     if not _REPOSITORY_ID.fullmatch(repo_id):
         raise InputError(f"{name}: no such file or folder, nor the id of a hub repository (owner/name)")
-    patterns = [*_OWN_PATTERNS, *published_patterns(variant)]
+    patterns = [*_OWN_PATTERNS, *published_patterns(variant, size)]
+    if size == "14b":
+        patterns += [f"{_BASE_14B}/{pattern}" for pattern in _TRANSFORMER_14B]
+        patterns.append(f"StableAvatar-14B/transformer3d-{variant}.*")
     with _translated(repo_id, revision):
         folder = Path(
-            snapshot_download(repo_id, revision=revision, allow_patterns=patterns, endpoint=_endpoint())
+            snapshot_download(
+                repo_id,
+                revision=revision,
+                allow_patterns=patterns,
+                endpoint=_endpoint(),
+                token=token,
+                cache_dir=cache_dir,
+            )
         )
     if not folder.is_dir() or not any(folder.iterdir()):
         raise CheckpointError(f"{repo_id}: holds no model in this project's or in the published layout")
