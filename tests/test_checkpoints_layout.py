@@ -156,3 +156,13 @@ def test_own_layout_and_foreign_ones(tmp_path: Path) -> None:
         CheckpointError, match=r"nowhere: is no folder; get the weights with: stableavatar download"
     ):
         detect_layout(tmp_path / "nowhere")
+
+
+def test_a_single_transformer_is_no_model(tmp_path: Path) -> None:
+    file = tmp_path / "my transformer3d-checkpoint-500.pt"
+    file.write_bytes(b"weights")
+    for find in (find_published, detect_layout):
+        with pytest.raises(CheckpointError, match="is a file, and a model is a folder") as caught:
+            find(file)
+        assert f"stableavatar convert CHECKPOINTS FOLDER --transformer '{file}'" in str(caught.value)
+        assert "download" not in str(caught.value)

@@ -160,9 +160,14 @@ def find_published(root: Path | str) -> PublishedLayout:
         root: the folder ``checkpoints``, the folder that holds it, or one of the folders in it.
 
     Raises:
-        CheckpointError: there is no such folder, or nothing published is found.
+        CheckpointError: there is no such folder, or it is a file, or nothing published is found.
     """
     root = Path(root)
+    if root.is_file():
+        raise CheckpointError(
+            f"{root}: is a file, and a model is a folder. If it is a single transformer, make a model of it"
+            f" with: stableavatar convert CHECKPOINTS FOLDER --transformer {shlex.quote(str(root))}"
+        )
     if not root.is_dir():
         raise CheckpointError(f"{root}: is no folder; get the weights with: {download_command(root)}")
     candidates = [_layout_at(folder) for folder in _roots_around(root)]
