@@ -485,6 +485,32 @@ def test_a_checkpoint_of_something_else(published: Path, tmp_path: Path) -> None
         loading.load_tokenizer(tmp_path)
 
 
+@pytest.mark.parametrize("with_config", [False, True])
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [('{"version": "1.0", "mod', "cannot be read as JSON"), ('{"version": "1.0"}', "holds no tokenizer")],
+)
+def test_a_damaged_tokenizer(tmp_path: Path, with_config: bool, content: str, words: str) -> None:
+    (tmp_path / "tokenizer.json").write_text(content)
+    if with_config:
+        (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+    with pytest.raises(CheckpointError, match=rf"tokenizer\.json: {words}"):
+        loading.load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text("{")
+    with pytest.raises(CheckpointError, match=r"tokenizer_config\.json: cannot be read as JSON"):
+        loading.load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [({"num_heads": "two", "dim": 24}, "invalid literal"), ({"num_attention_heads": None}, "int()")],
+)
+def test_settings_that_cannot_be(published: Path, settings: dict[str, object], words: str) -> None:
+    with pytest.raises(CheckpointError, match="no model can be built with these settings") as caught:
+        loading.load_transformer(published / toy.BASE, config=settings)
+    assert words in str(caught.value)
+
+
 # Against the published code's numbers
 
 

@@ -70,3 +70,61 @@ def test_an_index_of_another_pipeline(folder: Path) -> None:
 def test_one_model_has_no_variants(whole: Path, option: dict[str, str]) -> None:
     with pytest.raises(InputError, match="is one model"):
         AvatarPipeline.from_pretrained(whole, **option)
+
+
+@pytest.mark.parametrize(
+    ("file", "settings", "words"),
+    [
+        (
+            "text_encoder/config.json",
+            {"d_model": "wide"},
+            r"text_encoder/config\.json: no model can be built",
+        ),
+        ("text_encoder/config.json", {"num_heads": 0}, r"text_encoder"),
+        ("image_encoder/config.json", {"num_attention_heads": 0}, r"image_encoder/config\.json: no model"),
+        ("speech_encoder/config.json", {"num_attention_heads": 0}, r"speech_encoder/config\.json: no model"),
+        ("speech_encoder/config.json", {"conv_dim": None}, r"speech_encoder/config\.json: no model"),
+        ("transformer/config.json", {"num_attention_heads": 0}, r"transformer"),
+        ("transformer/config.json", {"num_attention_heads": "two"}, r"transformer/config\.json: no model"),
+        ("transformer/config.json", {"patch_size": 2}, r"transformer/config\.json: no model"),
+        ("vae/config.json", {"dim_mult": 3}, r"vae/config\.json: no model"),
+        ("vae/config.json", {"latents_mean": [0.5]}, r"vae/config\.json: latents_mean has 1 values"),
+        ("vae/config.json", {"latents_std": 1.0}, r"vae/config\.json: latents_std has no list of values"),
+        ("vae/config.json", {"latents_std": ["a"] * 16}, r"vae/config\.json: latents_std .*no numbers"),
+        ("vae/config.json", {"latents_std": [0.0] * 16}, r"vae/config\.json: latents_std has a zero"),
+        ("scheduler/scheduler_config.json", {"_class_name": "DDIMScheduler"}, "describes a DDIMScheduler"),
+        (
+            "scheduler/scheduler_config.json",
+            {"shift": "far"},
+            r"scheduler_config\.json: no model can be built",
+        ),
+        (MODEL_INDEX, {"vae": ["diffusers", "AutoencoderKLNew"]}, r"the vae is .*AutoencoderKLNew"),
+        (MODEL_INDEX, {"vae": ["os", "AutoencoderKLWan"]}, r"not AutoencoderKLWan of diffusers"),
+        (MODEL_INDEX, {"image_encoder": None}, r"the image encoder is None, not CLIPVisionModel"),
+        (MODEL_INDEX, {"scheduler": ["diffusers", "DDIMScheduler"]}, r"not FlowMatchEulerDiscreteScheduler"),
+        (
+            MODEL_INDEX,
+            {"tokenizer": ["transformers", "UMT5EncoderModel"]},
+            r"not a tokenizer of transformers",
+        ),
+        (MODEL_INDEX, {"tokenizer": ["transformers", "NoSuchTokenizer"]}, r"not a tokenizer of transformers"),
+        (MODEL_INDEX, {"sampling_defaults": {"speed": 3}}, r"model_index\.json: .*unknown setting speed"),
+        (MODEL_INDEX, {"sampling_defaults": []}, r"model_index\.json: sampling_defaults is no object"),
+        (MODEL_INDEX, {"sampling_defaults": {"steps": "50"}}, r"model_index\.json: .*steps = '50'"),
+        (MODEL_INDEX, {"sampling_defaults": {"window": 80}}, r"model_index\.json: .*not 4n\+1"),
+        (MODEL_INDEX, {"sampling_defaults": {"sizes": {}}}, r"model_index\.json: .*no sizes"),
+        (MODEL_INDEX, {"sampling_defaults": {"sizes": {"square": 512}}}, r"model_index\.json: no model"),
+    ],
+)
+def test_damaged_settings_are_named(folder: Path, file: str, settings: dict[str, object], words: str) -> None:
+    change(folder / file, **settings)
+    with pytest.raises(CheckpointError, match=words) as caught:
+        AvatarPipeline.from_pretrained(folder)
+    assert str(folder) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_tokenizer_that_is_cut_off(folder: Path) -> None:
+    (folder / "tokenizer" / "tokenizer.json").write_text('{"version": "1.0", "mod')
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json: cannot be read as JSON"):
+        check_own(folder)

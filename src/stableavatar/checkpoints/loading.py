@@ -9,8 +9,8 @@ else from a ``config.json`` in the folder or beside the file, else from shapes (
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 import torch
 from accelerate import init_empty_weights
 from diffusers import AutoencoderKLWan
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import (
     AutoTokenizer,
@@ -48,6 +49,17 @@ Device = torch.device | str
 
 # What 8-bit weights become where no dtype is asked for.
 _EXPANDED_DTYPE = torch.bfloat16
+
+# What constructors of models raise for settings of another type, out of range, or that contradict each other.
+_SETTINGS_ERRORS = (
+    StrictDataclassError,
+    TypeError,
+    ValueError,
+    KeyError,
+    AttributeError,
+    ArithmeticError,
+    RuntimeError,
+)
 
 # How many tensors an error names before it only counts the rest.
 _NAMED_IN_ERRORS = 3
@@ -97,10 +109,11 @@ def load_transformer(
     if overlay is not None:
         tensors = tensors.overlaid(_read("transformer", overlay, dtype))
     given = dict(config or {})
-    if "dim" in given or "num_heads" in given:
-        given = names.transformer_config_to_ours(given)
-    known = {**_untold_settings(Path(base)), **given}
-    settings = shapes.transformer_settings(tensors.state, tensors.main, known)
+    with settings_of(tensors.main):
+        if "dim" in given or "num_heads" in given:
+            given = names.transformer_config_to_ours(given)
+        known = {**_untold_settings(Path(base)), **given}
+        settings = shapes.transformer_settings(tensors.state, tensors.main, known)
     model = _build(lambda: StableAvatarTransformer3DModel(**settings), tensors.main)
     if not any(names.is_audio_name(name) for name in tensors.state):
         if not allow_missing_audio:
@@ -220,11 +233,12 @@ def load_tokenizer(folder: Path | str) -> PreTrainedTokenizerBase:
         CheckpointError: the folder is missing or holds no tokenizer that can be read.
     """
     folder = Path(folder)
+    check_tokenizer(folder)
     if (folder / "tokenizer_config.json").is_file():
         try:
             return AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        except (OSError, ValueError, ImportError) as error:
-            reason = str(error).strip().splitlines()[0]
+        except (OSError, ImportError, *_SETTINGS_ERRORS) as error:
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise CheckpointError(
                 f"{folder}: the tokenizer cannot be read ({reason}); download it again"
             ) from error
@@ -236,6 +250,19 @@ def load_tokenizer(folder: Path | str) -> PreTrainedTokenizerBase:
     return PreTrainedTokenizerFast(
         tokenizer_file=str(file), pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
     )
+
+
+def check_tokenizer(folder: Path) -> None:
+    """Read a tokenizer's files of JSON, whose own library says of damaged ones only that it has failed.
+
+    Raises:
+        CheckpointError: one of those that are there is cut off, or holds something else; it is named.
+    """
+    if (folder / "tokenizer_config.json").is_file():
+        read_json(folder / "tokenizer_config.json")
+    file = folder / "tokenizer.json"
+    if file.is_file() and not isinstance(read_json(file).get("model"), dict):
+        raise CheckpointError(f"{file}: holds no tokenizer; download it again")
 
 
 def published_state_dict(transformer: StableAvatarTransformer3DModel) -> StateDict:
@@ -275,11 +302,25 @@ def _untold_settings(base: Path) -> dict[str, Any]:
 
 def _build(make: Callable[[], ModelT], source: Path) -> ModelT:
     """Build a model whose parameters have no memory yet; buffers do, which checkpoints need not hold."""
+    with settings_of(source), _own_random_state(), init_empty_weights(include_buffers=False):
+        return make()
+
+
+@contextmanager
+def settings_of(source: Path, name: str = "config.json") -> Iterator[None]:
+    """Raise what libraries raise for settings that cannot be as CheckpointError that names their file.
+
+    That is `name` in the folder `source`, where it is there, and else the file `source`.
+    """
     try:
-        with _own_random_state(), init_empty_weights(include_buffers=False):
-            return make()
-    except (TypeError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{source}: no model can be built with these settings ({error})") from error
+        yield
+    except _SETTINGS_ERRORS as error:
+        file = source / name if (source / name).is_file() else source
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise CheckpointError(
+            f"{file}: no model can be built with these settings ({reason}); correct them, or get the file"
+            " again"
+        ) from error
 
 
 def _fresh_audio(model: StableAvatarTransformer3DModel, settings: Mapping[str, Any]) -> StateDict:
