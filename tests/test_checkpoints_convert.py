@@ -17,8 +17,10 @@ from stableavatar.checkpoints import loading
 from stableavatar.checkpoints.convert import _complete_or_nothing, convert, export_transformer
 from stableavatar.checkpoints.files import read_state_dict
 from stableavatar.checkpoints.layout import OWN_PARTS, detect_layout, find_published
+from stableavatar.checkpoints.published import load_published, sampling_defaults
 from stableavatar.errors import CheckpointError, InputError
 from stableavatar.models.transformer import StableAvatarTransformer3DModel
+from stableavatar.options import SamplingDefaults
 
 
 @pytest.fixture(scope="module")
@@ -151,6 +153,29 @@ def test_pipeline_is_the_same_from_the_published_layout_and_from_the_own_folder(
     assert all(same(first.components[name], second.components[name]) for name in models)
     assert first.scheduler.config["shift"] == second.scheduler.config["shift"] == 5.0
     assert second.tokenizer("hello")["input_ids"] == first.tokenizer("hello")["input_ids"]
+
+
+def test_sizes_are_those_that_the_variant_was_trained_at(published: Path, own: Path, tmp_path: Path) -> None:
+    square = {"square": (512, 512)}
+    assert AvatarPipeline.from_pretrained(published).defaults.sizes == square
+    assert AvatarPipeline.from_pretrained(own).defaults.sizes == square
+    both = {"tall": (480, 832), "wide": (832, 480)}
+    assert AvatarPipeline.from_pretrained(published, variant="rec-vec").defaults.sizes == both
+    converted = convert(published, tmp_path / "rec", variant="rec-vec", parts=["transformer"])
+    index = json.loads((converted / "model_index.json").read_text())
+    assert SamplingDefaults(**index["sampling_defaults"]).sizes == both
+    # Nothing is known of what was trained elsewhere, and 14B was trained at all sizes.
+    overlay = published / toy.OVERLAYS / "transformer3d-square.pt"
+    trained = convert(published, tmp_path / "trained", overlay=overlay, parts=["transformer"])
+    assert "sampling_defaults" not in json.loads((trained / "model_index.json").read_text())
+    assert sampling_defaults("square", "14b") == {}
+
+
+def test_speech_is_heard_in_float32(published: Path) -> None:
+    parts = load_published(find_published(published), "square", "1.3b", torch.bfloat16)
+    assert {parameter.dtype for parameter in parts["speech_encoder"].parameters()} == {torch.float32}
+    assert parts["transformer"].proj_out.weight.dtype == torch.bfloat16
+    assert parts["text_encoder"].shared.weight.dtype == torch.bfloat16
 
 
 def test_wrong_requests(published: Path, tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ from stableavatar.checkpoints.layout import (
     PublishedLayout,
     find_published,
 )
-from stableavatar.checkpoints.published import SHIFT, TRAINING_STEPS
+from stableavatar.checkpoints.published import SHIFT, TRAINING_STEPS, sampling_defaults
 from stableavatar.errors import InputError
 from stableavatar.models.transformer import StableAvatarTransformer3DModel
 
@@ -78,7 +78,9 @@ def convert(
         for part in parts:
             logger.info("converting the %s", part)
             classes[part] = savers[part](folder / part)
-        write_model_index(folder, classes)
+        # The sizes that another transformer was trained at are not known.
+        defaults = sampling_defaults(variant, size) if "transformer" in parts and overlay is None else {}
+        write_model_index(folder, classes, {"sampling_defaults": defaults} if defaults else None)
     return Path(target)
 
 

@@ -9,13 +9,29 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from stableavatar.checkpoints import loading
 from stableavatar.checkpoints.layout import PublishedLayout
 from stableavatar.errors import CheckpointError
+from stableavatar.options import SamplingDefaults
 
 SHIFT = 5.0
 TRAINING_STEPS = 1000
 
+# Which aspects the released transformers were trained at; those of 14B at every one.
+_TRAINED_AT = {("1.3b", "square"): ("square",), ("1.3b", "rec-vec"): ("tall", "wide")}
+
+
+def sampling_defaults(variant: str, size: str) -> dict[str, Any]:
+    """What a published transformer's own settings differ in from `SamplingDefaults`: trained sizes.
+
+    Empty for transformers that are not known, those of a training for example.
+    """
+    aspects = _TRAINED_AT.get((size, variant))
+    sizes = SamplingDefaults().sizes
+    return {} if aspects is None else {"sizes": {aspect: sizes[aspect] for aspect in aspects}}
+
 
 def load_published(found: PublishedLayout, variant: str, size: str, dtype: torch.dtype) -> dict[str, Any]:
-    """Every part that `AvatarPipeline` is made of, by name, on the CPU.
+    """Every part that `AvatarPipeline` is made of, by name, on the CPU, and its `sampling_defaults`.
+
+    The speech encoder is in float32 whatever the dtype: it is small, and every window hears through it.
 
     Raises:
         CheckpointError: parts are missing, damaged, or of another model.
@@ -28,8 +44,9 @@ def load_published(found: PublishedLayout, variant: str, size: str, dtype: torch
         "text_encoder": loading.load_text_encoder(_part(found.text_encoder), dtype=dtype),
         "tokenizer": loading.load_tokenizer(_part(found.tokenizer)),
         "image_encoder": loading.load_image_encoder(_part(found.image_encoder), dtype=dtype),
-        "speech_encoder": loading.load_speech_encoder(_part(found.speech_encoder), dtype=dtype),
+        "speech_encoder": loading.load_speech_encoder(_part(found.speech_encoder), dtype=torch.float32),
         "scheduler": FlowMatchEulerDiscreteScheduler(shift=SHIFT, num_train_timesteps=TRAINING_STEPS),
+        "sampling_defaults": sampling_defaults(variant, size),
     }
 
 
