@@ -95,9 +95,11 @@ def test_every_option_reaches_the_pipeline(files: tuple[Path, Path, Path]) -> No
     result = run(
         *["generate", picture, recording, "-o", output, "--model", toy_model(), *arguments],
         *["--quality", "33", "--preset", "superfast", "--frames-folder", output.with_name("frames")],
+        *["--dtype", "bfloat16"],
     )
     assert result.exit_code == 0, result.output
-    assert settings_in(output) == {"version": __version__, **GENERATION}
+    model = {"version": __version__, "model": str(toy_model()), "dtype": "bfloat16"}
+    assert settings_in(output) == {**model, **GENERATION, "quality": 33, "preset": "superfast"}
     found = probe(output)
     # 1 s at 20 frames/s, of which compat makes 4n+1 frames.
     assert (found.width, found.height, found.fps, found.frames) == (48, 32, 20, 17)
@@ -128,7 +130,19 @@ def test_one_line_at_the_end(files: tuple[Path, Path, Path]) -> None:
 
 def test_info_gives_the_command_that_repeats_a_video(files: tuple[Path, Path, Path], tmp_path: Path) -> None:
     picture, recording, output = files
-    generate(picture, recording, output, "--prompt", "it's [she]", "--fps", "20", "--start", "0.1")
+    generate(
+        picture,
+        recording,
+        output,
+        "--prompt",
+        "it's [she]",
+        "--fps",
+        "20",
+        "--start",
+        "0.1",
+        "--quality",
+        "9",
+    )
     shown = run("info", output)
     assert shown.exit_code == 0
     assert re.search(rf"^seed +{settings_in(output)['seed']}$", shown.stdout, re.MULTILINE)
@@ -137,9 +151,7 @@ def test_info_gives_the_command_that_repeats_a_video(files: tuple[Path, Path, Pa
     named = {"PORTRAIT": picture, "SPEECH": recording, "OUT.mp4": again}
     assert words[0] == "stableavatar"
     assert named.keys() < set(words)
-    result = run(
-        *(named.get(word, word) for word in words[1:]), "--model", toy_model(), "--preset", "ultrafast"
-    )
+    result = run(*(named.get(word, word) for word in words[1:]))
     assert result.exit_code == 0, result.output
     assert settings_in(again) == settings_in(output)
     for first, second in zip(read_frames(output), read_frames(again), strict=True):
@@ -150,6 +162,11 @@ def test_defaults_are_left_out_of_the_repeating_command() -> None:
     settings = {"version": "1", "prompt": "The protagonist is talking", "width": 32, "height": 48, "seed": 3}
     command = repeating_command({**settings, "fps": 25.0, "compat": None})
     assert command == "stableavatar generate PORTRAIT SPEECH -o OUT.mp4 --size 32x48 --seed 3"
+    model = {"model": "a b", "variant": "rec-vec", "model_size": "1.3b", "dtype": "float32"}
+    command = repeating_command({**model, "seed": 3, "quality": 18, "preset": "slow"})
+    assert command.endswith(
+        "--model 'a b' --variant rec-vec --model-size 1.3b --dtype float32 --seed 3 --preset slow"
+    )
 
 
 def test_info_on_a_file_from_elsewhere(files: tuple[Path, Path, Path]) -> None:

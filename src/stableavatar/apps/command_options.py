@@ -16,7 +16,10 @@ from typing import Annotated, Any, get_type_hints
 import typer
 
 from stableavatar.errors import InputError
-from stableavatar.options import GenerateOptions
+from stableavatar.options import GenerateOptions, OutputOptions
+
+# Options of the command line that belong to no dataclass, as a video's metadata names them.
+_MODEL_SETTINGS = ("model", "variant", "model_size", "dtype")
 
 
 def with_fields(function: Callable[..., None]) -> Callable[..., None]:
@@ -90,13 +93,17 @@ def repeating_command(settings: Mapping[str, Any]) -> str:
     """The command that makes a video with these settings; the names of the files stand in capitals.
 
     Args:
-        settings: values of `GenerateOptions`, as they are in a video's metadata. Those that are the
-            default are left out; names that no option has are ignored.
+        settings: what is in a video's metadata: the model, its variant, size and dtype, and values of
+            `GenerateOptions` and `OutputOptions`, of which those that are the default are left out. Names
+            that no option has are ignored.
     """
     words = ["stableavatar", "generate", "PORTRAIT", "SPEECH", "-o", "OUT.mp4"]
+    for name in _MODEL_SETTINGS:
+        if settings.get(name):
+            words += ["--" + name.replace("_", "-"), str(settings[name])]
     if settings.get("width") and settings.get("height"):
         words += ["--size", f"{settings['width']}x{settings['height']}"]
-    for field in fields(GenerateOptions):
+    for field in (*fields(GenerateOptions), *fields(OutputOptions)):
         value = settings.get(field.name)
         if field.name not in ("width", "height") and value is not None and value != field.default:
             words += [flag_of(field), str(value)]
