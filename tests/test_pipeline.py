@@ -240,6 +240,32 @@ class TestLoading:
         samples = noise(5 * 640)
         assert np.array_equal(frames(pipeline, samples), frames(again, samples))
 
+    def test_half_precision_leaves_speech_and_time_in_float32(
+        self, pipeline: AvatarPipeline, tmp_path: Path
+    ) -> None:
+        pipeline.save_pretrained(tmp_path)
+        half = stableavatar.load(tmp_path, device="cpu", dtype="bfloat16")
+        assert half.transformer.blocks[0].attn1.to_q.weight.dtype == torch.bfloat16
+        assert half.transformer.condition_embedder.time_proj.weight.dtype == torch.float32
+        assert half.vae.dtype == torch.bfloat16
+        assert half.speech_encoder.dtype == torch.float32
+        exact, near = (frames(p, noise(5 * 640)).astype(int) for p in (pipeline, half))
+        assert 0 < abs(exact - near).mean() < 3
+
+    def test_portraits_of_every_kind_are_read_alike(self, pipeline: AvatarPipeline, tmp_path: Path) -> None:
+        """A Pillow image is turned upright and laid over white as a file is."""
+        image = Image.fromarray(np.dstack([portrait(), np.full((40, 48), 128, dtype=np.uint8)]))
+        exif = image.getexif()
+        exif[0x0112] = 6
+        image.save(tmp_path / "portrait.png", exif=exif)
+        made = [
+            np.stack(list(pipeline.stream(given, noise(640), steps=1, seed=1)))
+            for given in (tmp_path / "portrait.png", Image.open(tmp_path / "portrait.png"))
+        ]
+        assert np.array_equal(*made)
+        with pytest.raises(InputError, match="16"):
+            pipeline.stream(portrait()[:1, :1], noise(640))
+
     def test_what_is_not_there(self) -> None:
         with pytest.raises(InputError, match="no such file or folder"):
             stableavatar.load("./nowhere/at all")

@@ -35,7 +35,7 @@ from stableavatar.conditioning.speech import WindowSpeech
 from stableavatar.conditioning.text import encode_prompts
 from stableavatar.errors import InputError
 from stableavatar.media.audio import SPEECH_RATE, Sound, Speech
-from stableavatar.media.image import fit_picture, read_picture
+from stableavatar.media.image import check_size, convert_picture, fit_picture, read_picture
 from stableavatar.media.timing import frame_count
 from stableavatar.media.video import FrameWriter, VideoWriter
 from stableavatar.models.transformer import StableAvatarTransformer3DModel
@@ -46,6 +46,8 @@ from stableavatar.sampling.engine import Conditions, Denoiser, SamplingError, Sc
 from stableavatar.sampling.guidance import GUIDANCE_RULES
 from stableavatar.sampling.noise import GivenNoise, Noise, PositionalNoise
 from stableavatar.sampling.windows import Window, WindowPlan, latent_frames_for, plan_windows
+
+HUB_ARGUMENTS = ("revision", "token", "cache_dir")
 
 TINY = Path(__file__).parent / "assets" / "tiny"
 
@@ -184,7 +186,8 @@ class AvatarPipeline(DiffusionPipeline):
             variant: which of the published transformers, "square" (the default) or "rec-vec".
             size: of the published checkpoints, "1.3b" (the default) or "14b".
             dtype: of the weights.
-            kwargs: for a folder of this project's own or a hub id, as in diffusers.
+            kwargs: `revision`, `token` and `cache_dir` for a hub id; for a folder of this project's own, as in
+                diffusers.
 
         Raises:
             CheckpointError: files are missing, damaged, or of another model.
@@ -194,7 +197,8 @@ class AvatarPipeline(DiffusionPipeline):
         published = {"variant": variant or "square", "size": size or "1.3b"}
         folder = TINY if str(source) == "tiny" else Path(source).expanduser()
         if not folder.is_dir():
-            folder = hub.resolve(str(source), variant=published["variant"])
+            places = {name: kwargs.pop(name) for name in HUB_ARGUMENTS if name in kwargs}
+            folder = hub.resolve(str(source), **published, **places)
         if detect_layout(folder) == "own":
             if variant is not None or size is not None:
                 raise InputError(
@@ -203,6 +207,7 @@ class AvatarPipeline(DiffusionPipeline):
             check_own(folder, [part for part in OWN_PARTS if part not in kwargs])
             kwargs.setdefault("local_files_only", True)
             pipeline = super().from_pretrained(folder, dtype=dtype, **kwargs)
+            pipeline.speech_encoder.float()  # its features feed every window, and it is small
             pipeline.origin = {"model": str(source)}
             return pipeline
         if kwargs:
@@ -512,12 +517,13 @@ def _picture(portrait: Portrait) -> Frame:
     if isinstance(portrait, str | Path):
         return read_picture(portrait)
     if isinstance(portrait, Image.Image):
-        portrait = np.asarray(portrait.convert("RGB"))
+        return convert_picture(portrait, "the portrait")
     if portrait.ndim != 3 or portrait.shape[2] != 3 or portrait.dtype != np.uint8:
         raise InputError(
             "a portrait given as an array must be uint8 [H, W, 3], "
             f"not {portrait.dtype} {list(portrait.shape)}"
         )
+    check_size("the portrait", portrait.shape[1], portrait.shape[0])
     return portrait
 
 

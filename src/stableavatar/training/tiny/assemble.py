@@ -7,7 +7,6 @@ The weights are stored in bfloat16, the folder is in diffusers' layout like ever
 
 import argparse
 import logging
-import sys
 from pathlib import Path
 
 import torch
@@ -84,4 +83,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -281,7 +281,7 @@ class AutoencoderTrainer:
             kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
             loss = reconstruction_loss(settings, made, true, chunk_weight) + settings.kl_weight * kl
             share = length / frames
-            (loss * share).backward()  # type: ignore[no-untyped-call]
+            (loss * share).backward()
             memory.detach()
             totals["loss"] += loss.item() * share
             totals["squared"] += F.mse_loss(made.detach().clamp(-1, 1), true).item() * share
@@ -531,7 +531,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     with tempfile.TemporaryDirectory() as folder:
         arguments_of_all = (job, f"{folder}/rendezvous")
-        spawn(run_process, args=arguments_of_all, nprocs=settings.processes)  # type: ignore[no-untyped-call]
+        spawn(run_process, args=arguments_of_all, nprocs=settings.processes)
 
 
 if __name__ == "__main__":

@@ -206,7 +206,7 @@ def train(settings: SpeechEncoderSettings, windows: SpeechWindows, out: Path) ->
         with torch.autocast("cpu", torch.bfloat16):
             tracks = model(samples)
         loss = F.smooth_l1_loss(tracks.float(), targets, beta=0.1)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer, _ in optimizers:
             optimizer.step()
