@@ -42,7 +42,8 @@ parity: $(STAMP) ## every parity case under PARITY=folder against our model
 	$(BIN)/python -m stableavatar.evaluation.parity $(PARITY)
 
 evaluate-tiny: $(STAMP) ## the embedded model against its bars (QUICK=1: a subset in two minutes)
-	$(BIN)/python -m stableavatar.evaluation.tiny $(if $(QUICK),--quick) $(if $(MODEL),--model $(MODEL))
+	$(BIN)/python -m stableavatar.evaluation.tiny --model $(MODEL) \
+	    $(if $(QUICK),--quick,--out docs/tiny.md $(if $(wildcard $(WORK)),--curves $(WORK)))
 
 tiny: $(STAMP)   ## train the embedded model anew, from puppets to weights (many hours on two cores)
 	$(BIN)/python -m stableavatar.data.puppets store --folder $(STORE) --clips $(CLIPS)

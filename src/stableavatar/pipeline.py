@@ -33,7 +33,7 @@ from stableavatar.checkpoints.published import load_published
 from stableavatar.conditioning.image import picture_tensor, portrait_embeddings, reference_condition
 from stableavatar.conditioning.speech import WindowSpeech
 from stableavatar.conditioning.text import encode_prompts
-from stableavatar.errors import InputError
+from stableavatar.errors import CheckpointError, InputError
 from stableavatar.media.audio import SPEECH_RATE, Sound, Speech
 from stableavatar.media.image import check_size, convert_picture, fit_picture, read_picture
 from stableavatar.media.timing import frame_count
@@ -186,8 +186,7 @@ class AvatarPipeline(DiffusionPipeline):
             variant: which of the published transformers, "square" (the default) or "rec-vec".
             size: of the published checkpoints, "1.3b" (the default) or "14b".
             dtype: of the weights.
-            kwargs: `revision`, `token` and `cache_dir` for a hub id; for a folder of this project's own, as in
-                diffusers.
+            kwargs: `revision`, `token` and `cache_dir` for a hub id; for an own folder, as in diffusers.
 
         Raises:
             CheckpointError: files are missing, damaged, or of another model.
@@ -196,6 +195,11 @@ class AvatarPipeline(DiffusionPipeline):
         """
         published = {"variant": variant or "square", "size": size or "1.3b"}
         folder = TINY if str(source) == "tiny" else Path(source).expanduser()
+        if folder == TINY and not folder.is_dir():
+            raise CheckpointError(
+                "this copy of the package came without the weights of tiny; train them (make tiny), or name "
+                "another model"
+            )
         if not folder.is_dir():
             places = {name: kwargs.pop(name) for name in HUB_ARGUMENTS if name in kwargs}
             folder = hub.resolve(str(source), **published, **places)
