@@ -63,6 +63,8 @@ def clip(clips: list[PuppetClip]) -> PuppetClip:
 
 @pytest.fixture(scope="module")
 def meter() -> MouthMeter:
+    if not METER_FILE.is_file():
+        pytest.skip("this copy has no meter weights yet: python -m stableavatar.training.tiny.meter makes them")
     return shipped_meter()
 
 
@@ -481,6 +483,7 @@ def test_contact_sheet_shows_wide_and_shut_mouths(clip: PuppetClip) -> None:
     assert sheet.size == (96 + 6 * 256, 2 * 256)
 
 
+@pytest.mark.usefixtures("meter")
 def test_command_runs_a_model_and_fails_on_its_bars(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
