@@ -64,7 +64,9 @@ def clip(clips: list[PuppetClip]) -> PuppetClip:
 @pytest.fixture(scope="module")
 def meter() -> MouthMeter:
     if not METER_FILE.is_file():
-        pytest.skip("this copy has no meter weights yet: python -m stableavatar.training.tiny.meter makes them")
+        pytest.skip(
+            "this copy has no meter weights yet: python -m stableavatar.training.tiny.meter makes them"
+        )
     return shipped_meter()
 
 
