@@ -18,10 +18,8 @@ from stableavatar.training.tiny.autoencoder import (
     AutoencoderSettings,
     AutoencoderTrainer,
     Batches,
-    build_autoencoder,
-    peak_signal_to_noise,
-    reconstruct,
 )
+from stableavatar.training.tiny.autoencoder_model import build_autoencoder, peak_signal_to_noise, reconstruct
 from stableavatar.training.tiny.feature_memory import (
     FeatureMemory,
     chunk_lengths,

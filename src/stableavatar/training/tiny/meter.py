@@ -27,7 +27,7 @@ from stableavatar.data.puppets import EVALUATION_SEED, Articulation, Identity, M
 from stableavatar.errors import InputError
 from stableavatar.evaluation.lips import correlate
 from stableavatar.evaluation.meter import METER_FILE, SIZE, MouthMeter
-from stableavatar.training.tiny.autoencoder import reconstruct
+from stableavatar.training.tiny.autoencoder_model import reconstruct
 
 logger = logging.getLogger(__name__)
 
