@@ -26,9 +26,9 @@ from stableavatar.apps import cli, progress
 from stableavatar.apps.command_options import flag_of, parse_size, repeating_command
 from stableavatar.checkpoints import hub
 from stableavatar.errors import InputError
+from stableavatar.generation import Progress
 from stableavatar.media.video import probe, read_frames, read_metadata
 from stableavatar.options import GenerateOptions, OutputOptions
-from stableavatar.pipeline import Progress
 
 # A value for every option that is not its default, and fits the others.
 GENERATION = {

@@ -9,10 +9,11 @@ from PIL import Image, ImageDraw
 
 import stableavatar
 from stableavatar.errors import InputError
+from stableavatar.generation import Progress
 from stableavatar.media.image import read_picture
 from stableavatar.media.reading import probe, read_frames, read_metadata
 from stableavatar.options import GenerateOptions, OutputOptions, SamplingDefaults, Settings
-from stableavatar.pipeline import AvatarPipeline, GeneratedVideo, Progress
+from stableavatar.pipeline import AvatarPipeline, GeneratedVideo
 from stableavatar.sampling.engine import SamplingError
 from toy import toy_pipeline
 

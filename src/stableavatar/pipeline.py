@@ -11,12 +11,11 @@ import contextlib
 import difflib
 import json
 import secrets
-import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import asdict, dataclass, fields
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,10 +29,9 @@ from stableavatar.checkpoints import hub
 from stableavatar.checkpoints.layout import OWN_PARTS, detect_layout, find_published
 from stableavatar.checkpoints.own import check_own
 from stableavatar.checkpoints.published import load_published
-from stableavatar.conditioning.image import picture_tensor, portrait_embeddings, reference_condition
-from stableavatar.conditioning.speech import WindowSpeech
-from stableavatar.conditioning.text import encode_prompts
+from stableavatar.conditioning.image import picture_tensor
 from stableavatar.errors import CheckpointError, InputError
+from stableavatar.generation import Frame, ProgressCallback, Run
 from stableavatar.media.audio import SPEECH_RATE, Sound, Speech
 from stableavatar.media.image import check_size, convert_picture, fit_picture, read_picture
 from stableavatar.media.timing import frame_count
@@ -41,42 +39,15 @@ from stableavatar.media.video import FrameWriter, VideoWriter
 from stableavatar.models.transformer import StableAvatarTransformer3DModel
 from stableavatar.options import GenerateOptions, OutputOptions, SamplingDefaults, Settings
 from stableavatar.placement.device import choose_device, choose_dtype
-from stableavatar.sampling.decoding import stream_decode
-from stableavatar.sampling.engine import Conditions, Denoiser, SamplingError, Schedule, sample_lockstep
-from stableavatar.sampling.guidance import GUIDANCE_RULES
 from stableavatar.sampling.noise import GivenNoise, Noise, PositionalNoise
-from stableavatar.sampling.windows import Window, WindowPlan, latent_frames_for, plan_windows
+from stableavatar.sampling.windows import latent_frames_for, plan_windows
 
 HUB_ARGUMENTS = ("revision", "token", "cache_dir")
 
 TINY = Path(__file__).parent / "assets" / "tiny"
 
-Frame = NDArray[np.uint8]
 Portrait = str | Path | Image.Image | Frame
 SpeechInput = str | Path | NDArray[np.float32]
-
-
-@dataclass(frozen=True)
-class Progress:
-    """How far a video is.
-
-    Attributes:
-        stage: "sampling" counts cells (a step of a window), "decoding" frames.
-        done, total: how many of them. seconds_left: estimated from this stage's pace, None before the first.
-        step, steps, window, windows: where the sampling is, counted from 1.
-    """
-
-    stage: Literal["sampling", "decoding"]
-    done: int
-    total: int
-    seconds_left: float | None
-    step: int
-    steps: int
-    window: int
-    windows: int
-
-
-ProgressCallback = Callable[[Progress], None]
 
 
 class AvatarStream(Iterator[Frame]):
@@ -289,7 +260,7 @@ class AvatarPipeline(DiffusionPipeline):
             wanted = (shape[0], plan.latent_frames, *shape[1:])
             raise InputError(f"latents of shape {tuple(latents.shape)} do not fit: {wanted} is needed")
         fitted = fit_picture(picture, options.width, options.height, options.fit)
-        run = _Run(self, options, plan, frames, fps, picture_tensor(fitted), recording, noise, progress)
+        run = Run(self, options, plan, frames, fps, picture_tensor(fitted), recording, noise, progress)
         return AvatarStream(run.frames(), frames, fps, options, recording)
 
     def _resolve(self, given: GenerateOptions, picture: Frame) -> Settings:
@@ -361,127 +332,6 @@ class AvatarPipeline(DiffusionPipeline):
         return GeneratedVideo(Path(output), stream.frame_count, stream.frame_rate, stream.options)
 
 
-class _Run:
-    """One video being made: conditions, then cells, then frames."""
-
-    def __init__(
-        self,
-        pipeline: AvatarPipeline,
-        options: Settings,
-        plan: WindowPlan,
-        frame_count: int,
-        fps: Fraction,
-        picture: torch.Tensor,
-        speech: Speech | None,
-        noise: Noise,
-        progress: ProgressCallback | None,
-    ) -> None:
-        self.pipeline = pipeline
-        self.options = options
-        self.plan = plan
-        self.frame_count = frame_count
-        self.fps = fps
-        self.picture = picture
-        self.speech = speech
-        self.noise = noise
-        self.progress = progress
-
-    def frames(self) -> Generator[Frame, None, None]:
-        try:
-            yield from self._frames()
-        finally:
-            if self.speech is not None:
-                self.speech.close()
-            self.pipeline.maybe_free_model_hooks()
-
-    def _frames(self) -> Iterator[Frame]:
-        latents = self._sample(self._conditions())
-        started = time.monotonic()
-        decoded = stream_decode(self.pipeline.vae, latents.unbind(1), self.pipeline._execution_device)
-        for index in range(self.frame_count):
-            frame = next(decoded)
-            if not torch.isfinite(frame).all():
-                raise SamplingError(
-                    f"frame {index + 1} of {self.frame_count} came out of the autoencoder without finite "
-                    "numbers: try --dtype float32"
-                )
-            pixels = ((frame + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
-            self._report("decoding", index + 1, self.frame_count, started, len(self.plan.windows) - 1)
-            yield pixels.permute(1, 2, 0).cpu().numpy()
-
-    def _conditions(self) -> Conditions:
-        pipeline, options = self.pipeline, self.options
-        device = pipeline._execution_device
-        prompts = [options.prompt, options.negative_prompt]
-        text_length = pipeline.transformer.config.text_length
-        prompt, negative = encode_prompts(
-            pipeline.tokenizer, pipeline.text_encoder, prompts, text_length, device
-        )
-        picture = self.picture.to(device)
-        portrait = portrait_embeddings(pipeline.image_encoder, picture)
-        reference = reference_condition(pipeline.vae, picture, options.window)
-        return Conditions(prompt[None], negative[None], portrait, reference)
-
-    def _sample(self, conditions: Conditions) -> torch.Tensor:
-        pipeline, options = self.pipeline, self.options
-        device = pipeline._execution_device
-        rule = GUIDANCE_RULES[options.guidance]
-        guidance = rule(options.text_scale, options.audio_scale, has_audio=self.speech is not None)
-        schedule = Schedule.from_scheduler(pipeline.scheduler, options.steps)
-        speech: Callable[[Window], torch.Tensor | None] = _no_speech
-        if self.speech is not None:
-            speech = WindowSpeech(
-                pipeline.speech_encoder,
-                self.speech,
-                self.plan,
-                self.fps,
-                normalisation=options.speech_normalisation,
-                device=device,
-            )
-        denoiser = Denoiser(
-            pipeline.transformer,
-            schedule,
-            guidance,
-            conditions,
-            speech,
-            window_latents=self.plan.window_latents,
-            no_audio=options.no_audio,
-            device=device,
-        )
-        windows, started = len(self.plan.windows), time.monotonic()
-
-        def report(step: int, window: Window) -> None:
-            done = step * windows + window.index + 1
-            self._report("sampling", done, windows * len(schedule), started, window.index, step)
-
-        return sample_lockstep(
-            self.plan,
-            len(schedule),
-            self.noise,
-            denoiser,
-            weights=options.overlap_weights,
-            device=device,
-            progress=report,
-        )
-
-    def _report(
-        self,
-        stage: Literal["sampling", "decoding"],
-        done: int,
-        total: int,
-        started: float,
-        window: int,
-        step: int | None = None,
-    ) -> None:
-        if self.progress is None:
-            return
-        left = (time.monotonic() - started) / done * (total - done)
-        steps = self.options.steps
-        windows = len(self.plan.windows)
-        current = steps if step is None else step + 1
-        self.progress(Progress(stage, done, total, left, current, steps, window + 1, windows))
-
-
 def load(
     source: str | Path = "tiny", *, device: str = "auto", dtype: str = "auto", **kwargs: Any
 ) -> AvatarPipeline:
@@ -511,10 +361,6 @@ def generate(
 ) -> GeneratedVideo:
     """Write the portrait saying the speech as an MP4 with sound; see `AvatarPipeline.generate`."""
     return load(model).generate(portrait, speech, output, **options)
-
-
-def _no_speech(_window: Window) -> None:
-    return None
 
 
 def _picture(portrait: Portrait) -> Frame:

@@ -12,7 +12,7 @@ from rich.progress import BarColumn, TaskProgressColumn, TextColumn
 from rich.progress import Progress as Bar
 
 if TYPE_CHECKING:
-    from stableavatar.pipeline import Progress
+    from stableavatar.generation import Progress
 
 SECONDS_BETWEEN_LINES = 10.0
 COLUMNS = (
