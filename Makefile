@@ -51,7 +51,7 @@ tiny: $(STAMP)   ## train the embedded model anew, from puppets to weights (many
 	    --minutes 240 --resume
 	$(BIN)/python -m stableavatar.training.tiny.speech_encoder --out $(WORK)/speech_encoder --puppets $(STORE)
 	$(BIN)/python -m stableavatar.training.tiny.latents --store $(STORE) --out $(WORK)/latents \
-	    --autoencoder $(WORK)/autoencoder/model --speech-encoder $(WORK)/speech_encoder/model --visits 4
+	    --autoencoder $(WORK)/autoencoder/model --speech-encoder $(WORK)/speech_encoder/model
 	$(BIN)/python -m stableavatar.training.tiny.transformer --cache $(WORK)/latents --out $(WORK)/transformer --resume
 	$(BIN)/python -m stableavatar.training.tiny.meter --autoencoder $(WORK)/autoencoder/model
 	$(BIN)/python -m stableavatar.training.tiny.assemble --autoencoder $(WORK)/autoencoder/model \

@@ -16,8 +16,8 @@ from transformers import Wav2Vec2Config, Wav2Vec2Model
 from clip_folders import SIDE, write_clip
 from stableavatar.conditioning.image import picture_tensor, reference_condition
 from stableavatar.conditioning.speech import speech_features
-from stableavatar.data.cache import CacheWriter, LatentCache, stack_samples
-from stableavatar.data.clips import FolderClip, find_clips, read_path_list
+from stableavatar.data.cache import CachedWindows, CacheWriter, LatentCache, stack_samples
+from stableavatar.data.clips import FolderClip, find_clips, normalized_speech, read_path_list
 from stableavatar.data.dataset import ClipDataset, ClipDatasetSettings, Window, read_sample
 from stableavatar.data.masks import masks_to_latents
 from stableavatar.data.sampler import GroupedSampler
@@ -310,3 +310,37 @@ def test_training_from_the_cache_in_half_precision_is_close(
     assert full.condition.shape == (2, 20, 3, SIDE // 8, SIDE // 8)
     assert full.condition[:, :4, 0].min() == 1
     assert full.condition[:, :4, 1:].abs().max() == 0
+
+
+def test_windows_of_a_cache_of_longer_clips(
+    root: Path, encoders: tuple[AutoencoderKLWan, Wav2Vec2Model]
+) -> None:
+    vae, speech_encoder = encoders
+    clip = write_clip(root / "speech" / "00000", frames=17, fps=30)
+    dataset = ClipDataset.from_folders([clip], ClipDatasetSettings(frames=17, portrait=1.0))
+    CacheWriter(dataset, root / "cache", vae, speech_encoder, window_frames=9).write([(0, 0)])
+    whole = LatentCache(root / "cache")[0, 0]
+    assert whole.latents.shape[1] == 5
+    assert whole.reference.shape[1] == 3
+    windows = CachedWindows(LatentCache(root / "cache"))
+    starts = set()
+    for epoch in range(12):
+        window = windows[0, epoch]
+        assert torch.equal(window.latents, windows[0, epoch].latents)
+        (start,) = (k for k in range(3) if torch.equal(whole.latents[:, k : k + 3], window.latents))
+        starts.add(start)
+        assert torch.equal(window.lip_mask, whole.lip_mask[start : start + 3])
+        assert torch.equal(window.face_mask, whole.face_mask[start : start + 3])
+        speech = normalized_speech(dataset.clips[0], 4 * start, 9)
+        own = speech_features(speech_encoder, speech)[0]
+        torch.testing.assert_close(window.speech, own, rtol=1e-3, atol=1e-4)
+    assert starts == {0, 1, 2}
+    condition = reference_condition(vae, picture_tensor(whole.portrait.numpy()), 9)
+    torch.testing.assert_close(stack_samples([windows[0, 0]]).condition, condition, rtol=1e-4, atol=1e-5)
+
+    CacheWriter(dataset, root / "plain", vae, speech_encoder).write([(0, 0)])
+    with pytest.raises(InputError, match="holds no windows"):
+        CachedWindows(LatentCache(root / "plain"))
+    for frames in (8, 21):
+        with pytest.raises(InputError, match="window_frames must be"):
+            CacheWriter(dataset, root / "bad", vae, speech_encoder, window_frames=frames)

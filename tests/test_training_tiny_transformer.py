@@ -13,7 +13,7 @@ from transformers import CLIPVisionModel, UMT5EncoderModel, Wav2Vec2Config, Wav2
 from clip_folders import write_clip
 from stableavatar.conditioning.image import picture_tensor, portrait_embeddings
 from stableavatar.conditioning.text import encode_prompts
-from stableavatar.data.cache import CacheWriter, LatentCache, stack_samples
+from stableavatar.data.cache import CachedWindows, CacheWriter, LatentCache, stack_samples
 from stableavatar.data.dataset import ClipDataset, ClipDatasetSettings
 from stableavatar.data.puppets import make_clip
 from stableavatar.data.puppets.store import build_store
@@ -46,18 +46,21 @@ def toy_encoders(folder: Path) -> tuple[Path, Path]:
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Six windows of two small clips."""
+    """Windows of five frames of six small clips of nine."""
     folder = tmp_path_factory.mktemp("tiny")
     vae, speech = toy_encoders(folder)
-    clips = [write_clip(folder / "speech" / str(k), frames=8, prompt=f"A person {k} talks") for k in range(2)]
-    dataset = ClipDataset.from_folders(clips, ClipDatasetSettings(frames=5, portrait=0.5))
+    clips = [
+        write_clip(folder / "speech" / str(k), frames=10, prompt=f"A person {k} talks") for k in range(6)
+    ]
+    dataset = ClipDataset.from_folders(clips, ClipDatasetSettings(frames=9, portrait=0.5))
     CacheWriter(
         dataset,
         folder / "cache",
         AutoencoderKLWan.from_pretrained(vae),
         Wav2Vec2Model.from_pretrained(speech),
         torch.bfloat16,
-    ).write(latents.visit_order(2, 1, seed=0))
+        window_frames=5,
+    ).write([(k, 0) for k in range(6)])
     return folder / "cache"
 
 
@@ -100,7 +103,7 @@ def avatar() -> TinyAvatar:
 
 
 def test_every_trained_parameter_learns_and_explicit_attention_is_exact(cache: Path) -> None:
-    samples = LatentCache(cache)
+    samples = CachedWindows(LatentCache(cache))
     batch = stack_samples([samples[k, 0] for k in range(3)])
     model = avatar()
     draws = draw_step(batch.latents.shape, model.objective, model.sigmas, torch.Generator().manual_seed(0))
@@ -122,7 +125,7 @@ def test_every_trained_parameter_learns_and_explicit_attention_is_exact(cache: P
 
 
 def test_conditions_are_those_of_sampling(cache: Path) -> None:
-    samples = LatentCache(cache)
+    samples = CachedWindows(LatentCache(cache))
     batch = stack_samples([samples[k, 0] for k in range(2)])
     model = avatar()
     inputs = model.inputs(batch)
@@ -160,14 +163,16 @@ def test_the_optimizer_is_adamw_outside_of_blocks_and_orthogonal_within() -> Non
 
 def test_a_store_of_puppets_becomes_a_cache_and_a_preview(tmp_path: Path) -> None:
     vae, speech = toy_encoders(tmp_path)
-    build_store(tmp_path / "store", [3], seconds=1.4, size=32, processes=1)
+    build_store(tmp_path / "store", [3, 4], seconds=1.7, size=32, processes=1)
     latents.main(
         ["--store", str(tmp_path / "store"), "--autoencoder", str(vae), "--speech-encoder", str(speech), "--out",
-         str(tmp_path / "cache")]
+         str(tmp_path / "cache"), "--frames", "41"]
     )  # fmt: skip
     cached = LatentCache(tmp_path / "cache")
-    assert len(cached) == latents.WINDOWS_A_VISIT
-    assert cached[0, 0].latents.shape == (16, 9, 4, 4)
+    assert len(cached) == 2
+    assert cached[0, 0].latents.shape == (16, 11, 4, 4)
+    assert cached[0, 0].speech.shape == (3, 65, 16)
+    assert cached[0, 0].reference.shape == (16, 9, 4, 4)
     assert cached[0, 0].prompt == make_clip(3, 0.1, size=32).prompt
 
     run(

@@ -9,7 +9,7 @@ import json
 import logging
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from transformers import Wav2Vec2Model
 
 from stableavatar.conditioning.image import reference_mask
 from stableavatar.conditioning.speech import speech_features
+from stableavatar.data.clips import normalized_speech
 from stableavatar.data.dataset import ClipDataset, ClipSample
 from stableavatar.data.sampler import ClipKey
 from stableavatar.errors import InputError
@@ -41,10 +42,11 @@ class CachedSample:
     """A sample as it is in a shard.
 
     Attributes:
-        latents: normalised latents of the clip `[16, F, H, W]`.
+        latents: normalised latents of the clip `[C, F, H, W]`.
         reference: normalised latents of the reference clip (the picture, then mid-grey), the same shape.
         portrait: the reference picture, uint8 `[8·H, 8·W, 3]`.
-        speech: features of the clip's speech `[S, C]`.
+        speech: features of the clip's speech `[S, D]`, or, in a cache of longer clips, those of every window
+            `[W, S, D]` (see `CacheWriter`).
         face_mask, lip_mask: `[F, H, W]` in [0, 1].
     """
 
@@ -119,6 +121,9 @@ class CacheWriter:
         vae, speech_encoder: on the device and in the dtype they shall run in.
         dtype: of latents, features and masks in the shards.
         shard_samples: samples a shard.
+        window_frames: T of the windows that `CachedWindows` takes from the samples, which are longer: one
+            encoding of a clip then serves many windows. The speech of every window that starts at a latent
+            frame is encoded on its own, as when sampling; references have the length of a window.
 
     Raises:
         InputError: the folder holds a cache of other encoders, of another data set or of other settings.
@@ -130,8 +135,12 @@ class CacheWriter:
     speech_encoder: Wav2Vec2Model
     dtype: torch.dtype = torch.float32
     shard_samples: int = 96
+    window_frames: int | None = None
 
     def __post_init__(self) -> None:
+        frames, window = self.dataset.settings.frames, self.window_frames
+        if window is not None and (window % 4 != 1 or not 5 <= window <= frames):
+            raise InputError(f"window_frames must be 4n+1, from 5 to the {frames} of a sample, not {window}")
         if not self.dataset.settings.masks:
             raise InputError("a cache holds masks: read the clips with masks=True")
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -142,6 +151,7 @@ class CacheWriter:
             "speech_encoder": _weights_digest(self.speech_encoder),
             "dtype": str(self.dtype).removeprefix("torch."),
             "shard_samples": self.shard_samples,
+            "window_frames": self.window_frames,
         }
         if (self.folder / MANIFEST).exists():
             self.manifest = read_manifest(self.folder)
@@ -172,7 +182,7 @@ class CacheWriter:
             logger.info("%d of %d samples encoded", min(start + self.shard_samples, len(keys)), len(keys))
 
     def _encode(self, samples: list[ClipSample]) -> list[tuple[tuple[int, ...], CachedSample]]:
-        frames = self.dataset.settings.frames
+        frames = self.window_frames or self.dataset.settings.frames
         latents = encode_videos(self.vae, np.stack([sample.frames for sample in samples]))
         pictures = {_reference_key(sample): sample.reference for sample in samples}
         encoded = encode_references(self.vae, np.stack(list(pictures.values())), frames)
@@ -181,7 +191,7 @@ class CacheWriter:
         for sample, latent in zip(samples, latents, strict=True):
             if sample.face_mask is None or sample.lip_mask is None:
                 raise ValueError("samples are read with masks")
-            speech = speech_features(self.speech_encoder, sample.speech)[0].float().cpu()
+            speech = self._encode_speech(sample)
             cached = CachedSample(
                 latents=latent.to(self.dtype),
                 reference=references[_reference_key(sample)].to(self.dtype),
@@ -194,6 +204,21 @@ class CacheWriter:
             result.append(((*latent.shape, *speech.shape), cached))
         return result
 
+    @torch.no_grad()
+    def _encode_speech(self, sample: ClipSample) -> torch.Tensor:
+        if self.window_frames is None:
+            return speech_features(self.speech_encoder, sample.speech)[0].float().cpu()
+        starts = range(0, len(sample.frames) - self.window_frames + 1, 4)
+        pieces = [
+            normalized_speech(sample.clip, sample.window.start + start, self.window_frames)
+            for start in starts
+        ]
+        # Where a frame is no whole number of samples, windows differ by one.
+        length = min(len(piece) for piece in pieces)
+        values = torch.from_numpy(np.stack([piece[:length] for piece in pieces]))
+        encoder = self.speech_encoder
+        return encoder(values.to(encoder.device, encoder.dtype)).last_hidden_state.float().cpu()
+
     def _save(self, name: str, samples: list[CachedSample]) -> None:
         tensors = {key: torch.stack([getattr(sample, key) for sample in samples]) for key in TENSORS}
         partial = self.folder / f".{name}.partial"
@@ -202,7 +227,7 @@ class CacheWriter:
         self.manifest["shards"].append(
             {
                 "file": name,
-                "size": [*tensors["latents"].shape[2:], tensors["speech"].shape[1]],
+                "size": [*tensors["latents"].shape[2:], *tensors["speech"].shape[1:-1]],
                 "prompts": [sample.prompt for sample in samples],
             }
         )
@@ -249,6 +274,42 @@ class LatentCache(Dataset[CachedSample]):
             raise InputError(
                 f"the shard {self.folder / name} cannot be read ({error}); make the cache again"
             ) from error
+
+
+class CachedWindows(Dataset[CachedSample]):
+    """Windows of a cache of longer clips: the same key `(index, pass)` gives the same window, another pass
+    another.
+
+    A window that does not start with its clip has latents as they stand in the middle of a video, which is
+    what all windows but the first meet when sampling.
+
+    Raises:
+        InputError: the cache was made without `window_frames`.
+    """
+
+    def __init__(self, cache: LatentCache, seed: int = 0) -> None:
+        frames = cache.manifest["origin"].get("window_frames")
+        if frames is None:
+            raise InputError(f"{cache.folder} holds no windows: make the cache with window_frames")
+        self.cache = cache
+        self.seed = seed
+        self.window = (int(frames) - 1) // 4 + 1
+        self.groups = cache.groups
+
+    def __len__(self) -> int:
+        return len(self.cache)
+
+    def __getitem__(self, key: ClipKey) -> CachedSample:
+        sample = self.cache[key]
+        start = int(np.random.default_rng((self.seed, *key)).integers(len(sample.speech)))
+        stretch = slice(start, start + self.window)
+        return replace(
+            sample,
+            latents=sample.latents[:, stretch],
+            speech=sample.speech[start],
+            face_mask=sample.face_mask[stretch],
+            lip_mask=sample.lip_mask[stretch],
+        )
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from diffusers import AutoencoderKLWan
 from torch import nn
 from transformers import Wav2Vec2Model
 
-from stableavatar.data.cache import CachedSample, LatentCache, stack_samples
+from stableavatar.data.cache import CachedSample, CachedWindows, LatentCache, stack_samples
 from stableavatar.evaluation.meter import read_meter
 from stableavatar.training.objective import ObjectiveSettings
 from stableavatar.training.tiny.avatar import TinyAvatar
@@ -68,7 +68,7 @@ def make_optimizer(parameters: Mapping[str, nn.Parameter]) -> torch.optim.Optimi
 def build(options: argparse.Namespace) -> tuple[TinyAvatar, Trainer[CachedSample]]:
     """Model and trainer, resumed if asked for."""
     torch.manual_seed(options.seed)
-    cache = LatentCache(options.cache)
+    cache = CachedWindows(LatentCache(options.cache), options.seed)
     audio_dim = cache[0, 0].speech.shape[-1]
     avatar = TinyAvatar(OBJECTIVE, heads=options.heads, layers=options.layers, audio_dim=audio_dim)
     avatar.use_explicit_attention()
