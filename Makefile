@@ -49,13 +49,15 @@ tiny: $(STAMP)   ## train the embedded model anew, from puppets to weights (many
 	$(BIN)/python -m stableavatar.data.puppets store --folder $(STORE) --clips $(CLIPS)
 	$(BIN)/python -m stableavatar.training.tiny.autoencoder --out $(WORK)/autoencoder --puppets $(STORE) \
 	    --minutes 240 --resume
-	$(BIN)/python -m stableavatar.training.tiny.speech_encoder --out $(WORK)/speech_encoder --puppets $(STORE)
+	test -e $(WORK)/speech_encoder/final/config.json || \
+	    $(BIN)/python -m stableavatar.training.tiny.speech_encoder --out $(WORK)/speech_encoder --puppets $(STORE)
 	$(BIN)/python -m stableavatar.training.tiny.latents --store $(STORE) --out $(WORK)/latents \
-	    --autoencoder $(WORK)/autoencoder/model --speech-encoder $(WORK)/speech_encoder/model
-	$(BIN)/python -m stableavatar.training.tiny.transformer --cache $(WORK)/latents --out $(WORK)/transformer --resume
+	    --autoencoder $(WORK)/autoencoder/model --speech-encoder $(WORK)/speech_encoder/final
+	$(BIN)/python -m stableavatar.training.tiny.transformer --cache $(WORK)/latents --out $(WORK)/transformer \
+	    --compile --resume
 	$(BIN)/python -m stableavatar.training.tiny.meter --autoencoder $(WORK)/autoencoder/model
 	$(BIN)/python -m stableavatar.training.tiny.assemble --autoencoder $(WORK)/autoencoder/model \
-	    --speech-encoder $(WORK)/speech_encoder/model --avatar $(WORK)/transformer/export
+	    --speech-encoder $(WORK)/speech_encoder/final --avatar $(WORK)/transformer/export
 
 clean:           ## remove what the targets made
 	rm -rf $(VENV) out .pytest_cache .mypy_cache .ruff_cache

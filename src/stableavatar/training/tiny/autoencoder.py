@@ -400,7 +400,7 @@ def run_process(rank: int, job: Job, rendezvous: str) -> None:
     puppets = PuppetClips(job.puppets) if job.puppets else None
     batches = Batches(job.settings, PictureClips(job.pictures), puppets)
     trainer = AutoencoderTrainer(job.settings, batches, job.out, rank)
-    if job.resume:
+    if job.resume and (job.out / "checkpoint.pt").exists():
         trainer.load()
     if job.freeze_encoder:
         trainer.freeze_encoder()
@@ -429,7 +429,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--puppets", type=Path, action="append", default=[], help="a store of puppet clips (may be repeated)"
     )
-    parser.add_argument("--resume", action="store_true", help="go on from the folder's checkpoint")
+    parser.add_argument("--resume", action="store_true", help="go on from the folder's checkpoint, if any")
     parser.add_argument("--freeze-encoder", action="store_true", help="train the decoder alone from now on")
     for field in fields(AutoencoderSettings):
         if isinstance(field.default, int | float):

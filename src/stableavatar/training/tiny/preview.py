@@ -89,6 +89,7 @@ class Preview:
         self.truth = [self._decode(latent) for latent in latents]
 
     @torch.no_grad()
+    @torch.compiler.set_stance("force_eager")  # other batches than the training's, and too few to compile for
     def __call__(self, step: int) -> None:
         """Measure, and perhaps draw."""
         self._calls += 1

@@ -20,6 +20,7 @@ from transformers import Wav2Vec2Model
 
 from stableavatar.data.cache import CachedSample, CachedWindows, LatentCache, stack_samples
 from stableavatar.evaluation.meter import read_meter
+from stableavatar.training.checkpoints import list_checkpoints
 from stableavatar.training.objective import ObjectiveSettings
 from stableavatar.training.tiny.avatar import TinyAvatar
 from stableavatar.training.tiny.optimizer import MuonAdamW
@@ -41,17 +42,17 @@ LEARNING_RATE = 2e-3
 
 
 def trainer_settings(options: argparse.Namespace) -> TrainerSettings:
-    """The loop's settings: batches of 24, in pieces small enough for the processor's cache."""
+    """The loop's settings: batches in pieces small enough for the processor's cache."""
     return TrainerSettings(
         steps=options.steps,
         seed=options.seed,
         batch_size=options.piece,
-        accumulation=24 // options.piece,
+        accumulation=options.batch // options.piece,
         learning_rate=LEARNING_RATE,
         clip_norm=1.0,
         warmup_steps=60,
         decay_steps=options.decay_steps,
-        ema_decay=0.999,
+        ema_decay=0.99,
         precision="bf16",
         minutes=options.minutes,
         checkpoint_every=50,
@@ -72,6 +73,8 @@ def build(options: argparse.Namespace) -> tuple[TinyAvatar, Trainer[CachedSample
     audio_dim = cache[0, 0].speech.shape[-1]
     avatar = TinyAvatar(OBJECTIVE, heads=options.heads, layers=options.layers, audio_dim=audio_dim)
     avatar.use_explicit_attention()
+    if options.compile:
+        avatar.compile_blocks()
     callbacks = []
     if options.autoencoder is not None and not options.export_only:
         callbacks.append(
@@ -94,7 +97,7 @@ def build(options: argparse.Namespace) -> tuple[TinyAvatar, Trainer[CachedSample
         optimizer=make_optimizer,
         callbacks=callbacks,
     )
-    if options.resume or options.export_only:
+    if options.export_only or (options.resume and list_checkpoints(options.out)):
         trainer.resume("latest", new_data=options.new_data or options.export_only)
     return avatar, trainer
 
@@ -133,17 +136,21 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--preview-clips", type=int, default=8, help="unseen puppets to look at")
     parser.add_argument("--heads", type=int, default=3, help="of 64 channels each")
     parser.add_argument("--layers", type=int, default=6)
-    parser.add_argument(
-        "--piece", type=int, default=4, choices=[1, 2, 3, 4, 6, 8, 12, 24], help="clips at once"
-    )
+    parser.add_argument("--batch", type=int, default=16, help="clips a step")
+    parser.add_argument("--piece", type=int, default=4, help="clips at once, a divisor of the batch")
+    parser.add_argument("--compile", action="store_true", help="compile the blocks; needs a C++ compiler")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in --out")
+    parser.add_argument(
+        "--resume", action="store_true", help="go on from the newest checkpoint in --out, if any"
+    )
     parser.add_argument("--new-data", action="store_true", help="resume although the cache has grown")
     parser.add_argument("--export-only", action="store_true", help="write export/ from the newest checkpoint")
     options = parser.parse_args(arguments)
     if (options.autoencoder is None) != (options.speech_encoder is None):
         parser.error("--autoencoder and --speech-encoder go together")
+    if options.piece < 1 or options.batch % options.piece:
+        parser.error(f"--piece {options.piece} does not divide --batch {options.batch}")
     return options
 
 
