@@ -281,7 +281,8 @@ class CachedWindows(Dataset[CachedSample]):
     another.
 
     A window that does not start with its clip has latents as they stand in the middle of a video, which is
-    what all windows but the first meet when sampling.
+    what all windows but the first meet when sampling. One in five starts with the clip: its first latent
+    stands for a single frame, looks like no other, and is what a viewer sees first.
 
     Raises:
         InputError: the cache was made without `window_frames`.
@@ -301,7 +302,8 @@ class CachedWindows(Dataset[CachedSample]):
 
     def __getitem__(self, key: ClipKey) -> CachedSample:
         sample = self.cache[key]
-        start = int(np.random.default_rng((self.seed, *key)).integers(len(sample.speech)))
+        rng = np.random.default_rng((self.seed, *key))
+        start = 0 if rng.random() < 0.2 else int(rng.integers(len(sample.speech)))
         stretch = slice(start, start + self.window)
         return replace(
             sample,

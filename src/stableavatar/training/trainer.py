@@ -16,7 +16,8 @@ from typing import Any, Generic, Literal, Protocol, TypeVar, get_args
 
 import numpy as np
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.utils import gather_object
 from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
 from torch.utils.data import DataLoader
@@ -170,9 +171,11 @@ class Trainer(Generic[Sample]):
         callbacks: called with the number of steps done every `settings.callback_every` steps, with the
             averaged weights in place where there are any; they cannot disturb the run's random numbers.
 
+    Started by `torchrun` or `accelerate launch`, several processes share every step's clips and its gradient;
+    the first of them writes.
+
     Raises:
-        InputError: several processes (not supported yet), gradient checkpointing without a model that knows
-        it, or no clips.
+        InputError: gradient checkpointing without a model that knows it, no clips, or fewer than processes.
     """
 
     def __init__(
@@ -197,13 +200,21 @@ class Trainer(Generic[Sample]):
         self._stop = False
         self._meter = LossMeter()
         self.accelerator = Accelerator(
-            mixed_precision=settings.precision, gradient_accumulation_steps=settings.accumulation
+            mixed_precision=settings.precision,
+            gradient_accumulation_steps=settings.accumulation,
+            cpu=not torch.accelerator.is_available(),  # else processes on a CPU would not find each other
+            # A step in which no clip hears its speech leaves the adapter without a gradient.
+            kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
         )
-        if self.accelerator.num_processes > 1:
-            raise InputError("training runs in one process; start it without a launcher")
         if settings.gradient_checkpointing:
             _enable_gradient_checkpointing(module)
-        self.sampler = GroupedSampler(source.groups, settings.batch_size, settings.seed)
+        self.sampler = GroupedSampler(
+            source.groups,
+            settings.batch_size,
+            settings.seed,
+            rank=self.accelerator.process_index,
+            world_size=self.accelerator.num_processes,
+        )
         self.parameters = trained_parameters(module)
         made = (optimizer or self._adamw)(self.parameters)
         self.module, self.optimizer = self.accelerator.prepare(module, made)
@@ -228,7 +239,8 @@ class Trainer(Generic[Sample]):
         """Go on from a checkpoint of this run's folder, or from a given one.
 
         Args:
-            new_data: the data set may be another one; its order begins anew at the step's number.
+            new_data: the data set, the batch and the number of processes may be others; the order begins anew
+                at the step's number.
 
         Raises:
             CheckpointError: there is none, it is damaged, or it belongs to another model.
@@ -239,12 +251,12 @@ class Trainer(Generic[Sample]):
             if not found:
                 raise CheckpointError(f"{self.folder} holds no complete checkpoint to resume from")
             checkpoint = found[-1]
-        state = load_checkpoint(checkpoint, self.accelerator.device)
+        state = load_checkpoint(checkpoint)
         counters = state.counters
         different = [
             name for name, value in self._identity().items() if counters["identity"].get(name) != value
         ]
-        if different and not (new_data and different == ["clips"]):
+        if different and not (new_data and "seed" not in different):
             raise InputError(
                 f"{checkpoint} was trained with another {', '.join(different)}; it cannot be resumed exactly"
             )
@@ -271,30 +283,34 @@ class Trainer(Generic[Sample]):
                 f"{self.folder} holds checkpoints up to {later[-1].name}, and this run stands at step "
                 f"{self.step}: resume from the latest, remove the later ones, or choose another folder"
             )
-        log = JsonLog(self.folder / "log.jsonl", self.step)
+        log = JsonLog(self.folder / "log.jsonl", self.step) if self.accelerator.is_main_process else None
         deadline = time.monotonic() + 60 * settings.minutes if settings.minutes is not None else None
         batches = self._batches()
         self.module.train()
         saved, log_step, log_time = -1, self.step, time.monotonic()
-        while self.step < settings.steps and not self._stop:
-            if deadline is not None and time.monotonic() >= deadline:
+        while self.step < settings.steps:
+            late = deadline is not None and time.monotonic() >= deadline
+            if self._anywhere(self._stop or late):
                 break
             norm, rate, clips = self._optimizer_step(batches)
             if self.step % settings.log_every == 0:
                 seconds = time.monotonic() - log_time
-                log.write(
-                    {
-                        "step": self.step,
-                        **self._meter.means(),
-                        "learning_rate": rate,
-                        "gradient_norm": norm,
-                        "skipped_steps": self.skipped_steps,
-                        "clips_per_second": round(clips * (self.step - log_step) / seconds, 3),
-                    }
-                )
+                if log is not None:
+                    log.write(
+                        {
+                            "step": self.step,
+                            **self._meter.means(),
+                            "learning_rate": rate,
+                            "gradient_norm": norm,
+                            "skipped_steps": self.skipped_steps,
+                            "clips_per_second": round(clips * (self.step - log_step) / seconds, 3),
+                        }
+                    )
                 self._meter, log_step, log_time = LossMeter(), self.step, time.monotonic()
             aside = time.monotonic()
-            if self.callbacks and self.step % settings.callback_every == 0:
+            # Only the first process may have callbacks; the others wait for it all the same.
+            several = self.accelerator.num_processes > 1
+            if (self.callbacks or several) and self.step % settings.callback_every == 0:
                 self._call_back()
             if self.step % settings.checkpoint_every == 0 and not self._bad_in_a_row:
                 self.save()
@@ -305,7 +321,12 @@ class Trainer(Generic[Sample]):
         return TrainingResult(self.step, self.skipped_steps, list_checkpoints(self.folder)[-1])
 
     def save(self) -> Path:
-        """Write a checkpoint of the state as it is."""
+        """Write a checkpoint of the state as it is; the first process does, the others wait for it."""
+        path = self._write_checkpoint() if self.accelerator.is_main_process else self.folder
+        self.accelerator.wait_for_everyone()
+        return path
+
+    def _write_checkpoint(self) -> Path:
         state = TrainingState(
             model=self.parameters,
             ema=self.ema.state if self.ema else None,
@@ -340,12 +361,12 @@ class Trainer(Generic[Sample]):
                 if self.accelerator.sync_gradients:
                     norm = self.accelerator.clip_grad_norm_(self.parameters.values(), settings.clip_norm)
         self.step += 1
-        if torch.isfinite(norm) and all(torch.isfinite(result.per_clip).all() for result in results):
+        errors, sigmas = self._gathered(results)
+        if torch.isfinite(norm) and torch.isfinite(errors).all():
             self.optimizer.step()
             if self.ema:
                 self.ema.update()
-            for result in results:
-                self._meter.add(result.per_clip.tolist(), result.sigma.tolist())
+            self._meter.add(errors.tolist(), sigmas.tolist())
             self._bad_in_a_row = 0
         else:
             self.skipped_steps += 1
@@ -357,10 +378,27 @@ class Trainer(Generic[Sample]):
                 f"{self._bad_in_a_row} steps in a row up to step {self.step} were not finite; lower "
                 f"the learning rate, or look at the data. Good checkpoints are in {self.folder}"
             )
-        return float(norm), rate, sum(len(result.per_clip) for result in results)
+        return float(norm), rate, len(errors)
+
+    def _gathered(self, results: Sequence[StepLoss]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Error and sigma of every clip of a step, of all processes."""
+        errors = torch.cat([result.per_clip for result in results])
+        sigmas = torch.cat([result.sigma for result in results])
+        if self.accelerator.num_processes == 1:
+            return errors, sigmas
+        everyone: list[tuple[torch.Tensor, torch.Tensor]] = gather_object([(errors.cpu(), sigmas.cpu())])
+        return torch.cat([pair[0] for pair in everyone]), torch.cat([pair[1] for pair in everyone])
+
+    def _anywhere(self, value: bool) -> bool:
+        """Whether it is so on any process: all of them must leave the loop together."""
+        if self.accelerator.num_processes == 1:
+            return value
+        return any(gather_object([value]))
 
     def _generator(self, micro_step: int) -> torch.Generator:
-        words = np.random.SeedSequence((self.settings.seed, self.step, micro_step)).generate_state(2)
+        place = (self.settings.seed, self.step, micro_step)
+        rank = self.accelerator.process_index
+        words = np.random.SeedSequence((*place, rank) if rank else place).generate_state(2)
         return torch.Generator().manual_seed(int(words[0]) << 32 | int(words[1]))
 
     def _batches(self) -> Iterator[Any]:
@@ -388,8 +426,10 @@ class Trainer(Generic[Sample]):
             set_random_state(kept)
 
     def _run_callbacks(self) -> None:
-        for callback in self.callbacks:
-            callback(self.step)
+        if self.accelerator.is_main_process:
+            for callback in self.callbacks:
+                callback(self.step)
+        self.accelerator.wait_for_everyone()
 
     def _load_parameters(self, state: TrainingState, checkpoint: Path) -> None:
         expected = {name: tuple(value.shape) for name, value in self.parameters.items()}
@@ -413,6 +453,7 @@ class Trainer(Generic[Sample]):
             "batch_size": settings.batch_size,
             "accumulation": settings.accumulation,
             "clips": len(self.source.groups),
+            "processes": self.accelerator.num_processes,
         }
 
 

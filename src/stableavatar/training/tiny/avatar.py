@@ -116,6 +116,8 @@ class TinyAvatar(nn.Module):
         """Compile the blocks of transformer and adapter, for about a fifth more clips a second; the first
         steps take minutes. Needs a C++ compiler.
         """
+        # A block is smaller than a bucket of the gradients that processes share: nothing to split it for.
+        torch._dynamo.config.optimize_ddp = False
         for block in (*self.transformer.blocks, *self.transformer.vocal_projector.blocks):
             block.compile()
 

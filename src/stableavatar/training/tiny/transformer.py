@@ -9,6 +9,7 @@ saves and exports too. `--export-only` writes `export/` from the newest checkpoi
 
 import argparse
 import logging
+import os
 import signal
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -76,7 +77,8 @@ def build(options: argparse.Namespace) -> tuple[TinyAvatar, Trainer[CachedSample
     if options.compile:
         avatar.compile_blocks()
     callbacks = []
-    if options.autoencoder is not None and not options.export_only:
+    first = int(os.environ.get("RANK", 0)) == 0
+    if options.autoencoder is not None and not options.export_only and first:
         callbacks.append(
             Preview(
                 avatar,
@@ -165,7 +167,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             signal.signal(name, lambda *_: trainer.request_stop())
         result = trainer.train()
         logger.info("step %d, %d skipped, %s", result.step, result.skipped_steps, result.checkpoint)
-    export(avatar, trainer, options.out / "export")
+    if trainer.accelerator.is_main_process:
+        export(avatar, trainer, options.out / "export")
 
 
 if __name__ == "__main__":
