@@ -329,6 +329,7 @@ def test_windows_of_a_cache_of_longer_clips(
         assert torch.equal(window.latents, windows[0, epoch].latents)
         (start,) = (k for k in range(3) if torch.equal(whole.latents[:, k : k + 3], window.latents))
         starts.add(start)
+        assert window.starts_clip == (start == 0)
         assert torch.equal(window.lip_mask, whole.lip_mask[start : start + 3])
         assert torch.equal(window.face_mask, whole.face_mask[start : start + 3])
         speech = normalized_speech(dataset.clips[0], 4 * start, 9)

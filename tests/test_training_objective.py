@@ -1,6 +1,7 @@
 """The objective against a calculation of its own in NumPy (spec 4, "Objective"; spec 5, fault 11)."""
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -186,6 +187,24 @@ def test_a_mask_weighs_all_channels_of_its_place() -> None:
     velocity, target = torch.zeros(1, 16, 1, 2, 2), torch.ones(1, 16, 1, 2, 2)
     mask = torch.tensor([[[[1.0, 0.0], [0.0, 0.0]]]])
     assert flow_matching_error(velocity, target, mask).item() == pytest.approx(0.25)
+
+
+@pytest.mark.parametrize("mode", ["none", "expected"])
+def test_latent_frames_that_are_not_judged_do_not_count(inputs: ModelInputs, mode: str) -> None:
+    step = draws(0.7, dropping=False)
+    velocity = torch.randn(inputs.latents.shape, generator=torch.Generator().manual_seed(4))
+    judged = torch.ones(BATCH, FRAMES)
+    judged[1, 0] = 0
+    settings = ObjectiveSettings(mask_loss=mode)  # type: ignore[arg-type]
+    result = step_loss(lambda *_, **__: (velocity,), replace(inputs, judged=judged), step, settings)
+    wrong = velocity.clone()
+    wrong[1, :, 0] += 100
+    again = step_loss(lambda *_, **__: (wrong,), replace(inputs, judged=judged), step, settings)
+    assert torch.equal(result.per_clip, again.per_clip)
+    exact = velocity.double()
+    exact[1, :, 0] = (step.noise - inputs.latents)[1, :, 0].double()
+    loss, _ = by_hand(exact.numpy(), inputs, step, mode, 0.0)
+    assert result.loss.item() == pytest.approx(loss, rel=1e-5)
 
 
 def test_sigmas_are_the_schedulers_shifted_ones() -> None:

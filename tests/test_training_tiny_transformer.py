@@ -136,6 +136,16 @@ def test_conditions_are_those_of_sampling(cache: Path) -> None:
     torch.testing.assert_close(inputs.portrait[1:], portrait, rtol=1e-4, atol=1e-5)
 
 
+def test_the_first_latent_frame_is_judged_where_the_clip_starts(cache: Path) -> None:
+    samples = CachedWindows(LatentCache(cache))
+    windows = [samples[0, epoch] for epoch in range(6)]
+    assert {window.starts_clip for window in windows} == {False, True}
+    judged = avatar().inputs(stack_samples(windows)).judged
+    assert judged is not None
+    assert judged[:, 0].bool().tolist() == [window.starts_clip for window in windows]
+    assert judged[:, 1:].all()
+
+
 def test_the_optimizer_is_adamw_outside_of_blocks_and_orthogonal_within() -> None:
     torch.manual_seed(0)
     ours = nn.ParameterDict({"head": nn.Parameter(torch.randn(5, 4)), "gain": nn.Parameter(torch.randn(5))})

@@ -48,6 +48,7 @@ class CachedSample:
         speech: features of the clip's speech `[S, D]`, or, in a cache of longer clips, those of every window
             `[W, S, D]` (see `CacheWriter`).
         face_mask, lip_mask: `[F, H, W]` in [0, 1].
+        starts_clip: whether the first latent frame stands for a single frame, as a video's first one does.
     """
 
     latents: torch.Tensor
@@ -57,11 +58,14 @@ class CachedSample:
     face_mask: torch.Tensor
     lip_mask: torch.Tensor
     prompt: str
+    starts_clip: bool = True
 
 
 @dataclass(frozen=True)
 class CachedBatch:
-    """Samples stacked, float32: `condition` `[B, 20, F, H, W]` has the mask channels; `portrait` is uint8."""
+    """Samples stacked, float32: `condition` `[B, 20, F, H, W]` has the mask channels; `portrait` is uint8;
+    `starts_clip` has a flag a sample, False where the first latent frame stands for four frames of video.
+    """
 
     latents: torch.Tensor
     condition: torch.Tensor
@@ -70,6 +74,7 @@ class CachedBatch:
     face_mask: torch.Tensor
     lip_mask: torch.Tensor
     prompts: tuple[str, ...]
+    starts_clip: tuple[bool, ...]
 
 
 TENSORS = ("latents", "reference", "portrait", "speech", "face_mask", "lip_mask")
@@ -87,6 +92,7 @@ def stack_samples(samples: Sequence[CachedSample]) -> CachedBatch:
         face_mask=stacked["face_mask"].float(),
         lip_mask=stacked["lip_mask"].float(),
         prompts=tuple(sample.prompt for sample in samples),
+        starts_clip=tuple(sample.starts_clip for sample in samples),
     )
 
 
@@ -281,8 +287,7 @@ class CachedWindows(Dataset[CachedSample]):
     another.
 
     A window that does not start with its clip has latents as they stand in the middle of a video, which is
-    what all windows but the first meet when sampling. One in five starts with the clip: its first latent
-    stands for a single frame, looks like no other, and is what a viewer sees first.
+    what all windows but the first meet when sampling. One in four starts with the clip.
 
     Raises:
         InputError: the cache was made without `window_frames`.
@@ -303,7 +308,7 @@ class CachedWindows(Dataset[CachedSample]):
     def __getitem__(self, key: ClipKey) -> CachedSample:
         sample = self.cache[key]
         rng = np.random.default_rng((self.seed, *key))
-        start = 0 if rng.random() < 0.2 else int(rng.integers(len(sample.speech)))
+        start = 0 if rng.random() < 0.25 else int(rng.integers(len(sample.speech)))
         stretch = slice(start, start + self.window)
         return replace(
             sample,
@@ -311,6 +316,7 @@ class CachedWindows(Dataset[CachedSample]):
             speech=sample.speech[start],
             face_mask=sample.face_mask[stretch],
             lip_mask=sample.lip_mask[stretch],
+            starts_clip=start == 0,
         )
 
 

@@ -192,6 +192,7 @@ class ModelInputs:
         portrait: `[B, P, C]`.
         speech: features of the clips' speech `[B, S, C]`.
         face_mask, lip_mask: in [0, 1], at latent size, `[B, F, H, W]`.
+        judged: latent frames whose error counts, 0 or 1, `[B, F]`; None: all. The motion term counts all.
     """
 
     latents: torch.Tensor
@@ -202,6 +203,7 @@ class ModelInputs:
     speech: torch.Tensor
     face_mask: torch.Tensor
     lip_mask: torch.Tensor
+    judged: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -254,6 +256,8 @@ def step_loss(
     weight = mask_weight(
         settings.mask_loss, draws.mask_draw, inputs.face_mask.float(), inputs.lip_mask.float()
     )
+    if inputs.judged is not None:
+        weight = weight * inputs.judged[:, :, None, None]
     error = flow_matching_error(velocity, target, weight)
     if settings.motion_ratio > 0:
         error = (1 - settings.motion_ratio) * error + settings.motion_ratio * motion_error(velocity, target)

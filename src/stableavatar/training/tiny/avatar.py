@@ -138,7 +138,13 @@ class TinyAvatar(nn.Module):
         return self.image_encoder(pixels, output_hidden_states=True).hidden_states[-2]
 
     def inputs(self, batch: CachedBatch) -> ModelInputs:
-        """What the transformer takes."""
+        """What the transformer takes.
+
+        The first latent frame of a window in the middle of a clip is not judged: when sampling, what a window
+        says of it is blended away, save in the first window, whose first latent frame is of another kind.
+        """
+        judged = torch.ones(batch.latents.shape[0], batch.latents.shape[2])
+        judged[:, 0] = torch.tensor(batch.starts_clip, dtype=torch.float32)
         prompts = self.encode_prompts(("", *batch.prompts))
         return ModelInputs(
             latents=batch.latents,
@@ -149,6 +155,7 @@ class TinyAvatar(nn.Module):
             speech=batch.speech,
             face_mask=batch.face_mask,
             lip_mask=batch.lip_mask,
+            judged=judged,
         )
 
     def forward(self, batch: CachedBatch, generator: torch.Generator) -> StepLoss:

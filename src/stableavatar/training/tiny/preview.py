@@ -85,6 +85,7 @@ class Preview:
             face_mask=masks([puppet.face_masks for puppet in puppets]),
             lip_mask=masks([puppet.lip_masks for puppet in puppets]),
             prompts=tuple(puppet.prompt for puppet in puppets),
+            starts_clip=(True,) * clips,
         )
         self.truth = [self._decode(latent) for latent in latents]
 

@@ -1,0 +1,47 @@
+"""The model that ships: it loads, it is small, and its mouth follows the speech."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from stableavatar.data.puppets import EVALUATION_SEED, make_clip
+from stableavatar.evaluation.lips import lip_score
+from stableavatar.evaluation.meter import shipped_meter
+from stableavatar.evaluation.pictures import structural_similarity
+from stableavatar.evaluation.regions import puppet_regions
+from stableavatar.media.image import read_picture
+from stableavatar.pipeline import TINY, AvatarPipeline, load
+from stableavatar.training.tiny.assemble import MAX_BYTES
+
+DEMO = Path(__file__).parents[1] / "src" / "stableavatar" / "assets" / "demo"
+
+
+@pytest.fixture(scope="module")
+def tiny() -> AvatarPipeline:
+    return load("tiny")
+
+
+def test_it_is_small() -> None:
+    assert 10 * 2**20 < sum(file.stat().st_size for file in TINY.rglob("*") if file.is_file()) <= MAX_BYTES
+
+
+def test_an_unseen_puppet_talks(tiny: AvatarPipeline) -> None:
+    truth = make_clip(EVALUATION_SEED + 1, 3.0)
+    frames = np.stack(list(tiny.stream(truth.portrait, truth.samples, prompt=truth.prompt, seed=0)))
+    assert frames.shape == (75, 128, 128, 3)
+    opening = shipped_meter().measure(frames).opening
+    score = lip_score(opening, truth.articulation.opening)
+    silent = lip_score(opening, truth.articulation.opening[::-1].copy())
+    assert score.correlation > 0.4
+    assert score.correlation > silent.correlation + 0.2
+    regions = puppet_regions(truth.identity, 128)
+    assert structural_similarity(frames, truth.frames, regions.surroundings).mean() > 0.7
+
+
+def test_the_demo_is_the_portrait(tiny: AvatarPipeline) -> None:
+    portrait = read_picture(DEMO / "portrait.png")
+    frames = np.stack(list(tiny.stream(portrait, DEMO / "speech.flac", duration=0.5, seed=1)))
+    assert frames.shape == (12, 128, 128, 3)
+    assert 20 < frames.std() < 100
+    assert np.abs(np.diff(frames.astype(int), axis=0)).mean() > 0.3  # it moves
