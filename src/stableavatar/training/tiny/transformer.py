@@ -1,6 +1,7 @@
 """Trains the transformer of `tiny`, its prompt encoder and its portrait encoder from a latent cache.
 
     python -m stableavatar.training.tiny.transformer --cache FOLDER --out FOLDER --minutes 60 [--resume]
+    torchrun --nproc-per-node 2 -m stableavatar.training.tiny.transformer --threads 1 --batch 8 ...
 
 `--out` gets checkpoints, `log.jsonl` (the loss), `preview/` (losses on unseen puppets and sheets of frames)
 and, when the run ends, `export/`: the averaged weights in diffusers' layout. Stopped by SIGTERM or Ctrl-C it
@@ -169,6 +170,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         logger.info("step %d, %d skipped, %s", result.step, result.skipped_steps, result.checkpoint)
     if trainer.accelerator.is_main_process:
         export(avatar, trainer, options.out / "export")
+    trainer.accelerator.end_training()
 
 
 if __name__ == "__main__":
