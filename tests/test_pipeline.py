@@ -12,6 +12,7 @@ from stableavatar.errors import InputError
 from stableavatar.generation import Progress
 from stableavatar.media.image import read_picture
 from stableavatar.media.reading import probe, read_frames, read_metadata
+from stableavatar.media.video import VideoWriter
 from stableavatar.options import GenerateOptions, OutputOptions, SamplingDefaults, Settings
 from stableavatar.pipeline import AvatarPipeline, GeneratedVideo
 from stableavatar.sampling.engine import SamplingError
@@ -197,6 +198,29 @@ class TestFile:
         assert seen[-1].done == seen[-1].total == 30
         assert seen[-1].seconds_left == 0
         assert list(tmp_path.iterdir()) == [made.path]
+
+    def test_frames_go_to_the_file_as_they_come(
+        self, pipeline: AvatarPipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Fault 5: no frame waits for the ones after it."""
+        written: list[int] = []
+        write = VideoWriter.write
+
+        def count(self: VideoWriter, frame: np.ndarray) -> None:
+            write(self, frame)
+            written.append(1)
+
+        monkeypatch.setattr(VideoWriter, "write", count)
+        waiting: list[int] = []
+
+        def progress(state: Progress) -> None:
+            if state.stage == "decoding":
+                waiting.append(state.done - len(written))
+
+        pipeline.generate(
+            portrait(), noise(30 * 640), tmp_path / "out.mp4", aspect="square", progress=progress
+        )
+        assert waiting == [1] * 30
 
     def test_the_settings_in_a_file_repeat_it(self, pipeline: AvatarPipeline, tmp_path: Path) -> None:
         def make(name: str, **options: object) -> tuple[GeneratedVideo, np.ndarray]:
