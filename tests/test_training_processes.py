@@ -59,7 +59,7 @@ def train(folder: Path, batch: int, steps: int, resume: bool = False) -> None:
     if resume:
         trainer.resume("latest")
     trainer.train()
-    trainer.accelerator.end_training()
+    trainer.close()
 
 
 def train_in_two_processes(folder: Path, *options: str) -> None:

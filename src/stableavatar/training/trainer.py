@@ -320,6 +320,17 @@ class Trainer(Generic[Sample]):
             self.save()
         return TrainingResult(self.step, self.skipped_steps, list_checkpoints(self.folder)[-1])
 
+    def close(self) -> None:
+        """Leave the group of processes; the module can be used on, the trainer cannot.
+
+        What wraps the module goes first. Were it the last to hold the group, it would end the group's threads
+        while it holds Python's lock, and a thread that wants the lock to let go of a tensor would never end
+        (pytorch issue 56297): seen as a process that hangs at its end, in one run of ten on a busy machine.
+        """
+        self.module = self.accelerator.unwrap_model(self.module)
+        self.accelerator.free_memory()
+        self.accelerator.end_training()
+
     def save(self) -> Path:
         """Write a checkpoint of the state as it is; the first process does, the others wait for it."""
         path = self._write_checkpoint() if self.accelerator.is_main_process else self.folder

@@ -170,7 +170,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         logger.info("step %d, %d skipped, %s", result.step, result.skipped_steps, result.checkpoint)
     if trainer.accelerator.is_main_process:
         export(avatar, trainer, options.out / "export")
-    trainer.accelerator.end_training()
+    trainer.close()
 
 
 if __name__ == "__main__":
