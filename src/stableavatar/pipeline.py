@@ -38,6 +38,7 @@ from stableavatar.media.timing import frame_count
 from stableavatar.media.video import FrameWriter, VideoWriter
 from stableavatar.models.transformer import StableAvatarTransformer3DModel
 from stableavatar.options import GenerateOptions, OutputOptions, SamplingDefaults, Settings
+from stableavatar.placement.convolutions import avoid_slow_convolutions
 from stableavatar.placement.device import choose_device, choose_dtype
 from stableavatar.sampling.noise import GivenNoise, Noise, PositionalNoise
 from stableavatar.sampling.windows import latent_frames_for, plan_windows
@@ -135,6 +136,7 @@ class AvatarPipeline(DiffusionPipeline):
             speech_encoder=speech_encoder,
             scheduler=scheduler,
         )
+        avoid_slow_convolutions(self.vae)
         self.origin: dict[str, str] = {}  # what it was loaded from, for the metadata of videos
         self.defaults = SamplingDefaults(**(sampling_defaults or {}))
         self.register_to_config(sampling_defaults=asdict(self.defaults))

@@ -25,8 +25,8 @@ MAX_BYTES = 25 * 2**20  # what ships inside the package (spec 6)
 SHIFT = 3.0
 SAMPLING_DEFAULTS = {
     "steps": 10,
-    "text_scale": 1.5,
-    "audio_scale": 3.0,
+    "text_scale": 2.0,
+    "audio_scale": 2.0,
     "window": 33,
     "overlap": 3,
     "negative_prompt": "",
