@@ -74,8 +74,8 @@ FULL = Plan(
 )  # fmt: skip
 """What docs/tiny.md shows."""
 QUICK = Plan(
-    puppets=3, seconds=6.0, autoencoder_frames=153, wrong=3, silence=1, silence_seconds=2.6,
-    prompts=1, prompt_seconds=2.6, photograph_seconds=6.0,
+    puppets=3, seconds=5.0, autoencoder_frames=129, wrong=2, silence=1, silence_seconds=2.0,
+    prompts=1, prompt_seconds=2.0, photograph_seconds=5.0,
 )  # fmt: skip
 """A subset for two minutes; its medians of three clips are coarse."""
 

@@ -51,9 +51,12 @@ def _sharpness(clip: Observation) -> float:
 
 
 def _drift_of_likeness(clip: Observation) -> float:
-    values = structural_similarity(clip.frames, clip.reference, clip.surroundings)
     second = round(clip.fps)
-    return float(values[-second:].mean() - values[:second].mean())
+    first, last = (
+        structural_similarity(clip.frames[part], clip.reference[part], clip.surroundings).mean()
+        for part in (slice(None, second), slice(-second, None))
+    )
+    return float(last - first)
 
 
 def _likeness(clip: Observation) -> float:

@@ -84,7 +84,7 @@ class MouthMeter(nn.Module):
             raise ValueError(f"a clip of shape {frames.shape}: the meter reads [frames, height, width, 3]")
         read, places = [], []
         for start in range(0, len(frames), _BATCH):
-            part = torch.from_numpy(np.ascontiguousarray(frames[start : start + _BATCH]))
+            part = torch.from_numpy(np.array(frames[start : start + _BATCH]))
             pictures = part.permute(0, 3, 1, 2).float() / 127.5 - 1
             if pictures.shape[-2:] != (SIZE, SIZE):
                 pictures = F.interpolate(pictures, (SIZE, SIZE), mode="bilinear", antialias=True)

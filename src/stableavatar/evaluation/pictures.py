@@ -6,7 +6,6 @@ import functools
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 
 from stableavatar.evaluation.observation import Frames, Mask
@@ -21,19 +20,19 @@ def _check(made: Frames, true: Frames) -> None:
 
 
 @functools.lru_cache(maxsize=4)
-def _window(sigma: float) -> torch.Tensor:
+def _smoother(size: int, sigma: float) -> torch.Tensor:
+    """The matrix [size, size] of a Gaussian mean along a side of that length; edges repeat."""
     reach = round(3.5 * sigma)
-    values = torch.exp(-0.5 * (torch.arange(-reach, reach + 1) / sigma) ** 2)
-    return values / values.sum()
+    offsets = torch.arange(-reach, reach + 1)
+    weights = torch.exp(-0.5 * (offsets / sigma) ** 2)
+    places = (torch.arange(size)[:, None] + offsets).clamp(0, size - 1)
+    return torch.zeros(size, size).scatter_add_(1, places, (weights / weights.sum()).expand(size, -1))
 
 
 def _blur(pictures: torch.Tensor, sigma: float) -> torch.Tensor:
-    """Gaussian mean of [B, C, H, W]; edges repeat."""
-    window = _window(sigma)
-    reach, channels = len(window) // 2, pictures.shape[1]
-    padded = F.pad(pictures, (reach, reach, reach, reach), mode="replicate")
-    across = F.conv2d(padded, window.expand(channels, 1, 1, -1), groups=channels)
-    return F.conv2d(across, window[:, None].expand(channels, 1, -1, 1), groups=channels)
+    """Gaussian mean of [B, C, H, W]; edges repeat. By matrices: at these sizes faster than a convolution."""
+    height, width = pictures.shape[2:]
+    return _smoother(height, sigma) @ pictures @ _smoother(width, sigma).T
 
 
 def structural_similarity(made: Frames, true: Frames, where: Mask | None = None) -> NDArray[np.float64]:
