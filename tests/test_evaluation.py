@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from puppet_frames import blurred, still, talking_photograph
 from stableavatar.data.puppets import (
     EVALUATION_SEED,
     EXPRESSIONS,
@@ -19,14 +20,12 @@ from stableavatar.data.puppets import (
     make_motion,
     render_frames,
 )
-from stableavatar.data.puppets.painting import blur
-from stableavatar.errors import CheckpointError, InputError
+from stableavatar.errors import InputError
 from stableavatar.evaluation import cases, tiny
-from stableavatar.evaluation.cases import Plan, photograph
-from stableavatar.evaluation.expression import corner_lift, read_expression
+from stableavatar.evaluation.cases import Plan
 from stableavatar.evaluation.identity import sharpness_ratio, steadied_similarity, worst_second
-from stableavatar.evaluation.lips import correlate, lip_score, openness, tail_difference
-from stableavatar.evaluation.meter import METER_FILE, MouthMeter, read_meter, shipped_meter
+from stableavatar.evaluation.lips import lip_score, openness, tail_difference
+from stableavatar.evaluation.meter import MouthMeter
 from stableavatar.evaluation.observation import Bar, Frames, MouthTrack, Observation
 from stableavatar.evaluation.pictures import sharpness, shifted, signal_to_noise, structural_similarity
 from stableavatar.evaluation.reconstruction import clip_signal_to_noise, end_against_start
@@ -50,34 +49,6 @@ SMALL = Plan(
     puppets=2, seconds=3.0, autoencoder_frames=77, wrong=2, silence=1, silence_seconds=1.0,
     prompts=1, prompt_seconds=1.8, photograph_seconds=3.0,
 )  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def clips() -> list[PuppetClip]:
-    return [make_clip(EVALUATION_SEED + index, 3.0) for index in (3, 9, 14)]
-
-
-@pytest.fixture(scope="module")
-def clip(clips: list[PuppetClip]) -> PuppetClip:
-    return clips[0]
-
-
-@pytest.fixture(scope="module")
-def meter() -> MouthMeter:
-    if not METER_FILE.is_file():
-        pytest.skip(
-            "this copy has no meter weights yet: python -m stableavatar.training.tiny.meter makes them"
-        )
-    return shipped_meter()
-
-
-def blurred(frames: Frames, sigma: float = 2.0) -> Frames:
-    made = [255 * blur(frame.astype(np.float32) / 255, sigma) for frame in frames]
-    return np.stack(made).round().astype(np.uint8)
-
-
-def still(clip: PuppetClip) -> Frames:
-    return np.broadcast_to(clip.portrait, clip.frames.shape)
 
 
 # Lips.
@@ -118,96 +89,6 @@ def test_tail_difference_sees_lips_that_stop(clip: PuppetClip) -> None:
     assert tail_difference(called, called, 75) == pytest.approx(0, abs=1e-6)
     assert tail_difference(stops, called, 75) < -0.5
     assert openness(np.r_[np.zeros(90), np.full(10, 0.8)].astype(np.float32)) > 0.5
-
-
-# The meter of the mouth.
-
-
-def test_meter_reads_unseen_puppets(meter: MouthMeter, clips: list[PuppetClip]) -> None:
-    scores = [correlate(meter.measure(clip.frames).opening, clip.articulation.opening) for clip in clips]
-    assert np.median(scores) >= 0.95
-    amplitudes = [lip_score(meter.measure(c.frames).opening, c.articulation.opening).amplitude for c in clips]
-    assert 0.8 < np.median(amplitudes) < 1.2
-
-
-def test_meter_does_not_mind_place_blur_and_size(meter: MouthMeter, clips: list[PuppetClip]) -> None:
-    def median(change) -> float:
-        return float(
-            np.median(
-                [correlate(meter.measure(change(c.frames)).opening, c.articulation.opening) for c in clips]
-            )
-        )
-
-    assert median(partial(shifted, right=7, down=-6)) > 0.94
-    assert median(partial(blurred, sigma=1.5)) > 0.94
-    double = partial(np.repeat, repeats=2, axis=1)
-    assert median(lambda frames: np.repeat(double(frames), 2, axis=2)) > 0.96
-    assert median(lambda frames: frames.mean(axis=-1, keepdims=True).repeat(3, -1).astype(np.uint8)) > 0.88
-
-
-def test_meter_finds_the_mouth(meter: MouthMeter, clip: PuppetClip) -> None:
-    rows, columns = np.nonzero(clip.lip_masks[0])
-    place = meter.measure(clip.frames[:1]).centre[0] * 128
-    assert abs(place[0] - columns.mean()) < 5
-    assert abs(place[1] - rows.mean()) < 5
-
-
-def test_meter_on_stills_and_wrong_speech(meter: MouthMeter, clips: list[PuppetClip]) -> None:
-    first, second = clips[0], clips[1]
-    assert lip_score(meter.measure(still(first)).opening, first.articulation.opening).correlation == 0
-    wrong = lip_score(meter.measure(first.frames).opening, second.articulation.opening)
-    assert wrong.correlation < 0.4
-
-
-def talking_photograph(opening: np.ndarray) -> Frames:
-    """The photograph with its lower lip and chin pulled down and a dark gap drawn between the lips."""
-    portrait = photograph()[0]
-    y, x = np.mgrid[:128, :128]
-    frames = []
-    for value in opening:
-        gap = 14 * float(value)
-        inside = ((x - 62) / 17) ** 2 + ((y - 91 - gap / 2) / max(gap / 2, 0.01)) ** 2 <= 1
-        near = np.abs(x - 62) < 30
-        source = np.where(
-            near & (y > 91), np.maximum(y - gap * np.clip(1 - (y - 91 - gap) / 40, 0, 1), 91), y
-        )
-        frame = portrait[source.round().astype(int).clip(0, 127), x]
-        frame = np.where(inside[..., None], (40, 12, 14), frame)
-        frames.append(frame.astype(np.uint8))
-    return np.stack(frames)
-
-
-def test_meter_reads_a_photograph_whose_mouth_is_opened(meter: MouthMeter, clip: PuppetClip) -> None:
-    opening = clip.articulation.opening
-    measured = meter.measure(talking_photograph(opening)).opening
-    assert lip_score(measured, opening).correlation > 0.8
-
-
-def test_meter_weights_are_small_and_checked(tmp_path: Path, meter: MouthMeter) -> None:
-    assert METER_FILE.stat().st_size <= 300_000
-    with pytest.raises(CheckpointError, match=r"stableavatar\.training\.tiny\.meter"):
-        read_meter(tmp_path / "none.safetensors")
-    MouthMeter(channels=(16, 48, 64)).save(tmp_path / "other.safetensors")
-    with pytest.raises(CheckpointError, match=r"other\.safetensors"):
-        read_meter(tmp_path / "other.safetensors")
-    meter.save(tmp_path / "same.safetensors")
-    frames = np.random.default_rng(0).integers(0, 255, (2, 128, 128, 3), dtype=np.uint8)
-    again = read_meter(tmp_path / "same.safetensors").measure(frames)
-    np.testing.assert_array_equal(again.opening, meter.measure(frames).opening)
-    with pytest.raises(ValueError, match="the meter reads"):
-        meter.measure(frames[0])
-
-
-# Expression.
-
-
-def test_smiling_and_serious_are_told_apart(meter: MouthMeter) -> None:
-    for index in (2, 6):
-        for expression in ("smiling", "serious"):
-            clip = make_clip(EVALUATION_SEED + index, 2.0, expression=expression)
-            assert read_expression(meter.measure(clip.frames)) == expression
-    neutral = make_clip(EVALUATION_SEED + 2, 2.0, expression="neutral")
-    assert abs(corner_lift(meter.measure(neutral.frames))) < 0.35
 
 
 # Pictures.

@@ -1,0 +1,21 @@
+"""What several tests look at: puppets that nothing was trained on, and the meter of the mouth."""
+
+import pytest
+
+from stableavatar.data.puppets import EVALUATION_SEED, PuppetClip, make_clip
+from stableavatar.evaluation.meter import MouthMeter, shipped_meter
+
+
+@pytest.fixture(scope="session")
+def clips() -> list[PuppetClip]:
+    return [make_clip(EVALUATION_SEED + index, 3.0) for index in (3, 9, 14)]
+
+
+@pytest.fixture(scope="session")
+def clip(clips: list[PuppetClip]) -> PuppetClip:
+    return clips[0]
+
+
+@pytest.fixture(scope="session")
+def meter() -> MouthMeter:
+    return shipped_meter()
