@@ -8,9 +8,9 @@ import pytest
 from stableavatar.data.puppets import EVALUATION_SEED, make_clip
 from stableavatar.evaluation.lips import lip_score
 from stableavatar.evaluation.meter import shipped_meter
-from stableavatar.evaluation.pictures import structural_similarity
+from stableavatar.evaluation.pictures import signal_to_noise, structural_similarity
 from stableavatar.evaluation.regions import puppet_regions
-from stableavatar.media.image import read_picture
+from stableavatar.media.image import fit_picture, read_picture
 from stableavatar.pipeline import TINY, AvatarPipeline, load
 from stableavatar.training.tiny.assemble import MAX_BYTES
 
@@ -43,5 +43,8 @@ def test_the_demo_is_the_portrait(tiny: AvatarPipeline) -> None:
     portrait = read_picture(DEMO / "portrait.png")
     frames = np.stack(list(tiny.stream(portrait, DEMO / "speech.flac", duration=0.5, seed=1)))
     assert frames.shape == (12, 128, 128, 3)
-    assert 20 < frames.std() < 100
+    fitted = fit_picture(portrait, 128, 128, "crop")[None]
+    likeness = signal_to_noise(frames[:1], fitted)[0]
+    assert likeness > 20
+    assert likeness > signal_to_noise(frames[:1], fitted[:, :, ::-1])[0] + 5  # and it is not mirrored
     assert np.abs(np.diff(frames.astype(int), axis=0)).mean() > 0.3  # it moves
