@@ -269,8 +269,11 @@ def test_no_size(text: str) -> None:
         parse_size(text)
 
 
-def state(stage: str, done: int, total: int, left: float | None = 70.0) -> Progress:
-    return Progress(stage, done, total, left, step=2, steps=5, window=1, windows=3)  # type: ignore[arg-type]
+def state(share: float | None, frame: int = 0, left: float | None = 70.0) -> Progress:
+    known = share is not None
+    return Progress(
+        2, 5, 1, 3 if known else None, frame, 90 if known else None, share, left if known else None
+    )
 
 
 def test_lines_where_there_is_no_terminal(
@@ -280,17 +283,24 @@ def test_lines_where_there_is_no_terminal(
     monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
     with progress.display() as show:
         show.stage("loading toy")
-        for done in range(1, 101):
+        for done in range(1, 100):
             now[0] += 1
-            show(state("sampling", done, 100))
-        show(state("decoding", 7, 7))
+            show(state(done / 100))
+        show(state(1, 90))
     assert capsys.readouterr().err.splitlines() == [
         "loading toy",
-        "sampling: 1%, step 2/5, window 1/3, 1 min 10 s left",
-        *(f"sampling: {done}%, step 2/5, window 1/3, 1 min 10 s left" for done in range(11, 100, 10)),
-        "sampling: 100%, step 2/5, window 1/3",
-        "decoding: 100%, frame 7/7",
+        *(
+            f"making the video: {done}%, step 2/5, window 1/3, frame 0/90, 1 min 10 s left"
+            for done in range(1, 100, 10)
+        ),
+        "making the video: 100%, step 2/5, window 1/3, frame 90/90",
     ]
+
+
+def test_lines_where_the_end_is_not_known(capsys: pytest.CaptureFixture[str]) -> None:
+    with progress.display() as show:
+        show(state(None, 7))
+    assert capsys.readouterr().err == "making the video: step 2/5, window 1, frame 7\n"
 
 
 def test_a_bar_where_there_is_one() -> None:
@@ -300,14 +310,14 @@ def test_a_bar_where_there_is_one() -> None:
         show = progress.BarDisplay(bar)
         show.stage("loading toy")
         bar.refresh()
-        show(state("sampling", 3, 12))
+        show(state(0.25))
         bar.refresh()
-        show(state("decoding", 1, 2, 3.04))
+        show(state(0.5, 45, 3.04))
         bar.refresh()
     text = screen.getvalue()
     assert "Loading toy" in text
-    assert re.search(r"Sampling .* 25% step 2/5, window 1/3, 1 min 10 s left", text)
-    assert re.search(r"Decoding .* 50% frame 1/2, 3\.0 s left", text)
+    assert re.search(r"Making the video .* 25% step 2/5, window 1/3, frame 0/90, 1 min 10 s left", text)
+    assert re.search(r"Making the video .* 50% step 2/5, window 1/3, frame 45/90, 3\.0 s left", text)
 
 
 @pytest.mark.parametrize(

@@ -193,10 +193,14 @@ class TestFile:
         assert info.sound_seconds == pytest.approx(30 / 25, abs=0.001)
         assert len(list(read_frames(made.path))) == 30
         assert "5" in read_metadata(made.path)["stableavatar"]
-        assert [p.done for p in seen if p.stage == "sampling"] == list(range(1, 2 * 3 + 1))
-        assert seen[-1].stage == "decoding"
-        assert seen[-1].done == seen[-1].total == 30
-        assert seen[-1].seconds_left == 0
+        assert len(seen) == 2 * 3 + 30
+        assert {(p.step, p.window) for p in seen} == {
+            (step, window) for step in (1, 2) for window in (1, 2, 3)
+        }
+        assert [p.frame for p in seen] == sorted(p.frame for p in seen)
+        assert [p.share for p in seen] == sorted(p.share for p in seen)
+        assert seen[-1].frame == seen[-1].frames == 30
+        assert (seen[-1].share, seen[-1].seconds_left) == (1, 0)
         assert list(tmp_path.iterdir()) == [made.path]
 
     def test_frames_go_to_the_file_as_they_come(
@@ -214,13 +218,13 @@ class TestFile:
         waiting: list[int] = []
 
         def progress(state: Progress) -> None:
-            if state.stage == "decoding":
-                waiting.append(state.done - len(written))
+            waiting.append(state.frame - len(written))
 
         pipeline.generate(
             portrait(), noise(30 * 640), tmp_path / "out.mp4", aspect="square", progress=progress
         )
-        assert waiting == [1] * 30
+        assert max(waiting) == 1
+        assert len(written) == 30
 
     def test_the_settings_in_a_file_repeat_it(self, pipeline: AvatarPipeline, tmp_path: Path) -> None:
         def make(name: str, **options: object) -> tuple[GeneratedVideo, np.ndarray]:

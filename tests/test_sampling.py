@@ -1,23 +1,18 @@
 import math
+from collections.abc import Sequence
 
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from stableavatar.errors import InputError
 from stableavatar.sampling.decoding import denormalise_latents, normalise_latents, stream_decode
-from stableavatar.sampling.engine import (
-    Cell,
-    Conditions,
-    Denoiser,
-    SamplingError,
-    Schedule,
-    sample_lockstep,
-)
+from stableavatar.sampling.denoiser import Conditions, Denoiser, Schedule
 from stableavatar.sampling.guidance import Branch, audio_native, three_branch
 from stableavatar.sampling.noise import GivenNoise, PositionalNoise
+from stableavatar.sampling.orders import Cell
 from stableavatar.sampling.windows import (
     Window,
     WindowPlan,
@@ -147,77 +142,6 @@ class TestGuidance:
         assert rule.combine(numbers(0.3, 9, 0.7, 9)).item() == pytest.approx(3 * 0.7 - 2 * 0.3)
 
 
-def drift(window: Window, step: int, latents: torch.Tensor) -> torch.Tensor:
-    """A cell whose result depends on the whole window, its place and the step."""
-    mixed = latents + 0.1 * latents.mean(dim=1, keepdim=True) + 0.01 * (window.index + 1) * (step + 1)
-    return mixed + 0.05 * torch.arange(window.length).view(1, -1, 1, 1).sin()
-
-
-def by_the_letter(
-    plan: WindowPlan, steps: int, noise: torch.Tensor, cell: Cell, ramp: list[float]
-) -> torch.Tensor:
-    """The rule of the specification, latent by latent, with the written windows of a step kept apart."""
-    versions = [noise]
-    for step in range(steps):
-        after = versions[-1].clone()
-        results = [cell(w, step, versions[-1][:, w.start : w.stop]) for w in plan.windows]
-        for window, result in zip(plan.windows, results, strict=True):
-            for latent in range(window.write_start, window.stop):
-                new = result[:, latent - window.start]
-                j = latent - window.write_start
-                if step > 0 and window.index > 0 and j < plan.overlap:
-                    new = new * ramp[j] + after[:, latent] * (1 - ramp[j])
-                if plan.compat == "upstream":
-                    new = new.bfloat16().float()
-                after[:, latent] = new
-        versions.append(after)
-    return versions[-1]
-
-
-class TestLockstep:
-    @settings(max_examples=40, deadline=None)
-    @given(plans, st.integers(1, 4), st.sampled_from(["uniform", "log"]))
-    def test_it_is_the_rule_by_the_letter(self, plan: WindowPlan, steps: int, weights: str) -> None:
-        noise = PositionalNoise(1, 2, 1, 2)
-        ours = sample_lockstep(plan, steps, noise, drift, weights=weights)
-        ramp = overlap_ramp(plan.overlap, weights).tolist()
-        expected = by_the_letter(plan, steps, noise.frames(0, plan.latent_frames), drift, ramp)
-        torch.testing.assert_close(ours, expected, atol=1e-6, rtol=1e-6)
-
-    def test_upstream_rounds_to_bfloat16(self) -> None:
-        plan = plan_windows(30, 13, 4, compat="upstream")
-        noise = PositionalNoise(1, 2, 1, 2)
-        ours = sample_lockstep(plan, 3, noise, drift)
-        assert torch.equal(ours, ours.bfloat16().float())
-        expected = by_the_letter(plan, 3, noise.frames(0, 30), drift, overlap_ramp(4, "uniform").tolist())
-        torch.testing.assert_close(ours, expected, atol=0.02, rtol=0)
-        assert not torch.equal(sample_lockstep(plan_windows(30, 13, 4), 3, noise, drift), ours)
-
-    def test_the_beginning_does_not_depend_on_the_first_steps_of_a_longer_video(self) -> None:
-        noise = PositionalNoise(1, 2, 1, 2)
-        short, long = (sample_lockstep(plan_windows(n, 9, 3), 1, noise, drift) for n in (21, 33))
-        assert torch.equal(short[:, :18], long[:, :18])
-
-    @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-    def test_latents_that_are_no_numbers_stop_the_run(self, bad: float) -> None:
-        def cell(window: Window, step: int, latents: torch.Tensor) -> torch.Tensor:
-            return latents * (bad if (window.index, step) == (1, 2) else 1)
-
-        with pytest.raises(SamplingError, match="step 3 of 4 in window 2 of 2"):
-            sample_lockstep(plan_windows(37, 21, 5), 4, PositionalNoise(0, 1, 1, 1), cell)
-
-    def test_progress_counts_every_cell(self) -> None:
-        seen: list[tuple[int, int]] = []
-        sample_lockstep(
-            plan_windows(37, 21, 5),
-            2,
-            PositionalNoise(0, 1, 1, 1),
-            drift,
-            progress=lambda step, window: seen.append((step, window.index)),
-        )
-        assert seen == [(0, 0), (0, 1), (1, 0), (1, 1)]
-
-
 class TestSchedule:
     def test_sigmas_are_the_schedulers_own(self) -> None:
         schedule = Schedule.from_scheduler(FlowMatchEulerDiscreteScheduler(shift=5.0), 50)
@@ -256,34 +180,47 @@ class TestDenoiser:
 
     def test_branches_get_their_prompt_and_audio(self) -> None:
         denoiser = self.denoiser()
-        window, latents = Window(0, 0, 5, 0), PositionalNoise(0, 16, 4, 4).frames(0, 5)
+        cell, latents = Cell(Window(0, 0, 5, 0), 1), PositionalNoise(0, 16, 4, 4).frames(0, 5)
         with torch.no_grad():
-            u, a, f = denoiser.predict_branches(window, 1, latents)
+            ((u, a, f),) = denoiser.predict_branches([cell], [latents])
             shared = {
                 "hidden_states": latents[None],
                 "condition": denoiser.conditions.reference,
                 "timestep": denoiser.schedule.timesteps[1:2],
                 "encoder_hidden_states_image": denoiser.conditions.portrait,
             }
-            features = denoiser.speech(window)
+            features = denoiser.speech(cell.window)
             negative, prompt = denoiser.conditions.negative_prompt, denoiser.conditions.prompt
             model = denoiser.transformer
             for ours, text, speech in ((u, negative, None), (a, negative, features), (f, prompt, features)):
                 alone = model(**shared, encoder_hidden_states=text, speech_features=speech).sample[0]
                 torch.testing.assert_close(ours, alone, atol=1e-5, rtol=0)
-            guided = denoiser.predict(window, 1, latents)
+            (guided,) = denoiser.predict([cell], [latents])
         torch.testing.assert_close(guided, u + 5 * (a - u) + 3 * (f - a))
 
     def test_no_audio_at_the_input_or_at_the_output_of_the_adapter(self) -> None:
-        window, latents = Window(0, 0, 5, 0), PositionalNoise(0, 16, 4, 4).frames(0, 5)
-        output = self.denoiser()(window, 0, latents)
-        at_input = self.denoiser(no_audio="input")(window, 0, latents)
+        cell, latents = Cell(Window(0, 0, 5, 0), 0), PositionalNoise(0, 16, 4, 4).frames(0, 5)
+        (output,) = self.denoiser()([cell], [latents])
+        (at_input,) = self.denoiser(no_audio="input")([cell], [latents])
         assert not torch.allclose(output, at_input, atol=1e-3)
         unguided = [
-            self.denoiser(no_audio=where, guidance=three_branch(1, 1))(window, 0, latents)
+            self.denoiser(no_audio=where, guidance=three_branch(1, 1))([cell], [latents])[0]
             for where in ("input", "output")
         ]
         assert torch.equal(*unguided)
+
+    @pytest.mark.parametrize("no_audio", ["output", "input"])
+    @pytest.mark.parametrize("lengths", [(20, 20, 20), (20, 21, 20)])
+    def test_several_cells_at_once_are_each_on_its_own(self, no_audio: str, lengths: Sequence[int]) -> None:
+        generator = torch.Generator().manual_seed(6)
+        heard = [torch.randn(1, length, 24, generator=generator) for length in lengths]
+        denoiser = self.denoiser(no_audio=no_audio, speech=lambda window: heard[window.index])
+        cells = [Cell(Window(index, 3 * index, 3 * index + 5, 3 * index), 2 - index) for index in range(3)]
+        latents = [PositionalNoise(index, 16, 4, 4).frames(0, 5) for index in range(3)]
+        together = denoiser(cells, latents)
+        for cell, before, after in zip(cells, latents, together, strict=True):
+            (alone,) = denoiser([cell], [before])
+            torch.testing.assert_close(after, alone, atol=1e-5, rtol=0)
 
 
 class TestDecoding:

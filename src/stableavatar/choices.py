@@ -12,6 +12,7 @@ GuidanceRule = Literal["three-branch", "audio-native"]
 OverlapWeights = Literal["uniform", "log"]
 NoAudio = Literal["output", "input"]
 SpeechNormalisation = Literal["window", "recording"]
+Order = Literal["lockstep", "wavefront", "causal"]
 Compat = Literal["upstream"]
 Preset = Literal[
     "ultrafast", "superfast", "veryfast", "faster", "fast", "medium", "slow", "slower", "veryslow"

@@ -1,10 +1,10 @@
-"""One video being made: conditions, then cells, then frames."""
+"""One video being made: conditions, then cells and frames in turn."""
 
 import time
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -16,9 +16,11 @@ from stableavatar.conditioning.text import encode_prompts
 from stableavatar.media.audio import Speech
 from stableavatar.options import Settings
 from stableavatar.sampling.decoding import stream_decode
-from stableavatar.sampling.engine import Conditions, Denoiser, SamplingError, Schedule, sample_lockstep
+from stableavatar.sampling.denoiser import Conditions, Denoiser, Schedule
+from stableavatar.sampling.engine import SamplingError, sample
 from stableavatar.sampling.guidance import GUIDANCE_RULES
 from stableavatar.sampling.noise import Noise
+from stableavatar.sampling.orders import Cell
 from stableavatar.sampling.windows import Window, WindowPlan
 
 if TYPE_CHECKING:
@@ -29,22 +31,22 @@ Frame = NDArray[np.uint8]
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a video is.
+    """How far a video is; what is not known, since speech is still arriving, is None.
 
     Attributes:
-        stage: "sampling" counts cells (a step of a window), "decoding" frames.
-        done, total: how many of them. seconds_left: estimated from this stage's pace, None before the first.
-        step, steps, window, windows: where the sampling is, counted from 1.
+        step, steps, window, windows: the cell that was sampled last, counted from 1; 0 before the first.
+        frame, frames: how many are decoded.
+        share: of the work, 0 to 1. seconds_left: from the pace of cells and of frames so far.
     """
 
-    stage: Literal["sampling", "decoding"]
-    done: int
-    total: int
-    seconds_left: float | None
     step: int
     steps: int
     window: int
-    windows: int
+    windows: int | None
+    frame: int
+    frames: int | None
+    share: float | None
+    seconds_left: float | None
 
 
 ProgressCallback = Callable[[Progress], None]
@@ -75,7 +77,7 @@ class Run:
     progress: ProgressCallback | None
 
     def frames(self) -> Generator[Frame, None, None]:
-        """The video's frames, uint8 `[height, width, 3]`: all latents first, then frame after frame.
+        """The video's frames, uint8 `[height, width, 3]`, each as soon as the order makes its latents final.
 
         Raises:
             SamplingError: latents or a frame became NaN or infinite.
@@ -88,9 +90,8 @@ class Run:
             self.pipeline.maybe_free_model_hooks()
 
     def _frames(self) -> Iterator[Frame]:
-        latents = self._sample(self._conditions())
-        started = time.monotonic()
-        decoded = stream_decode(self.pipeline.vae, latents.unbind(1), self.pipeline._execution_device)
+        pace = _Pace(len(self.plan) * self.options.steps, self.frame_count)
+        decoded = stream_decode(self.pipeline.vae, self._latents(pace), self.pipeline._execution_device)
         for index in range(self.frame_count):
             frame = next(decoded)
             if not torch.isfinite(frame).all():
@@ -99,7 +100,8 @@ class Run:
                     "numbers: try --dtype float32"
                 )
             pixels = ((frame + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
-            self._report("decoding", index + 1, self.frame_count, started, len(self.plan.windows) - 1)
+            pace.frame()
+            self._report(pace)
             yield pixels.permute(1, 2, 0).cpu().numpy()
 
     def _conditions(self) -> Conditions:
@@ -115,13 +117,15 @@ class Run:
         reference = reference_condition(pipeline.vae, picture, options.window)
         return Conditions(prompt[None], negative[None], portrait, reference)
 
-    def _sample(self, conditions: Conditions) -> torch.Tensor:
+    def _latents(self, pace: "_Pace") -> Iterator[torch.Tensor]:
+        """Latent frames `[C, H, W]` in order, each as soon as it is final."""
         pipeline, options = self.pipeline, self.options
         device = pipeline._execution_device
+        conditions = self._conditions()
         rule = GUIDANCE_RULES[options.guidance]
         guidance = rule(options.text_scale, options.audio_scale, has_audio=self.speech is not None)
         schedule = Schedule.from_scheduler(pipeline.scheduler, options.steps)
-        speech: Callable[[Window], torch.Tensor | None] = _no_speech
+        speech = None
         if self.speech is not None:
             speech = WindowSpeech(
                 pipeline.speech_encoder,
@@ -136,43 +140,96 @@ class Run:
             schedule,
             guidance,
             conditions,
-            speech,
+            speech or _no_speech,
             window_latents=self.plan.window_latents,
             no_audio=options.no_audio,
             device=device,
         )
-        windows, started = len(self.plan.windows), time.monotonic()
 
-        def report(step: int, window: Window) -> None:
-            done = step * windows + window.index + 1
-            self._report("sampling", done, windows * len(schedule), started, window.index, step)
+        def ran(cell: Cell) -> None:
+            if speech is not None and cell.step == len(schedule) - 1:
+                speech.release(cell.window)
+            pace.cell(cell)
+            self._report(pace)
 
-        return sample_lockstep(
+        parts = sample(
             self.plan,
             len(schedule),
             self.noise,
             denoiser,
+            order=options.order,
+            batch_windows=options.batch_windows,
             weights=options.overlap_weights,
             device=device,
-            progress=report,
+            progress=ran,
         )
+        pace.begin()
+        for part in parts:
+            yield from part.unbind(1)
 
-    def _report(
-        self,
-        stage: Literal["sampling", "decoding"],
-        done: int,
-        total: int,
-        started: float,
-        window: int,
-        step: int | None = None,
-    ) -> None:
+    def _report(self, pace: "_Pace") -> None:
         if self.progress is None:
             return
-        left = (time.monotonic() - started) / done * (total - done)
-        steps = self.options.steps
-        windows = len(self.plan.windows)
-        current = steps if step is None else step + 1
-        self.progress(Progress(stage, done, total, left, current, steps, window + 1, windows))
+        left = pace.seconds_left()
+        self.progress(
+            Progress(
+                step=pace.last.step + 1 if pace.last else 0,
+                steps=self.options.steps,
+                window=pace.last.window.index + 1 if pace.last else 0,
+                windows=len(self.plan),
+                frame=pace.frames_done,
+                frames=self.frame_count,
+                share=pace.share(),
+                seconds_left=left,
+            )
+        )
+
+
+class _Pace:
+    """What cells and frames have taken, and what is left of `cells` and `frames`.
+
+    Cells and frames come in turn; the time since the last event is the event's own.
+    """
+
+    def __init__(self, cells: int, frames: int) -> None:
+        self.cells, self.frames = cells, frames
+        self.cells_done = self.frames_done = 0
+        self.last: Cell | None = None
+        self._cell_seconds = self._frame_seconds = 0.0
+        self._share = 0.0
+        self._event = time.monotonic()
+
+    def begin(self) -> None:
+        """The conditions are there; the next event's time begins now."""
+        self._event = time.monotonic()
+
+    def cell(self, cell: Cell) -> None:
+        """A cell has run."""
+        self.last = cell
+        self.cells_done += 1
+        self._cell_seconds += self._since()
+
+    def frame(self) -> None:
+        """A frame is decoded."""
+        self.frames_done += 1
+        self._frame_seconds += self._since()
+
+    def seconds_left(self) -> float:
+        """Of cells and frames that are to come; frames count once one has been seen."""
+        cells = self._cell_seconds / max(self.cells_done, 1) * (self.cells - self.cells_done)
+        frames = self._frame_seconds / max(self.frames_done, 1) * (self.frames - self.frames_done)
+        return cells + frames
+
+    def share(self) -> float:
+        """Of the work, by time; it does not fall when what is left turns out to take longer."""
+        done, left = self._cell_seconds + self._frame_seconds, self.seconds_left()
+        self._share = max(self._share, done / (done + left) if left > 0 else 1.0)
+        return self._share
+
+    def _since(self) -> float:
+        now = time.monotonic()
+        passed, self._event = now - self._event, now
+        return passed
 
 
 def _no_speech(_window: Window) -> None:

@@ -14,6 +14,7 @@ from stableavatar.choices import (
     Fit,
     GuidanceRule,
     NoAudio,
+    Order,
     OverlapWeights,
     Preset,
     SpeechNormalisation,
@@ -115,6 +116,19 @@ class GenerateOptions:
     overlap_weights: OverlapWeights = _option(
         "uniform", "Ramp from window to window: uniform or log.", panel=SAMPLING
     )
+    order: Order = _option(
+        "wavefront",
+        "Which window takes its next step: wavefront (the video comes out from its beginning on, in constant "
+        "memory), lockstep (the same video, all of it at the end), or causal (first frames after one window; "
+        "no window hears from its successor, so another video).",
+        panel=SAMPLING,
+    )
+    batch_windows: int = _option(
+        1,
+        "Windows that are computed at once in the wavefront. More fill a GPU better and take its memory.",
+        panel=SAMPLING,
+        minimum=1,
+    )
     seed: int | None = _option(
         None,
         "The number that the noise grows from; the same seed repeats a video. By default a new one.",
@@ -170,6 +184,8 @@ class GenerateOptions:
             raise InputError(
                 f"a window of {self.window} frames is not 4n+1; the nearest are {lower} and {lower + 4}"
             )
+        if self.batch_windows > 1 and self.order != "wavefront":
+            raise InputError(f"{self.batch_windows} windows at once need the wavefront, not {self.order}")
         if self.window is not None and self.overlap is not None:
             check_overlap(self.window, self.overlap)
 

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from stableavatar.generation import Progress
 
 SECONDS_BETWEEN_LINES = 10.0
+MAKING = "making the video"
 COLUMNS = (
     TextColumn("{task.description}"),
     BarColumn(),
@@ -30,7 +31,7 @@ class Display(Protocol):
         """Say what is begun."""
 
     def __call__(self, progress: "Progress") -> None:
-        """Show the state of sampling or decoding."""
+        """Show how far the video is."""
 
 
 @contextmanager
@@ -44,7 +45,7 @@ def display() -> Iterator[Display]:
 
 
 class BarDisplay:
-    """A bar a stage, with steps, windows and the time left."""
+    """A bar with steps, windows, frames and the time left."""
 
     def __init__(self, bar: Bar) -> None:
         self._bar = bar
@@ -58,13 +59,18 @@ class BarDisplay:
 
     def __call__(self, progress: "Progress") -> None:
         """Move the bar."""
-        if self._text != progress.stage:
-            self.stage(progress.stage)
-        self._bar.update(self._task, total=progress.total, completed=progress.done, detail=describe(progress))
+        if self._text != MAKING:
+            self.stage(MAKING)
+        self._bar.update(
+            self._task,
+            total=None if progress.share is None else 1.0,
+            completed=progress.share or 0.0,
+            detail=describe(progress),
+        )
 
 
 class LineDisplay:
-    """A line at the beginning and the end of a stage, and every ten seconds between."""
+    """A line at the beginning and the end, and every ten seconds between."""
 
     def __init__(self) -> None:
         self._text: str | None = None
@@ -77,11 +83,12 @@ class LineDisplay:
 
     def __call__(self, progress: "Progress") -> None:
         """Write a line if it is time for one."""
-        begins = self._text != progress.stage
+        begins = self._text != MAKING
         due = time.monotonic() - self._shown >= SECONDS_BETWEEN_LINES
-        if begins or due or progress.done == progress.total:
-            self._text = progress.stage
-            self._write(f"{progress.stage}: {progress.done / progress.total:.0%}, {describe(progress)}")
+        if begins or due or progress.share == 1:
+            self._text = MAKING
+            share = "" if progress.share is None else f"{progress.share:.0%}, "
+            self._write(f"{MAKING}: {share}{describe(progress)}")
 
     def _write(self, line: str) -> None:
         self._shown = time.monotonic()
@@ -89,12 +96,14 @@ class LineDisplay:
 
 
 def describe(progress: "Progress") -> str:
-    """Where the work is and how long this stage will take: `step 3/50, window 2/7, 4 min 10 s left`."""
-    if progress.stage == "sampling":
-        where = f"step {progress.step}/{progress.steps}, window {progress.window}/{progress.windows}"
-    else:
-        where = f"frame {progress.done}/{progress.total}"
-    if progress.seconds_left is None or progress.done == progress.total:
+    """Where the work is and how long it will take: `step 3/50, window 2/7, frame 64/448, 4 min 10 s left`."""
+    windows = "" if progress.windows is None else f"/{progress.windows}"
+    frames = "" if progress.frames is None else f"/{progress.frames}"
+    where = (
+        f"step {progress.step}/{progress.steps}, window {progress.window}{windows}, "
+        f"frame {progress.frame}{frames}"
+    )
+    if progress.seconds_left is None or progress.share == 1:
         return where
     return f"{where}, {duration(progress.seconds_left)} left"
 

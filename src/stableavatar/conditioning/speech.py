@@ -96,7 +96,7 @@ class WindowSpeech:
         first = 4 * window.start
         if self.plan.compat != "upstream":
             stop = first + 4 * (window.length - 1) + 1
-        elif window.index < len(self.plan.windows) - 1:
+        elif window.index < len(self.plan) - 1:
             stop = first + 4 * window.length
         else:
             return self._position(first), len(self.speech)
@@ -106,9 +106,13 @@ class WindowSpeech:
         return sample_position(frame, SPEECH_RATE, self.fps)
 
     def __call__(self, window: Window) -> torch.Tensor:
-        """Features `[1, S, audio_dim]` of a window, kept in main memory after the first call."""
+        """Features `[1, S, audio_dim]` of a window, kept in main memory from the first call to `release`."""
         if window.index not in self._features:
             samples = self.speech.samples(*self.stretch(window))
             features = speech_features(self.speech_encoder, samples, self.loudness, self.device)
             self._features[window.index] = features.cpu()
         return self._features[window.index]
+
+    def release(self, window: Window) -> None:
+        """Let a window's features go: it has taken its last step."""
+        self._features.pop(window.index, None)

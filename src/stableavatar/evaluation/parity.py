@@ -40,9 +40,11 @@ from stableavatar.media.audio import Speech
 from stableavatar.media.image import read_picture
 from stableavatar.models.transformer import StableAvatarTransformer3DModel
 from stableavatar.sampling.decoding import normalise_latents, stream_decode
-from stableavatar.sampling.engine import Cell, Conditions, Denoiser, Schedule, sample_lockstep
+from stableavatar.sampling.denoiser import Conditions, Denoiser, Schedule
+from stableavatar.sampling.engine import Denoise, one_by_one, sample_all
 from stableavatar.sampling.guidance import Branch, Guidance, Predictions
 from stableavatar.sampling.noise import GivenNoise
+from stableavatar.sampling.orders import Cell
 from stableavatar.sampling.windows import Window, plan_windows
 
 Tensors = dict[str, torch.Tensor]
@@ -248,12 +250,12 @@ class _Loop:
     def recorded_speech(self, window: Window) -> torch.Tensor:
         return self.tensors[f"window{window.index:02d}.speech_features"]
 
-    def call(self, window: Window, step: int) -> str:
-        return f"call{step * len(self.plan.windows) + window.index:03d}"
+    def call(self, cell: Cell) -> str:
+        return f"call{cell.step * len(self.plan) + cell.window.index:03d}"
 
-    def sample(self, cell: Cell) -> torch.Tensor:
+    def sample(self, denoise: Denoise) -> torch.Tensor:
         noise = GivenNoise(self.tensors["in.noise"][0])
-        return sample_lockstep(self.plan, self.steps, noise, cell, weights=self.weights)
+        return sample_all(self.plan, self.steps, noise, denoise, weights=self.weights)
 
     def compare(self) -> Iterator[Result]:
         """Every part of the loop on what was recorded before it, then the loop run freely."""
@@ -285,17 +287,17 @@ class _Loop:
         inputs: list[Result] = []
         calls: list[Result] = []
 
-        def cell(window: Window, step: int, latents: torch.Tensor) -> torch.Tensor:
-            name = self.call(window, step)
+        def replay(cell: Cell, latents: torch.Tensor) -> torch.Tensor:
+            name = self.call(cell)
             recorded_x, recorded_out = self.tensors[f"{name}.x"], self.tensors[f"{name}.out"]
             inputs.append(_compare(f"{self.case} what goes into each call", latents, recorded_x[0], 0))
             with torch.no_grad():
-                ours = self.denoiser.predict_branches(window, step, recorded_x[0])
+                (ours,) = self.denoiser.predict_branches([cell], [recorded_x[0]])
             calls.append(_compare(f"{self.case} each call", ours, recorded_out, 2e-5))
             guided = self.guidance.combine(dict(zip(self.guidance.branches, recorded_out, strict=True)))
-            return self.schedule.euler_step(recorded_x[0], guided, step)
+            return self.schedule.euler_step(recorded_x[0], guided, cell.step)
 
-        latents = self.sample(cell)
+        latents = self.sample(one_by_one(replay))
         yield _largest(calls)
         yield _largest(inputs)
         yield _compare(f"{self.case} last latents", latents, self.tensors["latents"][0], 0)

@@ -1,7 +1,9 @@
 """The plan of overlapping windows over a video's latents: data, made before anything is computed (spec 2)."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from math import e, log
+from typing import Protocol
 
 import torch
 
@@ -33,19 +35,115 @@ class Window:
         return self.stop - self.start
 
 
+class Plan(Protocol):
+    """Windows in order, of a video whose length may not be known yet.
+
+    Attributes:
+        window_latents: F, the length of a full window in latent frames.
+        overlap: o, the latents that two windows share.
+        compat: "upstream" if planned as the published code does.
+        reach: m, so many windows after a window may write what it reads at the next step.
+    """
+
+    @property
+    def window_latents(self) -> int: ...
+    @property
+    def overlap(self) -> int: ...
+    @property
+    def compat(self) -> Compat | None: ...
+    @property
+    def reach(self) -> int: ...
+
+    def window(self, index: int) -> Window | None:
+        """Window `index`, counted from 0, or None after the last; may wait for speech to arrive."""
+        ...
+
+
 @dataclass(frozen=True)
 class WindowPlan:
-    """Windows in order, over `latent_frames` latents.
+    """Windows in order, over `latent_frames` latents; see `Plan`.
 
-    `window_latents` is F, the length of a full window, and `overlap` the latents o that two windows share.
     Under `compat="upstream"` the last window may be shorter than F.
     """
 
     latent_frames: int
     window_latents: int
     overlap: int
-    windows: tuple[Window, ...]
     compat: Compat | None = None
+
+    @property
+    def stride(self) -> int:
+        """Latent frames from a window's start to the next one's."""
+        return self.window_latents - self.overlap
+
+    @property
+    def reach(self) -> int:
+        """m = ceil(F / stride) - 1."""
+        return -(-self.window_latents // self.stride) - 1
+
+    @property
+    def windows(self) -> tuple[Window, ...]:
+        """All windows."""
+        return tuple(self._window(index) for index in range(len(self)))
+
+    def __len__(self) -> int:
+        longer = max(self.latent_frames - self.window_latents, 0)
+        return -(-longer // self.stride) + 1
+
+    def window(self, index: int) -> Window | None:
+        return self._window(index) if 0 <= index < len(self) else None
+
+    def _window(self, index: int) -> Window:
+        start = index * self.stride
+        if self.compat == "upstream":
+            return Window(index, start, min(start + self.window_latents, self.latent_frames), start)
+        moved = min(start, self.latent_frames - self.window_latents)
+        return Window(index, moved, moved + self.window_latents, start)
+
+
+class GrowingPlan:
+    """Windows of a video whose speech is still arriving; the same ones as `plan_windows` makes of its whole
+    length.
+
+    Args:
+        window_latents: F. overlap: o, 2 <= o < F.
+        length: given a number of latent frames, waits until there is speech for so many (None), or until the
+            speech has ended before: the latent frames that the video then has.
+    """
+
+    compat: Compat | None = None
+
+    def __init__(self, window_latents: int, overlap: int, length: Callable[[int], int | None]) -> None:
+        self._regular = plan_windows(window_latents, window_latents, overlap)
+        self._length = length
+        self._known: WindowPlan | None = None
+        self._there = 0
+
+    @property
+    def window_latents(self) -> int:
+        return self._regular.window_latents
+
+    @property
+    def overlap(self) -> int:
+        return self._regular.overlap
+
+    @property
+    def reach(self) -> int:
+        return self._regular.reach
+
+    def window(self, index: int) -> Window | None:
+        """Waits for the speech of the whole window, or for the end."""
+        start = index * self._regular.stride
+        stop = start + self.window_latents
+        if self._known is None and stop > self._there:
+            total = self._length(stop)
+            if total is None:
+                self._there = stop
+            else:
+                self._known = plan_windows(total, self.window_latents, self.overlap)
+        if self._known is None:
+            return Window(index, start, stop, start)
+        return self._known.window(index)
 
 
 def plan_windows(
@@ -72,31 +170,13 @@ def plan_windows(
             f"choose 2 to {window_latents - 1}"
         )
     if compat == "upstream":
-        return _plan_upstream(latent_frames, window_latents, overlap)
-    latent_frames = max(latent_frames, window_latents)
-    stride = window_latents - overlap
-    starts = [*range(0, latent_frames - window_latents, stride), latent_frames - window_latents]
-    windows: list[Window] = []
-    for index, start in enumerate(starts):
-        write_start = windows[-1].stop - overlap if windows else 0
-        windows.append(Window(index, start, start + window_latents, write_start))
-    return WindowPlan(latent_frames, window_latents, overlap, tuple(windows))
-
-
-def _plan_upstream(latent_frames: int, window_latents: int, overlap: int) -> WindowPlan:
-    if latent_frames <= window_latents:
-        raise InputError(
-            f"compat='upstream' cannot make a video of {latent_frames} latent frames: the published code "
-            f"needs more than one window of {window_latents}; give it longer speech, or leave compat out"
-        )
-    starts = range(
-        0, latent_frames - overlap, window_latents - overlap
-    )  # so every tail is longer than the overlap
-    windows = tuple(
-        Window(index, start, min(start + window_latents, latent_frames), start)
-        for index, start in enumerate(starts)
-    )
-    return WindowPlan(latent_frames, window_latents, overlap, windows, compat="upstream")
+        if latent_frames <= window_latents:
+            raise InputError(
+                f"compat='upstream' cannot make a video of {latent_frames} latent frames: the published code "
+                f"needs more than one window of {window_latents}; give it longer speech, or leave compat out"
+            )
+        return WindowPlan(latent_frames, window_latents, overlap, compat)
+    return WindowPlan(max(latent_frames, window_latents), window_latents, overlap)
 
 
 def overlap_ramp(overlap: int, weights: OverlapWeights) -> torch.Tensor:

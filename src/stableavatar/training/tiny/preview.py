@@ -19,7 +19,8 @@ from stableavatar.data.puppets import make_clip
 from stableavatar.evaluation.lips import correlate
 from stableavatar.evaluation.meter import MouthMeter
 from stableavatar.sampling.decoding import stream_decode
-from stableavatar.sampling.engine import Conditions, Denoiser, Schedule, sample_lockstep
+from stableavatar.sampling.denoiser import Conditions, Denoiser, Schedule
+from stableavatar.sampling.engine import sample_all
 from stableavatar.sampling.guidance import three_branch
 from stableavatar.sampling.noise import PositionalNoise
 from stableavatar.sampling.windows import plan_windows
@@ -146,7 +147,7 @@ class Preview:
             lambda _: batch.speech[row : row + 1],
             window_latents=frames,
         )
-        return sample_lockstep(
+        return sample_all(
             plan_windows(frames, frames, 2),
             len(self.schedule),
             PositionalNoise(row, channels, height, width),

@@ -1,0 +1,154 @@
+"""The cell of the real model: one step of one window, or of several as one batch."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+
+from stableavatar.models.transformer import StableAvatarTransformer3DModel
+from stableavatar.sampling.guidance import Guidance
+from stableavatar.sampling.orders import Cell
+from stableavatar.sampling.windows import Window
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Timesteps `[steps]` (0 to 1000) and sigmas `[steps + 1]`, as the scheduler sets them."""
+
+    timesteps: torch.Tensor
+    sigmas: torch.Tensor
+
+    @classmethod
+    def from_scheduler(cls, scheduler: FlowMatchEulerDiscreteScheduler, steps: int) -> "Schedule":
+        """The scheduler's own `set_timesteps(steps)`, its double shift of the last sigma included."""
+        scheduler = FlowMatchEulerDiscreteScheduler.from_config(scheduler.config)
+        scheduler.set_timesteps(steps)
+        return cls(scheduler.timesteps, scheduler.sigmas)
+
+    def __len__(self) -> int:
+        return len(self.timesteps)
+
+    def euler_step(self, latents: torch.Tensor, velocity: torch.Tensor, step: int) -> torch.Tensor:
+        """Latents after step `step`, in float32."""
+        delta = (self.sigmas[step + 1] - self.sigmas[step]).to(latents.device)
+        return latents.float() + delta * velocity.float()
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """What all windows share.
+
+    Attributes:
+        prompt, negative_prompt: embeddings `[1, text_length, text_dim]`, zeros after the prompt.
+        portrait: embeddings `[1, P, image_dim]`.
+        reference: mask and encoded reference clip of a full window `[1, 20, F, H, W]`.
+    """
+
+    prompt: torch.Tensor
+    negative_prompt: torch.Tensor
+    portrait: torch.Tensor
+    reference: torch.Tensor
+
+
+class Denoiser:
+    """The cell of the real model: predicts the branches of the guidance, of all cells given, as one batch,
+    combines them, takes the Euler step.
+
+    Args:
+        speech: speech features `[1, S, audio_dim]` of a window, or None where the video has no speech.
+        window_latents: F of a full window; a shorter one is padded as the published code does.
+        no_audio: what a branch without audio hears: zeros after the adapter ("output", as published) or
+            silence before it ("input", as in training; fault 16).
+        device: where the transformer computes, by default where its weights lie.
+    """
+
+    def __init__(
+        self,
+        transformer: StableAvatarTransformer3DModel,
+        schedule: Schedule,
+        guidance: Guidance,
+        conditions: Conditions,
+        speech: Callable[[Window], torch.Tensor | None],
+        *,
+        window_latents: int,
+        no_audio: str = "output",
+        device: torch.device | None = None,
+    ) -> None:
+        self.transformer = transformer
+        self.schedule = schedule
+        self.guidance = guidance
+        self.conditions = conditions
+        self.speech = speech
+        self.window_latents = window_latents
+        self.no_audio = no_audio
+        self.device = device
+        self._prompts = torch.cat(
+            [
+                conditions.prompt if branch.prompt else conditions.negative_prompt
+                for branch in guidance.branches
+            ]
+        )
+
+    @torch.no_grad()
+    def __call__(self, cells: Sequence[Cell], latents: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Latents `[C, F, H, W]` of every cell before its step to those after it, float32; the cells must not
+        depend on each other."""
+        velocities = self.predict(cells, latents)
+        return [
+            self.schedule.euler_step(before, velocity, cell.step)
+            for cell, before, velocity in zip(cells, latents, velocities, strict=True)
+        ]
+
+    def predict(self, cells: Sequence[Cell], latents: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """The guided velocity of every cell, `[C, F, H, W]`, float32."""
+        branches = self.guidance.branches
+        return [
+            self.guidance.combine(dict(zip(branches, velocity, strict=True)))
+            for velocity in self.predict_branches(cells, latents)
+        ]
+
+    def predict_branches(self, cells: Sequence[Cell], latents: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """The velocity of every cell's branches, `[branches, C, F, H, W]` each, float32."""
+        features = [self.speech(cell.window) for cell in cells]
+        inputs = list(zip(cells, latents, features, strict=True))
+        shapes = {(before.shape, None if heard is None else heard.shape) for _, before, heard in inputs}
+        if len(shapes) > 1:  # a frame rate that does not divide the sample rate, or a short last window
+            return [self._predict([cell], [before], [heard])[0] for cell, before, heard in inputs]
+        return self._predict(cells, latents, features)
+
+    def _predict(
+        self,
+        cells: Sequence[Cell],
+        latents: Sequence[torch.Tensor],
+        features: Sequence[torch.Tensor | None],
+    ) -> list[torch.Tensor]:
+        dtype, device = self.transformer.dtype, self.device or self.transformer.device
+        branches, count = self.guidance.branches, len(cells)
+        rows: list[int | None] = [None] * (count * len(branches))
+        heard = None
+        given = [one for one in features if one is not None]
+        if given:
+            heard = torch.cat(given).to(device, dtype)
+            hears_silence = self.no_audio == "input" and not all(branch.audio for branch in branches)
+            if hears_silence:  # a row of silence for every cell, since the adapter looks at the latents
+                heard = torch.cat([heard, torch.zeros_like(heard)])
+            rows = [
+                row if branch.audio else (count + row if hears_silence else None)
+                for row in range(count)
+                for branch in branches
+            ]
+        window = cells[0].window
+        timesteps = self.schedule.timesteps[[cell.step for cell in cells]].to(device)
+        velocity = self.transformer(
+            torch.stack(list(latents)).to(device, dtype).repeat_interleave(len(branches), dim=0),
+            self.conditions.reference[:, :, : window.length].to(device, dtype),
+            timesteps.repeat_interleave(len(branches)),
+            self._prompts.to(device, dtype).repeat(count, 1, 1),
+            self.conditions.portrait.to(device, dtype),
+            heard,
+            rows,
+            padded_latent_frames=self.window_latents if window.length < self.window_latents else None,
+            return_dict=False,
+        )[0]
+        return list(velocity.float().unflatten(0, (count, len(branches))))

@@ -1,0 +1,84 @@
+"""Orders: which cell runs when (spec 2, "Three orders, one algorithm").
+
+A cell (window k, step i) reads the video as it stood at the end of step i-1, where windows k to k+m have
+written it, and blends with what window k-1 has written at step i; m is `WindowPlan.reach`. Every order yields
+batches of cells that do not depend on each other, all in an order in which what a cell needs has run before.
+"""
+
+import itertools
+from collections.abc import Callable, Iterator, Mapping
+from typing import NamedTuple
+
+from stableavatar.choices import Order
+from stableavatar.sampling.windows import Plan, Window
+
+
+class Cell(NamedTuple):
+    """One step of one window; steps are counted from 0."""
+
+    window: Window
+    step: int
+
+
+Batches = Iterator[list[Cell]]
+
+
+def lockstep(plan: Plan, steps: int) -> Batches:
+    """All windows take a step before any takes the next: the published order. The first latents are final
+    after the last step has begun."""
+    for step in range(steps):
+        for window in _windows(plan):
+            yield [Cell(window, step)]
+
+
+def wavefront(plan: Plan, steps: int) -> Batches:
+    """The same result from the beginning of the video on, cell by cell, sorted by (m·i + k, i, k).
+
+    With m = 1 at most `steps` windows are alive at once, and the first latents are final after
+    steps·(steps + 1)/2 cells.
+    """
+    for cells in _diagonals(plan, steps, plan.reach):
+        yield from ([cell] for cell in cells)
+
+
+def fronts(plan: Plan, steps: int) -> Batches:
+    """As `wavefront`, but all cells with the same (m + 1)·i + k, which are independent, as one batch. At most
+    2·steps - 1 windows are alive where m = 1."""
+    yield from _diagonals(plan, steps, plan.reach + 1)
+
+
+def causal(plan: Plan, steps: int) -> Batches:
+    """A window takes all its steps before the next begins: the first latents are final after one window, and
+    no window hears from its successor. Other numbers than the orders above, unless there is but one window.
+    """
+    for window in _windows(plan):
+        for step in range(steps):
+            yield [Cell(window, step)]
+
+
+ORDERS: Mapping[Order, Callable[[Plan, int], Batches]] = {
+    "lockstep": lockstep,
+    "wavefront": wavefront,
+    "causal": causal,
+}
+
+
+def _windows(plan: Plan) -> Iterator[Window]:
+    for index in itertools.count():
+        window = plan.window(index)
+        if window is None:
+            return
+        yield window
+
+
+def _diagonals(plan: Plan, steps: int, slope: int) -> Batches:
+    """Cells (k, i) with slope·i + k = 0, 1, ..., each diagonal by rising i; empty ones are left out."""
+    for diagonal in itertools.count():
+        last = diagonal - slope * (steps - 1)
+        if last >= 0 and plan.window(last) is None:
+            return
+        places = ((diagonal - slope * step, step) for step in range(steps))
+        found = [(plan.window(index), step) for index, step in places if index >= 0]
+        cells = [Cell(window, step) for window, step in found if window is not None]
+        if cells:
+            yield cells
