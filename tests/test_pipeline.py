@@ -136,7 +136,6 @@ class TestResult:
             {"overlap": 3},
             {"window": 21},
             {"no_audio": "input"},
-            {"speech_normalisation": "recording"},
             {"compat": "upstream"},
             {"fit": "pad"},
             {"fps": 24.0},
@@ -152,6 +151,14 @@ class TestResult:
         before, after = frames(pipeline, samples), frames(pipeline, samples, **options)
         common = min(len(before), len(after))
         assert not np.array_equal(before[:common], after[:common])
+
+    def test_a_pause_is_not_made_loud_if_so_asked(self, pipeline: AvatarPipeline) -> None:
+        samples = noise(22 * 640)
+        samples[: 17 * 640] *= 1e-5
+        window, recording = (
+            frames(pipeline, samples, speech_normalisation=how) for how in ("window", "recording")
+        )
+        assert (window[:12] != recording[:12]).mean() > 0.1
 
     def test_overlap_weights_change_the_video(self, pipeline: AvatarPipeline) -> None:
         samples = noise(30 * 640)
