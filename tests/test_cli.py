@@ -45,6 +45,8 @@ GENERATION = {
     "window": 13,
     "overlap": 3,
     "overlap_weights": "log",
+    "order": "lockstep",
+    "batch_windows": 2,
     "seed": 11,
     "fps": 20.0,
     "start": 0.1,
@@ -422,7 +424,7 @@ def test_the_whole_command_as_a_process(files: tuple[Path, Path, Path]) -> None:
     assert process.returncode == 0, said
     assert printed.startswith(f"{output}: 15 frames")
     assert printed.count("\n") == 1
-    ours = re.compile(r"loading .*|reading portrait, speech and prompt|(sampling|decoding): \d+%, .*")
+    ours = re.compile(r"loading .*|reading portrait, speech and prompt|making the video: \d+%, .*")
     assert [line for line in said.splitlines() if not ours.fullmatch(line)] == []
 
 

@@ -8,6 +8,7 @@ import torch
 from PIL import Image, ImageDraw
 
 import stableavatar
+from stableavatar.conditioning.speech import WindowSpeech
 from stableavatar.errors import InputError
 from stableavatar.generation import Progress
 from stableavatar.media.image import read_picture
@@ -16,6 +17,7 @@ from stableavatar.media.video import VideoWriter
 from stableavatar.options import GenerateOptions, OutputOptions, SamplingDefaults, Settings
 from stableavatar.pipeline import AvatarPipeline, GeneratedVideo
 from stableavatar.sampling.engine import SamplingError
+from stableavatar.sampling.windows import Window
 from toy import toy_pipeline
 
 RATE = 16000
@@ -152,6 +154,50 @@ class TestResult:
         common = min(len(before), len(after))
         assert not np.array_equal(before[:common], after[:common])
 
+    def test_orders(self, pipeline: AvatarPipeline) -> None:
+        """Wavefront and lockstep give the same frames; in batches they differ by rounding; causal is another
+        video."""
+        samples = noise(70 * 640)
+        wavefront, lockstep, batches, causal = (
+            frames(pipeline, samples, steps=3, **options)
+            for options in (
+                {}, {"order": "lockstep"}, {"batch_windows": 3}, {"order": "causal"},
+            )
+        )  # fmt: skip
+        assert np.array_equal(wavefront, lockstep)
+        assert np.abs(wavefront.astype(int) - batches).max() <= 1
+        assert not np.array_equal(wavefront, causal)
+        with pytest.raises(InputError, match="batch-windows"):
+            frames(pipeline, samples, order="causal", batch_windows=2)
+
+    @pytest.mark.parametrize(("order", "cells"), [("causal", 3), ("wavefront", 6), ("lockstep", 2 * 6 + 1)])
+    def test_the_first_frame_does_not_wait_for_the_end(
+        self, pipeline: AvatarPipeline, order: str, cells: int
+    ) -> None:
+        seen: list[Progress] = []
+        stream = pipeline.stream(
+            portrait(), noise(70 * 640), steps=3, width=32, height=32, order=order, progress=seen.append
+        )
+        next(stream)
+        stream.close()
+        assert seen[-1].windows == 6
+        assert len([state for state in seen if state.frame == 0]) == cells
+
+    def test_features_of_windows_that_are_done_are_let_go(
+        self, pipeline: AvatarPipeline, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        alive: list[int] = []
+        call = WindowSpeech.__call__
+
+        def count(self: WindowSpeech, window: Window) -> torch.Tensor:
+            features = call(self, window)
+            alive.append(len(self._features))
+            return features
+
+        monkeypatch.setattr(WindowSpeech, "__call__", count)
+        frames(pipeline, noise(160 * 640), steps=2)
+        assert max(alive) == 2
+
     def test_a_pause_is_not_made_loud_if_so_asked(self, pipeline: AvatarPipeline) -> None:
         samples = noise(22 * 640)
         samples[: 17 * 640] *= 1e-5
@@ -184,7 +230,7 @@ class TestResult:
         broken = toy_pipeline()
         with torch.no_grad():
             broken.transformer.proj_out.bias.fill_(float("nan"))
-        with pytest.raises(SamplingError, match="step 1 of 2 in window 1 of 1"):
+        with pytest.raises(SamplingError, match="step 1 of 2 in window 1: try"):
             next(broken.stream(portrait(), noise(640)))
 
 

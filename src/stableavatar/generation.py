@@ -221,9 +221,12 @@ class _Pace:
         return cells + frames
 
     def share(self) -> float:
-        """Of the work, by time; it does not fall when what is left turns out to take longer."""
+        """Of the work, by time; it does not fall when what is left turns out to take longer, and is 1 at the
+        end alone."""
+        if self.frames_done == self.frames:
+            return 1.0
         done, left = self._cell_seconds + self._frame_seconds, self.seconds_left()
-        self._share = max(self._share, done / (done + left) if left > 0 else 1.0)
+        self._share = max(self._share, min(done / max(done + left, 1e-9), 0.99))
         return self._share
 
     def _since(self) -> float:

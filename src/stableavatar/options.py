@@ -125,7 +125,7 @@ class GenerateOptions:
     )
     batch_windows: int = _option(
         1,
-        "Windows that are computed at once in the wavefront. More fill a GPU better and take its memory.",
+        "Windows that are computed at once. More fill a GPU better and take more of its memory.",
         panel=SAMPLING,
         minimum=1,
     )
@@ -184,8 +184,8 @@ class GenerateOptions:
             raise InputError(
                 f"a window of {self.window} frames is not 4n+1; the nearest are {lower} and {lower + 4}"
             )
-        if self.batch_windows > 1 and self.order != "wavefront":
-            raise InputError(f"{self.batch_windows} windows at once need the wavefront, not {self.order}")
+        if self.batch_windows > 1 and self.order == "causal":
+            raise InputError("in causal order windows cannot be computed at once: leave batch-windows at 1")
         if self.window is not None and self.overlap is not None:
             check_overlap(self.window, self.overlap)
 

@@ -40,8 +40,8 @@ def sample(
         steps: number of steps; `denoise` is called for each with every window.
         order: "wavefront" and "lockstep" give the same latents, bit for bit; "causal" others, but the first
             ones after a single window.
-        batch_windows: of the wavefront, so many independent cells go to `denoise` at once; the result is the
-            same but for rounding.
+        batch_windows: so many independent cells go to `denoise` at once; the result is the same but for
+            rounding.
         device: where latents are kept between cells.
         progress: called after each cell.
 
@@ -53,9 +53,10 @@ def sample(
         ValueError: several windows at once in an order that has none that are independent.
     """
     trajectory = Trajectory(plan, steps, noise, weights=weights, device=device)
-    if batch_windows > 1 and order != "wavefront":
-        raise ValueError(f"the order {order} cannot run {batch_windows} windows at once")
-    batches = fronts(plan, steps) if batch_windows > 1 else ORDERS[order](plan, steps)
+    if batch_windows > 1 and order == "causal":
+        raise ValueError(f"in causal order {batch_windows} windows cannot run at once")
+    in_fronts = batch_windows > 1 and order == "wavefront"
+    batches = fronts(plan, steps) if in_fronts else ORDERS[order](plan, steps)
     for front in batches:
         for first in range(0, len(front), batch_windows):
             cells = front[first : first + batch_windows]

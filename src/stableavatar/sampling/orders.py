@@ -2,7 +2,8 @@
 
 A cell (window k, step i) reads the video as it stood at the end of step i-1, where windows k to k+m have
 written it, and blends with what window k-1 has written at step i; m is `WindowPlan.reach`. Every order yields
-batches of cells that do not depend on each other, all in an order in which what a cell needs has run before.
+batches of cells that do not read what another one writes (they may blend with it, and are written in turn),
+all in an order in which what a cell needs has run before.
 """
 
 import itertools
@@ -27,8 +28,7 @@ def lockstep(plan: Plan, steps: int) -> Batches:
     """All windows take a step before any takes the next: the published order. The first latents are final
     after the last step has begun."""
     for step in range(steps):
-        for window in _windows(plan):
-            yield [Cell(window, step)]
+        yield [Cell(window, step) for window in _windows(plan)]
 
 
 def wavefront(plan: Plan, steps: int) -> Batches:
