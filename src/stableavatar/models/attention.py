@@ -4,6 +4,7 @@ The kernel is diffusers' choice (`dispatch_attention_fn`), so `set_attention_bac
 work on the model.
 """
 
+from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -64,6 +65,37 @@ class KeyValue(NamedTuple):
 
     key: torch.Tensor
     value: torch.Tensor
+
+
+@dataclass
+class KeptBlock:
+    """Keys and values of prompts and portrait in one block; None before they are first made."""
+
+    prompt: KeyValue | None = None
+    portrait: KeyValue | None = None
+
+
+class Kept:
+    """What a caller keeps between calls of the transformer with the same prompts and the same portrait: every
+    block's keys and values of them, and rotary tables. Filled by the first call; never part of the model.
+    """
+
+    def __init__(self) -> None:
+        self.blocks: list[KeptBlock] = []
+        self.tables: dict[tuple[int, ...], RotaryTable] = {}
+        self._owners: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def open(self, prompt: torch.Tensor, portrait: torch.Tensor, blocks: int) -> None:
+        """Begin a call of a model of so many blocks.
+
+        Raises ValueError where these are not the very tensors of the first call, or gradients are on."""
+        if torch.is_grad_enabled():
+            raise ValueError("kept keys and values cannot be trained through: use torch.no_grad()")
+        if self._owners is None:
+            self._owners = prompt, portrait
+            self.blocks = [KeptBlock() for _ in range(blocks)]
+        if self._owners[0] is not prompt or self._owners[1] is not portrait:
+            raise ValueError("kept keys and values belong to another prompt or portrait: make a new Kept")
 
 
 class CrossAttention(_Attention):

@@ -20,7 +20,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.models.normalization import FP32LayerNorm
 from torch import nn
 
-from stableavatar.models.attention import CrossAttention, KeyValue, SelfAttention
+from stableavatar.models.attention import CrossAttention, Kept, KeptBlock, KeyValue, SelfAttention
 from stableavatar.models.audio_adapter import AudioAdapter
 from stableavatar.models.rope import RotaryTable, float64_device, rotary_table
 
@@ -93,17 +93,28 @@ class StableAvatarTransformerBlock(nn.Module):
         audio_BFnD: torch.Tensor,
         table: RotaryTable,
         clip_level_audio: bool,
+        prompt_rows: torch.Tensor | None = None,
+        kept: KeptBlock | None = None,
     ) -> torch.Tensor:
+        """`prompt_rows` [B] says which row of the prompts each row of the batch reads; keys and values are
+        taken from `kept`, or put there."""
         m0, m1, m2, m3, m4, m5 = (self.scale_shift_table.float() + timestep_B6D).chunk(6, dim=1)  # [B, 1, D]
         x, dtype = x_BND, x_BND.dtype
 
         attended = self.attn1((self.norm1(x.float()) * (1 + m1) + m0).to(dtype), table)
         x = (x.float() + m2 * attended.float()).to(dtype)
 
-        portrait = self.attn2.portrait_key_value(portrait_BPD)
+        prompt, portrait = (kept.prompt, kept.portrait) if kept is not None else (None, None)
+        if prompt is None or portrait is None:
+            prompt = self.attn2.context_key_value(prompt_BLD)
+            portrait = self.attn2.portrait_key_value(portrait_BPD)
+            if kept is not None:
+                kept.prompt, kept.portrait = prompt, portrait
+        if prompt_rows is not None:
+            prompt = KeyValue(*(part[prompt_rows] for part in prompt))
         x = x + self.attn2(
             self.norm2(x),
-            self.attn2.context_key_value(prompt_BLD),
+            prompt,
             KeyValue(*(part.expand(x.shape[0], -1, -1, -1) for part in portrait)),
             self.attn2.audio_key_value(audio_BFnD),
             clip_level_audio=clip_level_audio,
@@ -200,6 +211,8 @@ class StableAvatarTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, 
         speech_features: torch.Tensor | None = None,
         audio_rows: Sequence[int | None] | None = None,
         *,
+        prompt_rows: Sequence[int] | None = None,
+        kept: Kept | None = None,
         clip_level_audio: bool = False,
         padded_latent_frames: int | None = None,
         return_dict: bool = True,
@@ -210,14 +223,18 @@ class StableAvatarTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, 
             hidden_states: noisy latents `[B, 16, F, H, W]`.
             condition: mask and encoded reference clip `[B or 1, 20, F, H, W]`.
             timestep: `[B]`, 0 to 1000.
-            encoder_hidden_states: prompt embeddings `[B, text_length, text_dim]`, zeros after the prompt
-                (attended to, as trained).
+            encoder_hidden_states: prompt embeddings `[B or prompts, text_length, text_dim]`, zeros after the
+                prompt (attended to, as trained).
             encoder_hidden_states_image: portrait embeddings `[B or 1, 257, image_dim]`.
             speech_features: `[R, S, audio_dim]`, a row a window of speech.
             audio_rows: for each row of the batch, the row of `speech_features` that it hears, or None for no
                 audio (zeros in place of the adapter's output; the blocks' audio keys and values still act).
                 By default row b hears row b, or nothing where there are no features. Rows that hear the same
                 speech share one run of the adapter, on the last such row's latents.
+            prompt_rows: for each row of the batch, the row of `encoder_hidden_states` that it reads; by
+                default row b reads row b.
+            kept: keeps keys and values of prompts and portrait, and rotary tables, from call to call; for
+                inference with the same tensors every time.
             clip_level_audio: every token hears the audio of all latent frames.
             padded_latent_frames: pad the token sequence with zero tokens to this many latent frames (compat
                 with the published code).
@@ -226,7 +243,8 @@ class StableAvatarTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, 
             velocity `[B, 16, F, H, W]` in `sample`, or in a tuple if not `return_dict`.
 
         Raises:
-            ValueError: the latent size is not a multiple of the patch size, or `audio_rows` does not fit.
+            ValueError: the latent size is not a multiple of the patch size, `audio_rows` or `prompt_rows`
+                does not fit, or `kept` belongs to another prompt or portrait.
         """
         batch, _, frames, height, width = hidden_states.shape
         pt, ph, pw = self.config.patch_size
@@ -242,17 +260,21 @@ class StableAvatarTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, 
         x = torch.cat([hidden_states, condition.expand(batch, -1, -1, -1, -1)], dim=1)
         x = self.patch_embedding(x).flatten(2).transpose(1, 2)  # [B, N, D]
         x = nn.functional.pad(x, (0, 0, 0, (sequence_frames - grid[0]) * per_frame))
-        table = rotary_table(
-            *grid, self.config.attention_head_dim, padded_tokens=x.shape[1], device=hidden_states.device
-        )
+        if kept is not None:
+            kept.open(encoder_hidden_states, encoder_hidden_states_image, len(self.blocks))
+        chosen = _prompt_rows(prompt_rows, encoder_hidden_states, batch)
+        table = self._rotary_table(grid, x.shape[1], hidden_states.device, kept)
 
         embedding, projected = self.condition_embedder.embed_timestep(timestep)
-        prompt = self.condition_embedder.text_embedder(encoder_hidden_states)
-        portrait = self.condition_embedder.image_embedder(encoder_hidden_states_image)
+        prompt, portrait = encoder_hidden_states, encoder_hidden_states_image
+        if kept is None or kept.blocks[-1].prompt is None:
+            prompt = self.condition_embedder.text_embedder(encoder_hidden_states)
+            portrait = self.condition_embedder.image_embedder(encoder_hidden_states_image)
         audio = self._audio_tokens(x, rows, speech_features, projected, embedding, sequence_frames)
 
-        for block in self.blocks:
-            arguments = (x, projected, prompt, portrait, audio, table, clip_level_audio)
+        for index, block in enumerate(self.blocks):
+            slot = None if kept is None else kept.blocks[index]
+            arguments = (x, projected, prompt, portrait, audio, table, clip_level_audio, chosen, slot)
             if torch.is_grad_enabled() and self.gradient_checkpointing:
                 x = self._gradient_checkpointing_func(block, *arguments)
             else:
@@ -263,6 +285,17 @@ class StableAvatarTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, 
         x = x[:, : grid[0] * per_frame].unflatten(1, grid).unflatten(-1, (pt, ph, pw, -1))
         sample = x.permute(0, 7, 1, 4, 2, 5, 3, 6).reshape(batch, -1, frames, height, width)
         return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
+
+    def _rotary_table(
+        self, grid: tuple[int, int, int], tokens: int, device: torch.device, kept: Kept | None
+    ) -> RotaryTable:
+        key = (*grid, tokens)
+        if kept is not None and key in kept.tables:
+            return kept.tables[key]
+        table = rotary_table(*grid, self.config.attention_head_dim, padded_tokens=tokens, device=device)
+        if kept is not None:
+            kept.tables[key] = table
+        return table
 
     def _audio_tokens(
         self,
@@ -287,6 +320,17 @@ class StableAvatarTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, 
         )
         silence = torch.zeros_like(tokens[0])
         return torch.stack([silence if row is None else tokens[heard.index(row)] for row in rows])
+
+
+def _prompt_rows(prompt_rows: Sequence[int] | None, prompts: torch.Tensor, batch: int) -> torch.Tensor | None:
+    if prompt_rows is None and prompts.shape[0] == batch:
+        return None
+    rows = list(prompt_rows or [])
+    if len(rows) != batch or any(not 0 <= row < prompts.shape[0] for row in rows):
+        raise ValueError(
+            f"prompt_rows {rows} does not fit {batch} rows of latents and {len(prompts)} prompts"
+        )
+    return torch.tensor(rows, device=prompts.device)
 
 
 def _audio_rows(

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
+from stableavatar.models.attention import Kept
 from stableavatar.models.transformer import StableAvatarTransformer3DModel
 from stableavatar.sampling.guidance import Guidance
 from stableavatar.sampling.orders import Cell
@@ -83,12 +84,9 @@ class Denoiser:
         self.window_latents = window_latents
         self.no_audio = no_audio
         self.device = device
-        self._prompts = torch.cat(
-            [
-                conditions.prompt if branch.prompt else conditions.negative_prompt
-                for branch in guidance.branches
-            ]
-        )
+        self._kept = Kept()
+        self._prompts: torch.Tensor | None = None
+        self._portrait: torch.Tensor | None = None
 
     @torch.no_grad()
     def __call__(self, cells: Sequence[Cell], latents: Sequence[torch.Tensor]) -> list[torch.Tensor]:
@@ -124,6 +122,10 @@ class Denoiser:
         features: Sequence[torch.Tensor | None],
     ) -> list[torch.Tensor]:
         dtype, device = self.transformer.dtype, self.device or self.transformer.device
+        if self._prompts is None or self._portrait is None:
+            both = torch.cat([self.conditions.prompt, self.conditions.negative_prompt])
+            self._prompts = both.to(device, dtype)
+            self._portrait = self.conditions.portrait.to(device, dtype)
         branches, count = self.guidance.branches, len(cells)
         rows: list[int | None] = [None] * (count * len(branches))
         heard = None
@@ -144,10 +146,12 @@ class Denoiser:
             torch.stack(list(latents)).to(device, dtype).repeat_interleave(len(branches), dim=0),
             self.conditions.reference[:, :, : window.length].to(device, dtype),
             timesteps.repeat_interleave(len(branches)),
-            self._prompts.to(device, dtype).repeat(count, 1, 1),
-            self.conditions.portrait.to(device, dtype),
+            self._prompts,
+            self._portrait,
             heard,
             rows,
+            prompt_rows=[0 if branch.prompt else 1 for branch in branches] * count,
+            kept=self._kept,
             padded_latent_frames=self.window_latents if window.length < self.window_latents else None,
             return_dict=False,
         )[0]
