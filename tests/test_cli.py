@@ -47,6 +47,7 @@ GENERATION = {
     "overlap_weights": "log",
     "order": "lockstep",
     "batch_windows": 2,
+    "step_cache": 0.05,
     "seed": 11,
     "fps": 20.0,
     "start": 0.1,

@@ -21,6 +21,7 @@ from stableavatar.sampling.engine import SamplingError, sample
 from stableavatar.sampling.guidance import GUIDANCE_RULES
 from stableavatar.sampling.noise import Noise
 from stableavatar.sampling.orders import Cell
+from stableavatar.sampling.step_cache import StepCache
 from stableavatar.sampling.windows import Window, WindowPlan
 
 if TYPE_CHECKING:
@@ -135,6 +136,10 @@ class Run:
                 normalisation=options.speech_normalisation,
                 device=device,
             )
+        step_cache = None
+        if options.step_cache > 0:
+            coefficients = pipeline.defaults.step_cache_coefficients
+            step_cache = StepCache(pipeline.transformer, schedule.timesteps, options.step_cache, coefficients)
         denoiser = Denoiser(
             pipeline.transformer,
             schedule,
@@ -143,6 +148,7 @@ class Run:
             speech or _no_speech,
             window_latents=self.plan.window_latents,
             no_audio=options.no_audio,
+            step_cache=step_cache,
             device=device,
         )
 

@@ -129,6 +129,14 @@ class GenerateOptions:
         panel=SAMPLING,
         minimum=1,
     )
+    step_cache: float = _option(
+        0.0,
+        "Leave out steps whose estimated change is below this (TeaCache), usually 0.05 to 0.1. Higher is "
+        "faster and blurs lips and teeth; 0 runs every step.",
+        panel=SAMPLING,
+        minimum=0,
+        maximum=1,
+    )
     seed: int | None = _option(
         None,
         "The number that the noise grows from; the same seed repeats a video. By default a new one.",
@@ -200,6 +208,13 @@ class GenerateOptions:
 AUDIO_NATIVE_WEIGHTS = {"text_scale": 1.0, "audio_scale": 2.0}
 
 
+# Of the rescaling polynomial, highest power first, as published with TeaCache for Wan 2.1.
+STEP_CACHE_COEFFICIENTS = {
+    "1.3b": (-5.21862437e4, 9.23041404e3, -5.28275948e2, 1.36987616e1, -4.99875664e-2),
+    "14b": (2.57151496e5, -3.54229917e4, 1.40286849e3, -1.35890334e1, 1.32517977e-1),
+}
+
+
 @dataclass(frozen=True)
 class SamplingDefaults:
     """A model's own settings; those of the released models unless given.
@@ -208,6 +223,8 @@ class SamplingDefaults:
         steps, text_scale, audio_scale, window (frames), overlap (latent frames), negative_prompt: see
             `GenerateOptions`.
         sizes: width and height in pixels for each aspect that the model was trained at.
+        step_cache_coefficients: see `sampling.step_cache.steps_to_run`; (1, 0) takes the embedding's change
+            as it is.
     """
 
     steps: int = 50
@@ -219,10 +236,13 @@ class SamplingDefaults:
     sizes: Mapping[str, tuple[int, int]] = field(
         default_factory=lambda: {"square": (512, 512), "tall": (480, 832), "wide": (832, 480)}
     )
+    step_cache_coefficients: tuple[float, ...] = STEP_CACHE_COEFFICIENTS["1.3b"]
 
     def __post_init__(self) -> None:
         pairs = {aspect: (int(width), int(height)) for aspect, (width, height) in self.sizes.items()}
         object.__setattr__(self, "sizes", pairs)  # JSON has lists
+        polynomial = tuple(float(value) for value in self.step_cache_coefficients)
+        object.__setattr__(self, "step_cache_coefficients", polynomial)
 
     def size_for(self, aspect: Aspect, picture_width: int, picture_height: int) -> tuple[int, int]:
         """Width and height for an aspect; auto takes the size whose shape is nearest to the picture's.

@@ -132,12 +132,14 @@ def _check_defaults(file: Path, defaults: Any) -> None:
     types = get_type_hints(SamplingDefaults)
     for key, value in defaults.items():
         kind = get_origin(types[key]) or types[key]
-        if isinstance(value, bool) or not isinstance(value, int | float if kind is float else kind):
+        allowed = {float: int | float, tuple: list | tuple}.get(kind, kind)
+        if isinstance(value, bool) or not isinstance(value, allowed):
             raise CheckpointError(f"{file}: sampling_defaults has {key} = {value!r}, not a value for it")
     with loading.settings_of(file):
         whole = SamplingDefaults(**defaults)
         if not whole.sizes:
             raise ValueError("sampling_defaults has no sizes")
-        others = {name: getattr(whole, name) for name in known if name != "sizes"}
+        own = ("sizes", "step_cache_coefficients")
+        others = {name: getattr(whole, name) for name in known if name not in own}
         for width, height in whole.sizes.values():
             GenerateOptions(width=width, height=height, **others)

@@ -9,7 +9,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from stableavatar.checkpoints import loading
 from stableavatar.checkpoints.layout import PublishedLayout
 from stableavatar.errors import CheckpointError
-from stableavatar.options import SamplingDefaults
+from stableavatar.options import STEP_CACHE_COEFFICIENTS, SamplingDefaults
 
 SHIFT = 5.0
 TRAINING_STEPS = 1000
@@ -19,13 +19,15 @@ _TRAINED_AT = {("1.3b", "square"): ("square",), ("1.3b", "rec-vec"): ("tall", "w
 
 
 def sampling_defaults(variant: str, size: str) -> dict[str, Any]:
-    """What a published transformer's own settings differ in from `SamplingDefaults`: trained sizes.
-
-    Empty for transformers that are not known, those of a training for example.
+    """What a published transformer's own settings differ in from `SamplingDefaults`: trained sizes, and the
+    step cache's polynomial.
     """
-    aspects = _TRAINED_AT.get((size, variant))
-    sizes = SamplingDefaults().sizes
-    return {} if aspects is None else {"sizes": {aspect: sizes[aspect] for aspect in aspects}}
+    made: dict[str, Any] = {}
+    if (aspects := _TRAINED_AT.get((size, variant))) is not None:
+        made["sizes"] = {aspect: SamplingDefaults().sizes[aspect] for aspect in aspects}
+    if (coefficients := STEP_CACHE_COEFFICIENTS[size]) != SamplingDefaults().step_cache_coefficients:
+        made["step_cache_coefficients"] = coefficients
+    return made
 
 
 def load_published(found: PublishedLayout, variant: str, size: str, dtype: torch.dtype) -> dict[str, Any]:

@@ -7,6 +7,7 @@ or guidance.
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -68,6 +69,14 @@ class ConditionEmbedder(nn.Module):
             embedding = self.time_embedder(features.to(self.time_proj.weight.dtype))
             projected = self.time_proj(nn.functional.silu(embedding)).unflatten(1, (6, -1))
         return embedding.float(), projected.float()
+
+
+@dataclass
+class Residual:
+    """What the blocks add to their input, `[B, N, D]`: made by a call that is given one without a value, used
+    in the blocks' place by a call that is given one with a value."""
+
+    value: torch.Tensor | None = None
 
 
 class StableAvatarTransformerBlock(nn.Module):
@@ -213,6 +222,7 @@ class StableAvatarTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, 
         *,
         prompt_rows: Sequence[int] | None = None,
         kept: Kept | None = None,
+        residual: Residual | None = None,
         clip_level_audio: bool = False,
         padded_latent_frames: int | None = None,
         return_dict: bool = True,
@@ -235,6 +245,8 @@ class StableAvatarTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, 
                 default row b reads row b.
             kept: keeps keys and values of prompts and portrait, and rotary tables, from call to call; for
                 inference with the same tensors every time.
+            residual: with a value, the blocks and the audio adapter are left out and it is added in their
+                place; without one, it is given what the blocks add.
             clip_level_audio: every token hears the audio of all latent frames.
             padded_latent_frames: pad the token sequence with zero tokens to this many latent frames (compat
                 with the published code).
@@ -266,19 +278,24 @@ class StableAvatarTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, 
         table = self._rotary_table(grid, x.shape[1], hidden_states.device, kept)
 
         embedding, projected = self.condition_embedder.embed_timestep(timestep)
-        prompt, portrait = encoder_hidden_states, encoder_hidden_states_image
-        if kept is None or kept.blocks[-1].prompt is None:
-            prompt = self.condition_embedder.text_embedder(encoder_hidden_states)
-            portrait = self.condition_embedder.image_embedder(encoder_hidden_states_image)
-        audio = self._audio_tokens(x, rows, speech_features, projected, embedding, sequence_frames)
-
-        for index, block in enumerate(self.blocks):
-            slot = None if kept is None else kept.blocks[index]
-            arguments = (x, projected, prompt, portrait, audio, table, clip_level_audio, chosen, slot)
-            if torch.is_grad_enabled() and self.gradient_checkpointing:
-                x = self._gradient_checkpointing_func(block, *arguments)
-            else:
-                x = block(*arguments)
+        if residual is not None and residual.value is not None:
+            x = x + residual.value
+        else:
+            before = x
+            prompt, portrait = encoder_hidden_states, encoder_hidden_states_image
+            if kept is None or kept.blocks[-1].prompt is None:
+                prompt = self.condition_embedder.text_embedder(encoder_hidden_states)
+                portrait = self.condition_embedder.image_embedder(encoder_hidden_states_image)
+            audio = self._audio_tokens(x, rows, speech_features, projected, embedding, sequence_frames)
+            for index, block in enumerate(self.blocks):
+                slot = None if kept is None else kept.blocks[index]
+                arguments = (x, projected, prompt, portrait, audio, table, clip_level_audio, chosen, slot)
+                if torch.is_grad_enabled() and self.gradient_checkpointing:
+                    x = self._gradient_checkpointing_func(block, *arguments)
+                else:
+                    x = block(*arguments)
+            if residual is not None:
+                residual.value = x - before
 
         shift, scale = (self.scale_shift_table.float() + embedding[:, None]).chunk(2, dim=1)
         x = self.proj_out((self.norm_out(x.float()) * (1 + scale) + shift).to(x.dtype))

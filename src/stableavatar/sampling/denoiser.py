@@ -10,6 +10,7 @@ from stableavatar.models.attention import Kept
 from stableavatar.models.transformer import StableAvatarTransformer3DModel
 from stableavatar.sampling.guidance import Guidance
 from stableavatar.sampling.orders import Cell
+from stableavatar.sampling.step_cache import StepCache
 from stableavatar.sampling.windows import Window
 
 
@@ -61,6 +62,7 @@ class Denoiser:
         window_latents: F of a full window; a shorter one is padded as the published code does.
         no_audio: what a branch without audio hears: zeros after the adapter ("output", as published) or
             silence before it ("input", as in training; fault 16).
+        step_cache: leaves out steps that change little; None runs all of them.
         device: where the transformer computes, by default where its weights lie.
     """
 
@@ -74,6 +76,7 @@ class Denoiser:
         *,
         window_latents: int,
         no_audio: str = "output",
+        step_cache: StepCache | None = None,
         device: torch.device | None = None,
     ) -> None:
         self.transformer = transformer
@@ -83,6 +86,7 @@ class Denoiser:
         self.speech = speech
         self.window_latents = window_latents
         self.no_audio = no_audio
+        self.step_cache = step_cache
         self.device = device
         self._kept = Kept()
         self._prompts: torch.Tensor | None = None
@@ -110,8 +114,16 @@ class Denoiser:
         """The velocity of every cell's branches, `[branches, C, F, H, W]` each, float32."""
         features = [self.speech(cell.window) for cell in cells]
         inputs = list(zip(cells, latents, features, strict=True))
-        shapes = {(before.shape, None if heard is None else heard.shape) for _, before, heard in inputs}
-        if len(shapes) > 1:  # a frame rate that does not divide the sample rate, or a short last window
+        # They differ at odd frame rates, in a short last window, and where the cache leaves a step out.
+        kinds = {
+            (
+                before.shape,
+                None if heard is None else heard.shape,
+                self.step_cache is None or self.step_cache.runs[cell.step],
+            )
+            for cell, before, heard in inputs
+        }
+        if len(kinds) > 1:
             return [self._predict([cell], [before], [heard])[0] for cell, before, heard in inputs]
         return self._predict(cells, latents, features)
 
@@ -142,6 +154,7 @@ class Denoiser:
             ]
         window = cells[0].window
         timesteps = self.schedule.timesteps[[cell.step for cell in cells]].to(device)
+        residual = None if self.step_cache is None else self.step_cache.residual(cells)
         velocity = self.transformer(
             torch.stack(list(latents)).to(device, dtype).repeat_interleave(len(branches), dim=0),
             self.conditions.reference[:, :, : window.length].to(device, dtype),
@@ -152,7 +165,10 @@ class Denoiser:
             rows,
             prompt_rows=[0 if branch.prompt else 1 for branch in branches] * count,
             kept=self._kept,
+            residual=residual,
             padded_latent_frames=self.window_latents if window.length < self.window_latents else None,
             return_dict=False,
         )[0]
+        if self.step_cache is not None and residual is not None:
+            self.step_cache.keep(cells, residual)
         return list(velocity.float().unflatten(0, (count, len(branches))))

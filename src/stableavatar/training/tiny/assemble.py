@@ -31,6 +31,7 @@ SAMPLING_DEFAULTS = {
     "overlap": 3,
     "negative_prompt": "",
     "sizes": {"square": (128, 128)},
+    "step_cache_coefficients": (1.0, 0.0),
 }
 
 
