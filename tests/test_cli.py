@@ -126,7 +126,8 @@ def test_aspect_takes_the_size_of_the_model(files: tuple[Path, Path, Path]) -> N
 def test_one_line_at_the_end(files: tuple[Path, Path, Path]) -> None:
     line = generate(*files, "--seed", "5")
     assert re.fullmatch(
-        rf"{re.escape(str(files[2]))}: 15 frames, 0\.60 s at 25 frames/s, 32x32, seed 5, made in [\d.]+ s\n",
+        rf"{re.escape(str(files[2]))}: 15 frames, 0\.60 s at 25 frames/s, 32x32, seed 5, made in [\d.]+ s, "
+        r"the first frame after [\d.]+ s\n",
         line,
     )
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import struct
@@ -257,7 +258,7 @@ def test_latents_that_are_no_numbers(scene: Scene, tmp_path_factory: pytest.Temp
     tensors = load_file(file)
     tensors["proj_out.bias"] = torch.full_like(tensors["proj_out.bias"], float("nan"))
     save_file(tensors, file, metadata={"format": "pt"})
-    assert "after step 1 of 1 in window 1 of 1" in scene.refused()
+    assert "after step 1 of 1 in window 1" in scene.refused()
 
 
 def test_too_little_memory(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -305,7 +306,7 @@ def test_interrupted(scene: Scene, sent: signal.Signals, status: int) -> None:
     said = []
     for line in process.stderr:
         said.append(line)
-        if line.startswith("decoding"):
+        if re.search(r"frame [1-9]", line):
             break
     assert (scene.folder / f".out.{process.pid}.partial.mp4").exists()
     process.send_signal(sent)

@@ -1,5 +1,6 @@
 """One video being made: conditions, then cells and frames in turn."""
 
+import itertools
 import time
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
@@ -13,7 +14,9 @@ from numpy.typing import NDArray
 from stableavatar.conditioning.image import portrait_embeddings, reference_condition
 from stableavatar.conditioning.speech import WindowSpeech
 from stableavatar.conditioning.text import encode_prompts
-from stableavatar.media.audio import Speech
+from stableavatar.media.audio import SPEECH_RATE, Speech
+from stableavatar.media.live import LiveSpeech
+from stableavatar.media.timing import frame_count
 from stableavatar.options import Settings
 from stableavatar.sampling.decoding import stream_decode
 from stableavatar.sampling.denoiser import Conditions, Denoiser, Schedule
@@ -22,7 +25,7 @@ from stableavatar.sampling.guidance import GUIDANCE_RULES
 from stableavatar.sampling.noise import Noise
 from stableavatar.sampling.orders import Cell
 from stableavatar.sampling.step_cache import StepCache
-from stableavatar.sampling.windows import Window, WindowPlan
+from stableavatar.sampling.windows import Plan, Window
 
 if TYPE_CHECKING:
     from stableavatar.pipeline import AvatarPipeline
@@ -60,7 +63,8 @@ class Run:
     Attributes:
         pipeline: whose parts are used.
         options: with every default filled in.
-        plan: the windows. frame_count: frames of the video, at `frame_rate` frames a second.
+        plan: the windows. frame_count: frames of the video, at `frame_rate` frames a second; None while its
+            speech is arriving.
         picture: the fitted portrait, float32 `[3, height, width]` in [-1, 1].
         speech: closed when the run ends; None for a video without speech.
         noise: what the latents start from.
@@ -69,11 +73,11 @@ class Run:
 
     pipeline: "AvatarPipeline"
     options: Settings
-    plan: WindowPlan
-    frame_count: int
+    plan: Plan
+    frame_count: int | None
     frame_rate: Fraction
     picture: torch.Tensor
-    speech: Speech | None
+    speech: Speech | LiveSpeech | None
     noise: Noise
     progress: ProgressCallback | None
 
@@ -91,19 +95,32 @@ class Run:
             self.pipeline.maybe_free_model_hooks()
 
     def _frames(self) -> Iterator[Frame]:
-        pace = _Pace(len(self.plan) * self.options.steps, self.frame_count)
+        pace = _Pace()
         decoded = stream_decode(self.pipeline.vae, self._latents(pace), self.pipeline._execution_device)
-        for index in range(self.frame_count):
+        for index in itertools.count():
+            total = self._total()
+            if total is not None and index >= total:
+                return
             frame = next(decoded)
             if not torch.isfinite(frame).all():
                 raise SamplingError(
-                    f"frame {index + 1} of {self.frame_count} came out of the autoencoder without finite "
-                    "numbers: try --dtype float32"
+                    f"frame {index + 1} came out of the autoencoder without finite numbers: try "
+                    "--dtype float32"
                 )
             pixels = ((frame + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
             pace.frame()
             self._report(pace)
             yield pixels.permute(1, 2, 0).cpu().numpy()
+
+    def _total(self) -> int | None:
+        """Frames of the video, None while its speech is arriving."""
+        if (
+            self.frame_count is None
+            and isinstance(self.speech, LiveSpeech)
+            and self.speech.length is not None
+        ):
+            return frame_count(self.speech.length, SPEECH_RATE, self.frame_rate)
+        return self.frame_count
 
     def _conditions(self) -> Conditions:
         pipeline, options = self.pipeline, self.options
@@ -176,33 +193,32 @@ class Run:
     def _report(self, pace: "_Pace") -> None:
         if self.progress is None:
             return
-        left = pace.seconds_left()
+        windows, frames = self.plan.count, self._total()
+        cells = None if windows is None else windows * self.options.steps
         self.progress(
             Progress(
                 step=pace.last.step + 1 if pace.last else 0,
                 steps=self.options.steps,
                 window=pace.last.window.index + 1 if pace.last else 0,
-                windows=len(self.plan),
+                windows=windows,
                 frame=pace.frames_done,
-                frames=self.frame_count,
-                share=pace.share(),
-                seconds_left=left,
+                frames=frames,
+                share=pace.share(cells, frames),
+                seconds_left=pace.seconds_left(cells, frames),
             )
         )
 
 
 class _Pace:
-    """What cells and frames have taken, and what is left of `cells` and `frames`.
+    """What cells and frames have taken, and what is left of so many `cells` and `frames`, None if not known.
 
     Cells and frames come in turn; the time since the last event is the event's own.
     """
 
-    def __init__(self, cells: int, frames: int) -> None:
-        self.cells, self.frames = cells, frames
+    def __init__(self) -> None:
         self.cells_done = self.frames_done = 0
         self.last: Cell | None = None
-        self._cell_seconds = self._frame_seconds = 0.0
-        self._share = 0.0
+        self._cell_seconds = self._frame_seconds = self._share = 0.0
         self._event = time.monotonic()
 
     def begin(self) -> None:
@@ -220,18 +236,23 @@ class _Pace:
         self.frames_done += 1
         self._frame_seconds += self._since()
 
-    def seconds_left(self) -> float:
+    def seconds_left(self, cells: int | None, frames: int | None) -> float | None:
         """Of cells and frames that are to come; frames count once one has been seen."""
-        cells = self._cell_seconds / max(self.cells_done, 1) * (self.cells - self.cells_done)
-        frames = self._frame_seconds / max(self.frames_done, 1) * (self.frames - self.frames_done)
-        return cells + frames
+        if cells is None or frames is None:
+            return None
+        cell_seconds = self._cell_seconds / max(self.cells_done, 1) * (cells - self.cells_done)
+        frame_seconds = self._frame_seconds / max(self.frames_done, 1) * (frames - self.frames_done)
+        return cell_seconds + frame_seconds
 
-    def share(self) -> float:
+    def share(self, cells: int | None, frames: int | None) -> float | None:
         """Of the work, by time; it does not fall when what is left turns out to take longer, and is 1 at the
         end alone."""
-        if self.frames_done == self.frames:
+        left = self.seconds_left(cells, frames)
+        if left is None:
+            return None
+        if self.frames_done == frames:
             return 1.0
-        done, left = self._cell_seconds + self._frame_seconds, self.seconds_left()
+        done = self._cell_seconds + self._frame_seconds
         self._share = max(self._share, min(done / max(done + left, 1e-9), 0.99))
         return self._share
 

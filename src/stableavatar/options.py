@@ -325,6 +325,11 @@ class OutputOptions:
         maximum=51,
     )
     preset: Preset = _option("medium", "H.264 preset: slower ones make smaller files.", panel=FILE)
+    live: bool = _option(
+        False,
+        "Write fragmented MP4 under its final name, which plays while it grows.",
+        panel=FILE,
+    )
     frames: Path | None = _option(
         None,
         "A new or empty folder for the frames as PNG files, beside the video.",

@@ -11,9 +11,11 @@ import contextlib
 import difflib
 import json
 import secrets
-from collections.abc import Generator, Iterator
+import time
+from collections.abc import Generator, Iterable, Iterator
 from dataclasses import asdict, dataclass, fields
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +36,7 @@ from stableavatar.errors import CheckpointError, InputError
 from stableavatar.generation import Frame, ProgressCallback, Run
 from stableavatar.media.audio import SPEECH_RATE, Sound, Speech
 from stableavatar.media.image import check_size, convert_picture, fit_picture, read_picture
+from stableavatar.media.live import LiveRecording, LiveSound, LiveSpeech
 from stableavatar.media.timing import frame_count
 from stableavatar.media.video import FrameWriter, VideoWriter
 from stableavatar.models.transformer import StableAvatarTransformer3DModel
@@ -41,31 +44,32 @@ from stableavatar.options import GenerateOptions, OutputOptions, SamplingDefault
 from stableavatar.placement.convolutions import avoid_slow_convolutions
 from stableavatar.placement.device import choose_device, choose_dtype
 from stableavatar.sampling.noise import GivenNoise, Noise, PositionalNoise
-from stableavatar.sampling.windows import latent_frames_for, plan_windows
+from stableavatar.sampling.windows import GrowingPlan, Plan, WindowPlan, latent_frames_for, plan_windows
 
 HUB_ARGUMENTS = ("revision", "token", "cache_dir")
 
 TINY = Path(__file__).parent / "assets" / "tiny"
 
 Portrait = str | Path | Image.Image | Frame
-SpeechInput = str | Path | NDArray[np.float32]
+SpeechInput = str | Path | NDArray[np.float32] | LiveRecording | Iterable[NDArray[np.float32]]
 
 
 class AvatarStream(Iterator[Frame]):
     """Frames of a video, uint8 `[height, width, 3]`, made as they are asked for.
 
     Attributes:
-        frame_count, frame_rate (frames a second), width, height: of the video.
+        frame_count (None where the speech is still arriving), frame_rate (frames a second), width, height: of
+            the video.
         options: the options with every default filled in; with them the video can be repeated.
     """
 
     def __init__(
         self,
         frames: Generator[Frame, None, None],
-        frame_count: int,
+        frame_count: int | None,
         frame_rate: Fraction,
         options: Settings,
-        recording: Speech | None,
+        recording: Speech | LiveSpeech | None,
     ) -> None:
         self._frames = frames
         self._recording = recording
@@ -87,12 +91,14 @@ class AvatarStream(Iterator[Frame]):
 
 @dataclass(frozen=True)
 class GeneratedVideo:
-    """What `generate` has made: the file, its length in frames, and the options that repeat it."""
+    """What `generate` has made: the file, its length in frames, the options that repeat it, and the seconds
+    until the first frame was there."""
 
     path: Path
     frame_count: int
     frame_rate: Fraction
     options: Settings
+    first_frame_seconds: float
 
 
 class AvatarPipeline(DiffusionPipeline):
@@ -211,21 +217,22 @@ class AvatarPipeline(DiffusionPipeline):
         Args:
             portrait: a picture file, a Pillow image, or uint8 `[H, W, 3]`.
             speech: an audio file, a video with sound, mono samples at 16 kHz, or None for a silent video of
-                `duration` seconds.
+                `duration` seconds. Speech that is still arriving: an iterator of such samples, or a
+                `media.live.LiveRecording`; it is asked for more when a window needs it.
             latents: the starting noise `[C, L, H/8, W/8]`, in place of the seed's.
             progress: called after every cell and every frame.
             options: fields of `GenerateOptions`.
 
         Returns:
-            An iterator of uint8 `[height, width, 3]`. The conditions are checked now, the work is done with
-            the first frame (the order is lockstep: no frame is finished before the last step).
+            An iterator of uint8 `[height, width, 3]`. The conditions are checked now, the work is done as
+            frames are asked for; `order` says how much of it comes before the first.
 
         Raises:
             InputError: a file or an option that cannot be used.
         """
         given = _options(options)
         picture = _picture(portrait)
-        recording = _recording(speech, given)
+        recording = _recording(_live(speech, given), given)
         try:
             return self._stream(given, picture, recording, latents, progress)
         except BaseException:
@@ -237,25 +244,19 @@ class AvatarPipeline(DiffusionPipeline):
         self,
         given: GenerateOptions,
         picture: Frame,
-        recording: Speech | None,
+        recording: Speech | LiveSpeech | None,
         latents: torch.Tensor | None,
         progress: ProgressCallback | None,
     ) -> AvatarStream:
         options = self._resolve(given, picture)
         fps = options.frame_rate
-        frames = _frames(recording, options)
-        if options.compat == "upstream":
-            frames = (frames - 1) // 4 * 4 + 1
-        plan = plan_windows(
-            latent_frames_for(frames),
-            latent_frames_for(options.window),
-            options.overlap,
-            compat=options.compat,
-        )
+        frames, plan = _plan(recording, options)
         ratio = self.vae.config.scale_factor_spatial
         shape = (self.vae.config.z_dim, options.height // ratio, options.width // ratio)
         if latents is None:
             noise: Noise = PositionalNoise(options.seed, *shape)
+        elif not isinstance(plan, WindowPlan):
+            raise InputError("latents cannot be given for speech that is still arriving: give a seed")
         elif latents.shape == (shape[0], plan.latent_frames, *shape[1:]):
             noise = GivenNoise(latents)
         else:
@@ -301,6 +302,8 @@ class AvatarPipeline(DiffusionPipeline):
             InputError: a file or an option that cannot be used, or an output that cannot be written.
         """
         encoding = output_options or OutputOptions()
+        started, first_frame = time.monotonic(), 0.0
+        speech = _live(speech, _options(options))
         stream = self.stream(portrait, speech, progress=progress, **options)
         settings = {
             "version": __version__,
@@ -325,13 +328,15 @@ class AvatarPipeline(DiffusionPipeline):
                     quality=encoding.quality,
                     preset=encoding.preset,
                     metadata=metadata,
+                    live=encoding.live,
                 )
             )
             for frame in stream:
+                first_frame = first_frame or time.monotonic() - started
                 video.write(frame)
                 if pictures is not None:
                     pictures.write(frame)
-        return GeneratedVideo(Path(output), stream.frame_count, stream.frame_rate, stream.options)
+        return GeneratedVideo(Path(output), video.frames, stream.frame_rate, stream.options, first_frame)
 
 
 def load(
@@ -379,11 +384,25 @@ def _picture(portrait: Portrait) -> Frame:
     return portrait
 
 
-def _recording(speech: SpeechInput | None, options: GenerateOptions) -> Speech | None:
+def _live(speech: SpeechInput | None, options: GenerateOptions) -> SpeechInput | None:
+    """Speech that is still arriving as a recording; every other as it is."""
+    if speech is None or isinstance(speech, str | Path | np.ndarray | LiveRecording):
+        live = isinstance(speech, LiveRecording)
+    else:
+        speech, live = LiveRecording(speech, duration=options.duration), True
+    if live and options.start:
+        raise InputError("start cannot be used with speech that is still arriving: leave it at 0")
+    return speech
+
+
+def _recording(speech: SpeechInput | None, options: GenerateOptions) -> Speech | LiveSpeech | None:
     if speech is None:
         return None
+    if isinstance(speech, LiveRecording):
+        return speech.speech
     if isinstance(speech, str | Path):
         return Speech.open(speech, SPEECH_RATE, start=options.start, duration=options.duration)
+    assert isinstance(speech, np.ndarray)
     return Speech.from_array(_cut(speech, options), SPEECH_RATE)
 
 
@@ -393,11 +412,14 @@ def _cut(samples: NDArray[np.float32], options: GenerateOptions) -> NDArray[np.f
     return samples[first:last]
 
 
-def _sound(speech: SpeechInput | None, options: GenerateOptions) -> Sound | None:
+def _sound(speech: SpeechInput | None, options: GenerateOptions) -> Sound | LiveSound | None:
     if speech is None:
         return None
+    if isinstance(speech, LiveRecording):
+        return speech.sound
     if isinstance(speech, str | Path):
         return Sound(speech, options.start, options.duration)
+    assert isinstance(speech, np.ndarray)
     return Sound.from_array(_cut(speech, options), SPEECH_RATE)
 
 
@@ -408,6 +430,34 @@ def _options(values: dict[str, Any]) -> GenerateOptions:
             near = difflib.get_close_matches(name, known, n=1)
             raise InputError(f"there is no option {name}" + (f"; did you mean {near[0]}?" if near else ""))
     return GenerateOptions(**values)
+
+
+def _plan(recording: Speech | LiveSpeech | None, options: Settings) -> tuple[int | None, Plan]:
+    """Frames of the video, None while they are not known, and its windows."""
+    window = latent_frames_for(options.window)
+    if isinstance(recording, LiveSpeech):
+        if options.compat is not None or options.order == "lockstep":
+            raise InputError(
+                "speech that is still arriving needs the order wavefront or causal, without compat"
+            )
+        return None, GrowingPlan(
+            window, options.overlap, partial(_live_latents, recording, options.frame_rate)
+        )
+    frames = _frames(recording, options)
+    if options.compat == "upstream":
+        frames = (frames - 1) // 4 * 4 + 1
+    return frames, plan_windows(latent_frames_for(frames), window, options.overlap, compat=options.compat)
+
+
+def _live_latents(speech: LiveSpeech, fps: Fraction, wanted: int) -> int | None:
+    """See `GrowingPlan`: waits for the first frame that needs so many latent frames."""
+    if speech.wait_frames(max(4 * (wanted - 2) + 2, 1), fps):
+        return None
+    assert speech.length is not None
+    frames = frame_count(speech.length, SPEECH_RATE, fps)
+    if frames < 1:
+        raise _too_short(f"the speech ({speech.length / SPEECH_RATE:.3f} s)", fps)
+    return latent_frames_for(frames)
 
 
 def _frames(recording: Speech | None, options: Settings) -> int:
@@ -423,4 +473,8 @@ def _frames(recording: Speech | None, options: Settings) -> int:
         return frame_count(len(recording), SPEECH_RATE, fps)
     else:
         raise InputError("a video without speech needs a duration")
-    raise InputError(f"{what} is shorter than a frame ({float(1 / fps):.3f} s): give a longer one")
+    raise _too_short(what, fps)
+
+
+def _too_short(what: str, fps: Fraction) -> InputError:
+    return InputError(f"{what} is shorter than a frame ({float(1 / fps):.3f} s): give a longer one")

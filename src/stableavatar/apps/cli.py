@@ -19,9 +19,10 @@ from stableavatar.apps.console import end_on_terminate, log_to_stderr, plain_err
 from stableavatar.apps.progress import display, duration
 from stableavatar.choices import Dtype, ModelSize, StoredDtype, Variant
 from stableavatar.errors import InputError
-from stableavatar.options import FILE, PICTURE, GenerateOptions, OutputOptions
+from stableavatar.options import FILE, PICTURE, TIME, GenerateOptions, OutputOptions
 
 MODEL = "The model"
+STANDARD_INPUT = "-"
 
 EXAMPLES = """\
 Examples:
@@ -103,12 +104,30 @@ def generate(
     speech: Annotated[
         Path, typer.Argument(metavar="SPEECH", help="What is said: any sound file, or a video with sound.")
     ],
-    output: Annotated[Path, typer.Option("--output", "-o", help="The MP4 to write.", rich_help_panel=FILE)],
+    output: Annotated[
+        Path,
+        typer.Option(
+            "--output",
+            "-o",
+            help="The MP4 to write; - writes fragmented MP4 to standard output.",
+            rich_help_panel=FILE,
+        ),
+    ],
     encoding: OutputOptions,
     generation: GenerateOptions,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace a video that is there.", rich_help_panel=FILE)
     ] = False,
+    raw_rate: Annotated[
+        int | None,
+        typer.Option(
+            metavar="RATE",
+            min=1000,
+            max=768_000,
+            help="Standard input is raw 16-bit little-endian mono sound of so many samples a second.",
+            rich_help_panel=TIME,
+        ),
+    ] = None,
     size: Annotated[
         str | None,
         typer.Option(
@@ -145,12 +164,20 @@ def generate(
     # What is wrong with the files should be said before a large model is loaded.
     from stableavatar.media.audio import Sound
     from stableavatar.media.image import read_picture
-    from stableavatar.media.video import check_output
+    from stableavatar.media.live import LiveRecording, read_live
+    from stableavatar.media.video import STANDARD_OUTPUT, check_output
 
-    if check_output(output).exists() and not overwrite:
+    to_stdout = str(output) == STANDARD_OUTPUT
+    if not to_stdout and check_output(output).exists() and not overwrite:
         raise InputError(f"output {output}: exists already. Choose another name, or add --overwrite.")
     picture = read_picture(portrait)
-    Sound(speech, generation.start, generation.duration)
+    said: Path | LiveRecording = speech
+    if str(speech) == STANDARD_INPUT:
+        said = read_live(sys.stdin.buffer, raw_rate=raw_rate, duration=generation.duration)
+    elif raw_rate is not None:
+        raise InputError("raw-rate says what standard input is like: name - as SPEECH, or leave it out")
+    else:
+        Sound(speech, generation.start, generation.duration)
     with display() as show:
         show.stage(f"loading {model}")
         quieten_libraries(verbose)
@@ -159,13 +186,15 @@ def generate(
         pipeline = load(model, device=device, dtype=dtype, variant=variant, size=model_size)
         show.stage("reading portrait, speech and prompt")
         video = pipeline.generate(
-            picture, speech, output, output_options=encoding, progress=show, **asdict(generation)
+            picture, said, output, output_options=encoding, progress=show, **asdict(generation)
         )
     made = video.options
     typer.echo(
         f"{video.path}: {video.frame_count} frames, {float(video.frame_count / video.frame_rate):.2f} s at "
         f"{float(video.frame_rate):g} frames/s, {made.width}x{made.height}, seed {made.seed}, "
-        f"made in {duration(time.monotonic() - started)}"
+        f"made in {duration(time.monotonic() - started)}, the first frame after "
+        f"{duration(video.first_frame_seconds)}",
+        err=to_stdout,
     )
 
 

@@ -70,7 +70,7 @@ class BarDisplay:
 
 
 class LineDisplay:
-    """A line at the beginning and the end, and every ten seconds between."""
+    """A line at the beginning, at the first frame, at the end, and every ten seconds between."""
 
     def __init__(self) -> None:
         self._text: str | None = None
@@ -85,7 +85,8 @@ class LineDisplay:
         """Write a line if it is time for one."""
         begins = self._text != MAKING
         due = time.monotonic() - self._shown >= SECONDS_BETWEEN_LINES
-        if begins or due or progress.share == 1:
+        first_frame = progress.frame == 1
+        if begins or due or first_frame or progress.share == 1:
             self._text = MAKING
             share = "" if progress.share is None else f"{progress.share:.0%}, "
             self._write(f"{MAKING}: {share}{describe(progress)}")

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -9,9 +10,22 @@ from numpy.typing import NDArray
 from transformers import Wav2Vec2Model
 
 from stableavatar.choices import SpeechNormalisation
+from stableavatar.errors import InputError
 from stableavatar.media.audio import SPEECH_RATE, Speech
 from stableavatar.media.timing import sample_position
-from stableavatar.sampling.windows import Window, WindowPlan
+from stableavatar.sampling.windows import Plan, Window
+
+
+class SpeechSource(Protocol):
+    """Mono samples at 16 kHz, which may still be arriving."""
+
+    def samples(self, start: int, stop: int) -> NDArray[np.float32]:
+        """Samples [stop - start]; zeros outside the recording."""
+        ...
+
+    def close(self) -> None:
+        """Let go of the recording."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -76,8 +90,8 @@ class WindowSpeech:
     def __init__(
         self,
         speech_encoder: Wav2Vec2Model,
-        speech: Speech,
-        plan: WindowPlan,
+        speech: SpeechSource,
+        plan: Plan,
         fps: Fraction,
         *,
         normalisation: SpeechNormalisation = "window",
@@ -88,7 +102,14 @@ class WindowSpeech:
         self.plan = plan
         self.fps = fps
         self.device = device
-        self.loudness = Loudness.of_recording(speech) if normalisation == "recording" else None
+        self.loudness = None
+        if normalisation == "recording":
+            if not isinstance(speech, Speech):
+                raise InputError(
+                    "the loudness of a whole recording is not known while it arrives: leave "
+                    "speech-normalisation at window"
+                )
+            self.loudness = Loudness.of_recording(speech)
         self._features: dict[int, torch.Tensor] = {}
 
     def stretch(self, window: Window) -> tuple[int, int]:
@@ -96,7 +117,7 @@ class WindowSpeech:
         first = 4 * window.start
         if self.plan.compat != "upstream":
             stop = first + 4 * (window.length - 1) + 1
-        elif window.index < len(self.plan) - 1:
+        elif self.plan.window(window.index + 1) is not None or not isinstance(self.speech, Speech):
             stop = first + 4 * window.length
         else:
             return self._position(first), len(self.speech)

@@ -181,7 +181,7 @@ class Sound:
         self._path, self._start, self._duration = path, start, duration
         self._array: Samples | None = None
         self._array_rate = found.sample_rate
-        self.sample_rate = _output_rate(found.sample_rate)
+        self.sample_rate = output_rate(found.sample_rate)
         self.channels = min(found.channels, 2)
 
     @classmethod
@@ -196,7 +196,7 @@ class Sound:
             raise InputError(f"sound of {array.shape[1]} channels: give one or two")
         sound._path, sound._start, sound._duration = "", 0.0, None
         sound._array, sound._array_rate = array, sample_rate
-        sound.sample_rate = _output_rate(sample_rate)
+        sound.sample_rate = output_rate(sample_rate)
         sound.channels = array.shape[1]
         return sound
 
@@ -214,7 +214,7 @@ class Sound:
             yield np.clip(block, -1.0, 1.0)
 
 
-def _output_rate(sample_rate: int) -> int:
+def output_rate(sample_rate: int) -> int:
     return next((rate for rate in SOUND_RATES if rate >= sample_rate), SOUND_RATES[-1])
 
 

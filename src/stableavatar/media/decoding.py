@@ -251,7 +251,7 @@ def _decoded(reading: "_Reading") -> Iterator[tuple[int, tuple[str, ...], Sample
             if frame.samples == 0:
                 continue
             rate, names = frame.sample_rate, tuple(channel.name for channel in frame.layout.channels)
-            raw = _to_float(frame, path)
+            raw = decoded_samples(frame, path)
             stamp = None if frame.pts is None else frame.pts * Fraction(frame.time_base or 1)
             if time is None:
                 stamp = stamp or Fraction(0)
@@ -371,7 +371,7 @@ def _picture_start(container: Any, otherwise: Fraction) -> Fraction:
     return otherwise
 
 
-def _to_float(frame: "av.AudioFrame", path: str | Path) -> Samples:
+def decoded_samples(frame: "av.AudioFrame", path: str | Path) -> Samples:
     """A frame's samples [n, channels] as float32 in [-1, 1]."""
     try:
         if frame.format.is_planar and frame.layout.nb_channels >= 8:

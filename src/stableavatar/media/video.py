@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import shutil
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from fractions import Fraction
@@ -27,6 +28,7 @@ from stableavatar.choices import Preset
 from stableavatar.errors import InputError
 from stableavatar.media.audio import Samples, Sound
 from stableavatar.media.files import reason_of
+from stableavatar.media.live import LiveSound
 from stableavatar.media.reading import (
     METADATA_KEY,
     SWS_ACCURATE,
@@ -55,6 +57,7 @@ logger = logging.getLogger(__name__)
 PRESETS = get_args(Preset)
 MAX_QUALITY = 51
 _LONGEST_NAME = 255
+STANDARD_OUTPUT = "-"
 # BT.709 as ITU-T H.273 numbers primaries, transfer and matrix alike.
 _BT709 = 1
 # Bits a second of AAC for one channel; the format allows 6 bits a sample, which is less below 16 kHz.
@@ -95,20 +98,24 @@ class VideoWriter:
         height: int,
         fps: Fraction | int | float | str,
         *,
-        sound: Sound | None,
+        sound: Sound | LiveSound | None,
         quality: int = 18,
         preset: str = "medium",
         metadata: Mapping[str, str] | None = None,
+        live: bool = False,
     ) -> None:
         """Check everything; nothing is written before the context is entered.
 
         `quality` is x264's constant rate factor: 0 is lossless, 18 hardly to be told from it, 28 small.
-        `preset` trades time for size. `metadata` can be read again with `read_metadata`.
+        `preset` trades time for size. `metadata` can be read again with `read_metadata`. `live` writes
+        fragmented MP4, a fragment a second, which plays while it grows: under the final name (or to standard
+        output, if `path` is "-"), where it stays as far as it has come if the body fails.
 
         Raises InputError: a name that does not end in .mp4, a folder that is missing or cannot be written, a
         folder under the file's name, an odd size, a frame rate, quality or preset that does not exist.
         """
-        self._path = check_output(path)
+        self._live = live or str(path) == STANDARD_OUTPUT
+        self._path = Path(path) if str(path) == STANDARD_OUTPUT else check_output(path)
         if width < 2 or height < 2 or width % 2 or height % 2:
             raise InputError(f"a video of {width}x{height} is not possible: both must be even and above 0")
         if isinstance(quality, bool) or not isinstance(quality, int) or not 0 <= quality <= MAX_QUALITY:
@@ -119,7 +126,9 @@ class VideoWriter:
         self._quality, self._preset = quality, preset
         self._metadata = dict(metadata or {})
         self._sound = sound
-        self._partial = self._path.with_name(_partial_name(self._path.stem, "partial.mp4"))
+        self._partial = self._path
+        if not self._live:
+            self._partial = self._path.with_name(_partial_name(self._path.stem, "partial.mp4"))
         self._container: Any = None
         self._frames = 0
 
@@ -177,19 +186,27 @@ class VideoWriter:
             raise
 
     def _open(self) -> None:
-        # The system's own error (rights, full disk) is clearer than FFmpeg's.
-        with self._partial.open("wb"):
-            pass
-        options = {"movflags": "+faststart"}
+        target: Any = sys.stdout.buffer
+        if str(self._path) != STANDARD_OUTPUT:
+            # The system's own error (rights, full disk) is clearer than FFmpeg's.
+            with self._partial.open("wb"):
+                pass
+            target = str(self._partial)
+        flags = "+frag_keyframe+delay_moov+default_base_moof" if self._live else "+faststart"
+        options = {"movflags": flags}
+        if self._live:
+            options["flush_packets"] = "1"
         if self._sound is not None:
             # The edit list that cuts the sound counts in this; milliseconds, the default, cut too much.
             options["movie_timescale"] = str(self._sound.sample_rate)
-        self._container = av.open(str(self._partial), "w", format="mp4", options=options)
+        self._container = av.open(target, "w", format="mp4", options=options)
         if self._metadata:
             comment = json.dumps({METADATA_KEY: self._metadata}, ensure_ascii=False)
             self._container.metadata["comment"] = comment
         # swscale puts chroma samples in the middle of four pixels; H.264 means their left edge unless told.
         x264 = {"crf": str(self._quality), "preset": self._preset, "x264-params": "chromaloc=1"}
+        if self._live:  # nothing is held back, and a fragment can begin every second
+            x264 |= {"tune": "zerolatency", "g": str(max(1, round(self._fps)))}
         video = self._container.add_stream("libx264", rate=self._fps, options=x264)
         video.width, video.height, video.pix_fmt = self._width, self._height, "yuv420p"
         context = video.codec_context
@@ -247,14 +264,19 @@ class VideoWriter:
             self._container.mux(self._audio.encode(None))
             self._feed.close()
         self._container.close()
-        _to_disk(self._partial)
-        self._partial.replace(self._path)
         self._container = None
+        if str(self._path) == STANDARD_OUTPUT:
+            sys.stdout.buffer.flush()
+            return
+        _to_disk(self._partial)
+        if not self._live:
+            self._partial.replace(self._path)
 
     def _abort(self) -> None:
         # Removed first: closing would otherwise move the index of a long file to its front in vain.
-        with suppress(OSError):
-            self._partial.unlink()
+        if not self._live:
+            with suppress(OSError):
+                self._partial.unlink()
         container, self._container = self._container, None
         if container is not None:
             with suppress(av.FFmpegError, OSError):
@@ -323,7 +345,7 @@ class FrameWriter:
 class _SoundFeed:
     """Any number of samples at a time from a stream of blocks; silence after its end."""
 
-    def __init__(self, sound: Sound) -> None:
+    def __init__(self, sound: Sound | LiveSound) -> None:
         self._blocks: Iterator[Samples] = sound.blocks()
         self._channels = sound.channels
         self._rest = np.zeros((0, sound.channels), dtype=np.float32)

@@ -43,6 +43,7 @@ class Plan(Protocol):
         overlap: o, the latents that two windows share.
         compat: "upstream" if planned as the published code does.
         reach: m, so many windows after a window may write what it reads at the next step.
+        count: the number of windows, None while it is not known.
     """
 
     @property
@@ -53,6 +54,8 @@ class Plan(Protocol):
     def compat(self) -> Compat | None: ...
     @property
     def reach(self) -> int: ...
+    @property
+    def count(self) -> int | None: ...
 
     def window(self, index: int) -> Window | None:
         """Window `index`, counted from 0, or None after the last; may wait for speech to arrive."""
@@ -85,6 +88,10 @@ class WindowPlan:
     def windows(self) -> tuple[Window, ...]:
         """All windows."""
         return tuple(self._window(index) for index in range(len(self)))
+
+    @property
+    def count(self) -> int:
+        return len(self)
 
     def __len__(self) -> int:
         longer = max(self.latent_frames - self.window_latents, 0)
@@ -130,6 +137,10 @@ class GrowingPlan:
     @property
     def reach(self) -> int:
         return self._regular.reach
+
+    @property
+    def count(self) -> int | None:
+        return None if self._known is None else len(self._known)
 
     def window(self, index: int) -> Window | None:
         """Waits for the speech of the whole window, or for the end."""
