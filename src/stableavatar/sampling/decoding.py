@@ -4,7 +4,8 @@ The autoencoder's decoder is causal: with the feature memory of its convolutions
 gives the same frames as decoding all at once, so nothing grows with the length of the video.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKLWan
@@ -31,32 +32,58 @@ def _statistics(vae: AutoencoderKLWan, latents: torch.Tensor) -> tuple[torch.Ten
     return mean, std
 
 
-@torch.no_grad()
+class StreamDecoder:
+    """Decodes normalised latents one latent frame at a time, keeping the decoder's feature memory.
+
+    Args:
+        device: where the autoencoder computes, by default where its weights lie.
+    """
+
+    def __init__(self, vae: AutoencoderKLWan, device: torch.device | None = None) -> None:
+        self.vae = vae
+        self.device = device or vae.device
+        self.taken = 0  # latent frames decoded
+        # Of each convolution the last frames that it saw; before it has seen enough None, or a mark.
+        self._memory: list[torch.Tensor | str | None] = [None] * vae._cached_conv_counts["decoder"]
+        hook = getattr(vae, "_hf_hook", None)  # of offloading, which only watches encode, decode and forward
+        if hook is not None:
+            hook.pre_forward(vae)
+
+    @torch.no_grad()
+    def decode(self, latent: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """The frames `[3, 8·H, 8·W]` of the next latent frame `[C, H, W]`, float32 in [-1, 1] on the device:
+        one of the first, four of every other."""
+        vae = self.vae
+        raw = denormalise_latents(vae, latent.to(self.device, torch.float32)[None, :, None])
+        hidden = vae.post_quant_conv(raw.to(vae.dtype))
+        frames = vae.decoder(hidden, feat_cache=self._memory, feat_idx=[0], first_chunk=self.taken == 0)
+        self.taken += 1
+        if vae.config.patch_size is not None:
+            frames = unpatchify(frames, patch_size=vae.config.patch_size)
+        return frames[0].float().clamp(-1, 1).unbind(1)
+
+    def state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        """What `restore` goes on from: tensors, and the rest as JSON."""
+        tensors = {str(i): part for i, part in enumerate(self._memory) if isinstance(part, torch.Tensor)}
+        marks = {str(i): part for i, part in enumerate(self._memory) if isinstance(part, str)}
+        return tensors, {"taken": self.taken, "marks": marks}
+
+    def restore(self, tensors: Mapping[str, torch.Tensor], rest: Mapping[str, Any]) -> None:
+        """Go on where `state` was taken."""
+        self.taken = rest["taken"]
+        for index in range(len(self._memory)):
+            tensor = tensors.get(str(index))
+            self._memory[index] = rest["marks"].get(str(index)) if tensor is None else tensor.to(self.device)
+
+
 def stream_decode(
     vae: AutoencoderKLWan, latents: Iterable[torch.Tensor], device: torch.device | None = None
 ) -> Iterator[torch.Tensor]:
-    """Decode normalised latents as they come.
+    """Frames of latents as they come; see `StreamDecoder`.
 
     Args:
         latents: latent frames `[C, H, W]` in order.
-        device: where the autoencoder computes, by default where its weights lie.
-
-    Yields:
-        frames `[3, 8·H, 8·W]`, float32 in [-1, 1] on that device: one for the first latent, four
-        for every other.
     """
-    hook = getattr(
-        vae, "_hf_hook", None
-    )  # of model offloading, which only watches encode, decode and forward
-    if hook is not None:
-        hook.pre_forward(vae)
-    memory: list[torch.Tensor | None] = [None] * vae._cached_conv_counts["decoder"]
-    patch = vae.config.patch_size
-    device = device or vae.device
-    for index, latent in enumerate(latents):
-        raw = denormalise_latents(vae, latent.to(device, torch.float32)[None, :, None])
-        hidden = vae.post_quant_conv(raw.to(vae.dtype))
-        frames = vae.decoder(hidden, feat_cache=memory, feat_idx=[0], first_chunk=index == 0)
-        if patch is not None:
-            frames = unpatchify(frames, patch_size=patch)
-        yield from frames[0].float().clamp(-1, 1).unbind(1)
+    decoder = StreamDecoder(vae, device)
+    for latent in latents:
+        yield from decoder.decode(latent)

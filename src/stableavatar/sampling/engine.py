@@ -1,5 +1,6 @@
 """The sampler: runs the cells of a plan in an order, and gives out latents as they become final (spec 2)."""
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -22,19 +23,8 @@ Denoise = Callable[[Sequence[Cell], Sequence[torch.Tensor]], Sequence[torch.Tens
 CellCallback = Callable[[Cell], None]
 
 
-def sample(
-    plan: Plan,
-    steps: int,
-    noise: Noise,
-    denoise: Denoise,
-    *,
-    order: Order = "wavefront",
-    batch_windows: int = 1,
-    weights: OverlapWeights = "uniform",
-    device: torch.device | str = "cpu",
-    progress: CellCallback | None = None,
-) -> Iterator[torch.Tensor]:
-    """Latents of a video, from its beginning on, each stretch as soon as it is final.
+class Sampler:
+    """Runs the cells of a plan, and gives out latents from the video's beginning on as they become final.
 
     Args:
         steps: number of steps; `denoise` is called for each with every window.
@@ -44,34 +34,72 @@ def sample(
             rounding.
         device: where latents are kept between cells.
         progress: called after each cell.
-
-    Yields:
-        latents `[C, n, H, W]` in order, float32 (rounded to bfloat16 values under `compat="upstream"`).
+        between: called when a batch of cells has run and what it made final has been taken: the state can be
+            saved then, or an exception raised.
 
     Raises:
-        SamplingError: a cell returned NaN or infinite latents.
         ValueError: several windows at once in an order that has none that are independent.
     """
-    trajectory = Trajectory(plan, steps, noise, weights=weights, device=device)
-    if batch_windows > 1 and order == "causal":
-        raise ValueError(f"in causal order {batch_windows} windows cannot run at once")
-    in_fronts = batch_windows > 1 and order == "wavefront"
-    batches = fronts(plan, steps) if in_fronts else ORDERS[order](plan, steps)
-    for front in batches:
-        for first in range(0, len(front), batch_windows):
-            cells = front[first : first + batch_windows]
-            results = denoise(cells, [trajectory.before(cell) for cell in cells])
+
+    def __init__(
+        self,
+        plan: Plan,
+        steps: int,
+        noise: Noise,
+        denoise: Denoise,
+        *,
+        order: Order = "wavefront",
+        batch_windows: int = 1,
+        weights: OverlapWeights = "uniform",
+        device: torch.device | str = "cpu",
+        progress: CellCallback | None = None,
+        between: Callable[[], None] | None = None,
+    ) -> None:
+        if batch_windows > 1 and order == "causal":
+            raise ValueError(f"in causal order {batch_windows} windows cannot run at once")
+        self.plan = plan
+        self.steps = steps
+        self.denoise = denoise
+        self.order: Order = order
+        self.batch_windows = batch_windows
+        self.progress = progress
+        self.between = between
+        self.trajectory = Trajectory(plan, steps, noise, weights=weights, device=device)
+        self.done = 0  # batches that have run
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        """Latents `[C, n, H, W]` in order, float32 (rounded to bfloat16 values under `compat="upstream"`).
+
+        Raises:
+            SamplingError: a cell returned NaN or infinite latents.
+        """
+        for cells in itertools.islice(self._batches(), self.done, None):
+            results = self.denoise(cells, [self.trajectory.before(cell) for cell in cells])
             for cell, after in zip(cells, results, strict=True):
-                _check_finite(cell, steps, after)
-                trajectory.write(cell, after)
-                if progress is not None:
-                    progress(cell)
-            yield from trajectory.finished()
-    yield from trajectory.finished(end=True)
+                _check_finite(cell, self.steps, after)
+                self.trajectory.write(cell, after)
+                if self.progress is not None:
+                    self.progress(cell)
+            self.done += 1
+            yield from self.trajectory.finished()
+            if self.between is not None:
+                self.between()
+        yield from self.trajectory.finished(end=True)
+
+    def _batches(self) -> Iterator[list[Cell]]:
+        in_fronts = self.batch_windows > 1 and self.order == "wavefront"
+        for front in (fronts if in_fronts else ORDERS[self.order])(self.plan, self.steps):
+            for first in range(0, len(front), self.batch_windows):
+                yield front[first : first + self.batch_windows]
+
+
+def sample(*arguments: Any, **options: Any) -> Iterator[torch.Tensor]:
+    """Latents of a video as they become final; see `Sampler`."""
+    return iter(Sampler(*arguments, **options))
 
 
 def sample_all(*arguments: Any, **options: Any) -> torch.Tensor:
-    """All latents `[C, L, H, W]` of a video at once; see `sample`."""
+    """All latents `[C, L, H, W]` of a video at once; see `Sampler`."""
     return torch.cat(list(sample(*arguments, **options)), dim=1)
 
 

@@ -6,8 +6,9 @@ between what is no longer read and what is not yet written is in memory.
 """
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -121,3 +122,21 @@ class Trajectory:
             if last:
                 return
             video.popleft()
+
+    def state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        """What `restore` goes on from: tensors, and the rest as JSON."""
+        tensors = {
+            f"{step}.{piece.start}": piece.latents
+            for step, video in enumerate(self.videos)
+            for piece in video
+            if piece.latents.shape[1]
+        }
+        return tensors, {"given": self.given}
+
+    def restore(self, tensors: Mapping[str, torch.Tensor], rest: Mapping[str, Any]) -> None:
+        """Go on where `state` was taken."""
+        self.given = rest["given"]
+        self.videos = [deque() for _ in range(self.steps)]
+        for step, start in sorted(tuple(map(int, name.split("."))) for name in tensors):
+            latents = tensors[f"{step}.{start}"].to(self.device)
+            self.videos[step].append(Piece(start, latents))
