@@ -13,7 +13,7 @@ from stableavatar.errors import InputError
 from stableavatar.generation import Progress
 from stableavatar.media.image import read_picture
 from stableavatar.media.reading import probe, read_frames, read_metadata
-from stableavatar.media.video import VideoWriter
+from stableavatar.media.segments import SegmentWriter
 from stableavatar.options import GenerateOptions, OutputOptions, SamplingDefaults, Settings
 from stableavatar.pipeline import AvatarPipeline, GeneratedVideo
 from stableavatar.sampling.engine import SamplingError
@@ -261,13 +261,13 @@ class TestFile:
     ) -> None:
         """Fault 5: no frame waits for the ones after it."""
         written: list[int] = []
-        write = VideoWriter.write
+        write = SegmentWriter.write
 
-        def count(self: VideoWriter, frame: np.ndarray) -> None:
+        def count(self: SegmentWriter, frame: np.ndarray) -> None:
             write(self, frame)
             written.append(1)
 
-        monkeypatch.setattr(VideoWriter, "write", count)
+        monkeypatch.setattr(SegmentWriter, "write", count)
         waiting: list[int] = []
 
         def progress(state: Progress) -> None:

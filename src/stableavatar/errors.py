@@ -11,3 +11,7 @@ class InputError(StableAvatarError, ValueError):
 
 class CheckpointError(StableAvatarError):
     """A checkpoint is missing, damaged, or belongs to another model."""
+
+
+class StoppedError(StableAvatarError):
+    """A run was asked to stop, and has saved what it goes on from."""

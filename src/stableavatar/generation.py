@@ -1,6 +1,5 @@
 """One video being made: conditions, then cells and frames in turn."""
 
-import itertools
 import time
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
@@ -14,13 +13,14 @@ from numpy.typing import NDArray
 from stableavatar.conditioning.image import portrait_embeddings, reference_condition
 from stableavatar.conditioning.speech import WindowSpeech
 from stableavatar.conditioning.text import encode_prompts
+from stableavatar.journal import Saved
 from stableavatar.media.audio import SPEECH_RATE, Speech
 from stableavatar.media.live import LiveSpeech
 from stableavatar.media.timing import frame_count
 from stableavatar.options import Settings
-from stableavatar.sampling.decoding import stream_decode
+from stableavatar.sampling.decoding import StreamDecoder
 from stableavatar.sampling.denoiser import Conditions, Denoiser, Schedule
-from stableavatar.sampling.engine import SamplingError, sample
+from stableavatar.sampling.engine import Sampler, SamplingError
 from stableavatar.sampling.guidance import GUIDANCE_RULES
 from stableavatar.sampling.noise import Noise
 from stableavatar.sampling.orders import Cell
@@ -69,6 +69,8 @@ class Run:
         speech: closed when the run ends; None for a video without speech.
         noise: what the latents start from.
         progress: called after every cell and every frame.
+        between: called when cells have run and the frames that they made final have been taken.
+        saved: what to go on from, in place of the beginning.
     """
 
     pipeline: "AvatarPipeline"
@@ -80,6 +82,8 @@ class Run:
     speech: Speech | LiveSpeech | None
     noise: Noise
     progress: ProgressCallback | None
+    between: Callable[["Work"], None] | None = None
+    saved: Saved | None = None
 
     def frames(self) -> Generator[Frame, None, None]:
         """The video's frames, uint8 `[height, width, 3]`, each as soon as the order makes its latents final.
@@ -96,21 +100,26 @@ class Run:
 
     def _frames(self) -> Iterator[Frame]:
         pace = _Pace()
-        decoded = stream_decode(self.pipeline.vae, self._latents(pace), self.pipeline._execution_device)
-        for index in itertools.count():
-            total = self._total()
-            if total is not None and index >= total:
-                return
-            frame = next(decoded)
-            if not torch.isfinite(frame).all():
-                raise SamplingError(
-                    f"frame {index + 1} came out of the autoencoder without finite numbers: try "
-                    "--dtype float32"
-                )
-            pixels = ((frame + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
-            pace.frame()
-            self._report(pace)
-            yield pixels.permute(1, 2, 0).cpu().numpy()
+        work = self._work(pace)
+        if self.saved is not None:
+            work.restore(self.saved)
+            pace.go_on(work.cells, work.frames)
+        pace.begin()
+        for part in work.sampler:
+            for latent in part.unbind(1):
+                for frame in work.decoder.decode(latent):
+                    if work.frames == self._total():
+                        break
+                    work.frames += 1
+                    if not torch.isfinite(frame).all():
+                        raise SamplingError(
+                            f"frame {work.frames} came out of the autoencoder without finite numbers: try "
+                            "--dtype float32"
+                        )
+                    pixels = ((frame + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+                    pace.frame()
+                    self._report(pace)
+                    yield pixels.permute(1, 2, 0).cpu().numpy()
 
     def _total(self) -> int | None:
         """Frames of the video, None while its speech is arriving."""
@@ -135,8 +144,7 @@ class Run:
         reference = reference_condition(pipeline.vae, picture, options.window)
         return Conditions(prompt[None], negative[None], portrait, reference)
 
-    def _latents(self, pace: "_Pace") -> Iterator[torch.Tensor]:
-        """Latent frames `[C, H, W]` in order, each as soon as it is final."""
+    def _work(self, pace: "_Pace") -> "Work":
         pipeline, options = self.pipeline, self.options
         device = pipeline._execution_device
         conditions = self._conditions()
@@ -175,7 +183,7 @@ class Run:
             pace.cell(cell)
             self._report(pace)
 
-        parts = sample(
+        sampler = Sampler(
             self.plan,
             len(schedule),
             self.noise,
@@ -185,10 +193,10 @@ class Run:
             weights=options.overlap_weights,
             device=device,
             progress=ran,
+            between=lambda: self.between(work) if self.between is not None else None,
         )
-        pace.begin()
-        for part in parts:
-            yield from part.unbind(1)
+        work = Work(sampler, StreamDecoder(pipeline.vae, device), step_cache)
+        return work
 
     def _report(self, pace: "_Pace") -> None:
         if self.progress is None:
@@ -209,6 +217,55 @@ class Run:
         )
 
 
+@dataclass
+class Work:
+    """The parts of a run that have a state, and the frames that it has given out."""
+
+    sampler: Sampler
+    decoder: StreamDecoder
+    step_cache: StepCache | None
+    frames: int = 0
+
+    @property
+    def cells(self) -> int:
+        """Cells that have run, at least."""
+        return self.sampler.done * self.sampler.batch_windows
+
+    def state(self) -> Saved:
+        """What `restore` goes on from, taken between cells."""
+        latents, trajectory = self.sampler.trajectory.state()
+        memory, decoder = self.decoder.state()
+        tensors = {
+            **{f"latents.{name}": tensor for name, tensor in latents.items()},
+            **{f"decoder.{name}": tensor for name, tensor in memory.items()},
+            **{f"residual.{name}": tensor for name, tensor in self._residuals().items()},
+        }
+        rest = {
+            "done": self.sampler.done, "frames": self.frames, "trajectory": trajectory, "decoder": decoder,
+        }  # fmt: skip
+        return Saved(tensors, rest)
+
+    def restore(self, saved: Saved) -> None:
+        """Go on where `state` was taken."""
+
+        def part(prefix: str) -> dict[str, torch.Tensor]:
+            prefix += "."
+            return {
+                name.removeprefix(prefix): tensor
+                for name, tensor in saved.tensors.items()
+                if name.startswith(prefix)
+            }
+
+        self.sampler.done, self.frames = saved.rest["done"], saved.rest["frames"]
+        self.sampler.trajectory.restore(part("latents"), saved.rest["trajectory"])
+        self.decoder.restore(part("decoder"), saved.rest["decoder"])
+        if self.step_cache is not None:
+            self.step_cache.restore(part("residual"))
+
+    def _residuals(self) -> dict[str, torch.Tensor]:
+        return {} if self.step_cache is None else self.step_cache.state()
+
+
 class _Pace:
     """What cells and frames have taken, and what is left of so many `cells` and `frames`, None if not known.
 
@@ -217,9 +274,15 @@ class _Pace:
 
     def __init__(self) -> None:
         self.cells_done = self.frames_done = 0
+        self._earlier_cells = self._earlier_frames = 0
         self.last: Cell | None = None
         self._cell_seconds = self._frame_seconds = self._share = 0.0
         self._event = time.monotonic()
+
+    def go_on(self, cells: int, frames: int) -> None:
+        """So many were done by an earlier run."""
+        self.cells_done = self._earlier_cells = cells
+        self.frames_done = self._earlier_frames = frames
 
     def begin(self) -> None:
         """The conditions are there; the next event's time begins now."""
@@ -240,9 +303,9 @@ class _Pace:
         """Of cells and frames that are to come; frames count once one has been seen."""
         if cells is None or frames is None:
             return None
-        cell_seconds = self._cell_seconds / max(self.cells_done, 1) * (cells - self.cells_done)
-        frame_seconds = self._frame_seconds / max(self.frames_done, 1) * (frames - self.frames_done)
-        return cell_seconds + frame_seconds
+        cell = self._cell_seconds / max(self.cells_done - self._earlier_cells, 1)
+        frame = self._frame_seconds / max(self.frames_done - self._earlier_frames, 1)
+        return cell * max(cells - self.cells_done, 0) + frame * (frames - self.frames_done)
 
     def share(self, cells: int | None, frames: int | None) -> float | None:
         """Of the work, by time; it does not fall when what is left turns out to take longer, and is 1 at the

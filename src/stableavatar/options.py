@@ -330,6 +330,12 @@ class OutputOptions:
         "Write fragmented MP4 under its final name, which plays while it grows.",
         panel=FILE,
     )
+    checkpoint_every: float = _option(
+        30.0,
+        "Seconds after which the state is saved, from which --resume goes on.",
+        panel=FILE,
+        minimum=0,
+    )
     frames: Path | None = _option(
         None,
         "A new or empty folder for the frames as PNG files, beside the video.",

@@ -12,8 +12,8 @@ import difflib
 import json
 import secrets
 import time
-from collections.abc import Generator, Iterable, Iterator
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, fields, replace
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
@@ -32,13 +32,15 @@ from stableavatar.checkpoints.layout import OWN_PARTS, detect_layout, find_publi
 from stableavatar.checkpoints.own import check_own
 from stableavatar.checkpoints.published import load_published
 from stableavatar.conditioning.image import picture_tensor
-from stableavatar.errors import CheckpointError, InputError
-from stableavatar.generation import Frame, ProgressCallback, Run
+from stableavatar.errors import CheckpointError, InputError, StoppedError
+from stableavatar.generation import Frame, ProgressCallback, Run, Work
+from stableavatar.journal import Journal, Saved, speech_hash, tensor_hash, weights_fingerprint
 from stableavatar.media.audio import SPEECH_RATE, Sound, Speech
 from stableavatar.media.image import check_size, convert_picture, fit_picture, read_picture
 from stableavatar.media.live import LiveRecording, LiveSound, LiveSpeech
+from stableavatar.media.segments import SegmentWriter
 from stableavatar.media.timing import frame_count
-from stableavatar.media.video import FrameWriter, VideoWriter
+from stableavatar.media.video import STANDARD_OUTPUT, FrameWriter, VideoWriter, check_output
 from stableavatar.models.transformer import StableAvatarTransformer3DModel
 from stableavatar.options import GenerateOptions, OutputOptions, SamplingDefaults, Settings
 from stableavatar.placement.convolutions import avoid_slow_convolutions
@@ -63,21 +65,14 @@ class AvatarStream(Iterator[Frame]):
         options: the options with every default filled in; with them the video can be repeated.
     """
 
-    def __init__(
-        self,
-        frames: Generator[Frame, None, None],
-        frame_count: int | None,
-        frame_rate: Fraction,
-        options: Settings,
-        recording: Speech | LiveSpeech | None,
-    ) -> None:
-        self._frames = frames
-        self._recording = recording
-        self.frame_count = frame_count
-        self.frame_rate = frame_rate
-        self.options = options
-        self.width = options.width
-        self.height = options.height
+    def __init__(self, run: Run) -> None:
+        self._frames = run.frames()
+        self._recording = run.speech
+        self.frame_count = run.frame_count
+        self.frame_rate = run.frame_rate
+        self.options = run.options
+        self.width = run.options.width
+        self.height = run.options.height
 
     def __next__(self) -> Frame:
         return next(self._frames)
@@ -231,23 +226,33 @@ class AvatarPipeline(DiffusionPipeline):
             InputError: a file or an option that cannot be used.
         """
         given = _options(options)
+        return AvatarStream(self._open(portrait, _live(speech, given), given, latents, progress))
+
+    def _open(
+        self,
+        portrait: Portrait,
+        speech: SpeechInput | None,
+        given: GenerateOptions,
+        latents: torch.Tensor | None,
+        progress: ProgressCallback | None,
+    ) -> Run:
         picture = _picture(portrait)
-        recording = _recording(_live(speech, given), given)
+        recording = _recording(speech, given)
         try:
-            return self._stream(given, picture, recording, latents, progress)
+            return self._run(given, picture, recording, latents, progress)
         except BaseException:
             if recording is not None:
                 recording.close()
             raise
 
-    def _stream(
+    def _run(
         self,
         given: GenerateOptions,
         picture: Frame,
         recording: Speech | LiveSpeech | None,
         latents: torch.Tensor | None,
         progress: ProgressCallback | None,
-    ) -> AvatarStream:
+    ) -> Run:
         options = self._resolve(given, picture)
         fps = options.frame_rate
         frames, plan = _plan(recording, options)
@@ -263,8 +268,7 @@ class AvatarPipeline(DiffusionPipeline):
             wanted = (shape[0], plan.latent_frames, *shape[1:])
             raise InputError(f"latents of shape {tuple(latents.shape)} do not fit: {wanted} is needed")
         fitted = fit_picture(picture, options.width, options.height, options.fit)
-        run = Run(self, options, plan, frames, fps, picture_tensor(fitted), recording, noise, progress)
-        return AvatarStream(run.frames(), frames, fps, options, recording)
+        return Run(self, options, plan, frames, fps, picture_tensor(fitted), recording, noise, progress)
 
     def _resolve(self, given: GenerateOptions, picture: Frame) -> Settings:
         """The options with the model's settings, a size and a seed in place of None."""
@@ -286,37 +290,144 @@ class AvatarPipeline(DiffusionPipeline):
         output: str | Path,
         *,
         output_options: OutputOptions | None = None,
+        resume: bool | None = None,
+        stop: Callable[[], bool] | None = None,
+        latents: torch.Tensor | None = None,
         progress: ProgressCallback | None = None,
         **options: Any,
     ) -> GeneratedVideo:
         """Write the portrait saying the speech as an MP4 with sound.
 
         The file appears under its name when it is complete. In its metadata are the model, the version, and
-        every option and the seed, so that it can be made again.
+        every option and the seed, so that it can be made again. While it is made, a hidden folder beside it
+        (`.NAME.journal`) keeps what is finished, from which a run that was interrupted or killed goes on.
 
         Args:
-            output: the MP4. output_options: quality, preset, and a folder for PNG frames.
-            portrait, speech, progress, options: see `stream`.
+            output: the MP4. output_options: quality, preset, a folder for PNG frames, how often the state is
+                saved, and whether the file is to play while it grows, which keeps no journal.
+            resume: True goes on with what was begun there (a seed that is not given is that run's), False
+                begins anew; None refuses where something was begun.
+            stop: asked between cells; when it says so, the state is saved and what is finished is put beside
+                the output as `NAME.unfinished.mp4`.
+            portrait, speech, latents, progress, options: see `stream`.
 
         Raises:
-            InputError: a file or an option that cannot be used, or an output that cannot be written.
+            InputError: a file or an option that cannot be used, an output that cannot be written, another
+                process that makes this video, or a journal of other inputs, settings or weights.
+            StoppedError: `stop` said so.
         """
         encoding = output_options or OutputOptions()
-        started, first_frame = time.monotonic(), 0.0
-        speech = _live(speech, _options(options))
-        stream = self.stream(portrait, speech, progress=progress, **options)
-        settings = {
-            "version": __version__,
-            **self.origin,
-            "dtype": str(self.transformer.dtype).removeprefix("torch."),
-            **{f.name: getattr(stream.options, f.name) for f in fields(stream.options)},
-            "quality": encoding.quality,
-            "preset": encoding.preset,
-        }
-        metadata = {"stableavatar": json.dumps(settings, ensure_ascii=False)}
+        given = _options(options)
+        speech = _live(speech, given)
+        if encoding.live or isinstance(speech, LiveRecording) or str(output) == STANDARD_OUTPUT:
+            if resume:
+                raise InputError("what is written or spoken live cannot be resumed: leave out --resume")
+            run = self._open(portrait, speech, given, latents, progress)
+            return self._generate_live(run, speech, output, encoding)
         with contextlib.ExitStack() as stack:
-            stack.enter_context(contextlib.closing(stream))
-            # Entered first, so that the folder gets its name after the video has.
+            journal = Journal(check_output(output))
+            stack.callback(lambda: journal.close(remove=not journal.has_state))
+            if resume is None and journal.has_state:
+                raise InputError(
+                    f"output {output}: an unfinished run of this video is there. Add --resume to go on with "
+                    "it, or --overwrite to begin anew."
+                )
+            if resume and given.seed is None and "seed" in journal.settings:
+                given = replace(given, seed=journal.settings["seed"])
+            run = self._open(portrait, speech, given, latents, progress)
+            return self._generate(run, speech, journal, encoding, resume=resume, stop=stop)
+
+    def _generate(
+        self,
+        run: Run,
+        speech: SpeechInput | None,
+        journal: Journal,
+        encoding: OutputOptions,
+        *,
+        resume: bool | None,
+        stop: Callable[[], bool] | None,
+    ) -> GeneratedVideo:
+        started, first_frame, saved_at = time.monotonic(), 0.0, time.monotonic()
+        settings = self._settings(run, encoding)
+        identity = self._identity(run, settings)
+        saved = journal.load(identity) if resume else None
+        if saved is None:
+            journal.begin(identity)
+        rest: Mapping[str, Any] = {"segments": [], "frames": 0} if saved is None else saved.rest
+        video = SegmentWriter(
+            journal.folder,
+            run.options.width,
+            run.options.height,
+            run.frame_rate,
+            quality=encoding.quality,
+            preset=encoding.preset,
+            segments=rest["segments"],
+        )
+
+        def save(work: Work) -> None:
+            state = work.state()
+            journal.save(Saved(state.tensors, {**state.rest, "segments": video.segments}))
+
+        def between(work: Work) -> None:
+            nonlocal saved_at
+            video.cut()
+            if stop is not None and stop():
+                save(work)
+                raise self._interrupted(run, speech, journal, video)
+            if time.monotonic() - saved_at >= encoding.checkpoint_every:
+                save(work)
+                saved_at = time.monotonic()
+
+        with contextlib.ExitStack() as stack:
+            stack.callback(video.abandon)
+            stream = stack.enter_context(
+                contextlib.closing(AvatarStream(replace(run, between=between, saved=saved)))
+            )
+            # Entered before the video is joined, so that the folder gets its name after it has.
+            pictures = None
+            if encoding.frames is not None:
+                kept = journal.folder / "frames"
+                pictures = stack.enter_context(
+                    FrameWriter(encoding.frames, partial=kept, done=rest["frames"])
+                )
+            for frame in stream:
+                first_frame = first_frame or time.monotonic() - started
+                video.write(frame)
+                if pictures is not None:
+                    pictures.write(frame)
+            video.cut()
+            joined = journal.folder / "joined.mp4"
+            metadata = {"stableavatar": json.dumps(settings, ensure_ascii=False)}
+            video.join(joined, sound=_sound(speech, run.options), metadata=metadata)
+            joined.replace(journal.output)
+        journal.unfinished.unlink(missing_ok=True)
+        journal.finish()
+        return GeneratedVideo(journal.output, video.frames, run.frame_rate, run.options, first_frame)
+
+    def _interrupted(
+        self, run: Run, speech: SpeechInput | None, journal: Journal, video: SegmentWriter
+    ) -> StoppedError:
+        """What is there as a file that plays, and what to say of it."""
+        if not video.segments:
+            return StoppedError(
+                "Interrupted before the first frame. The same command with --resume goes on from here."
+            )
+        joined = journal.folder / "joined.mp4"
+        video.join(joined, sound=_sound(speech, run.options))
+        joined.replace(journal.unfinished)
+        seconds = float(video.frames / run.frame_rate)
+        return StoppedError(
+            f"Interrupted: {journal.unfinished} plays the {seconds:.1f} s that are finished. The same "
+            "command with --resume goes on from here."
+        )
+
+    def _generate_live(
+        self, run: Run, speech: SpeechInput | None, output: str | Path, encoding: OutputOptions
+    ) -> GeneratedVideo:
+        started, first_frame = time.monotonic(), 0.0
+        metadata = {"stableavatar": json.dumps(self._settings(run, encoding), ensure_ascii=False)}
+        with contextlib.ExitStack() as stack:
+            stream = stack.enter_context(contextlib.closing(AvatarStream(run)))
             pictures = stack.enter_context(FrameWriter(encoding.frames)) if encoding.frames else None
             video = stack.enter_context(
                 VideoWriter(
@@ -337,6 +448,29 @@ class AvatarPipeline(DiffusionPipeline):
                 if pictures is not None:
                     pictures.write(frame)
         return GeneratedVideo(Path(output), video.frames, stream.frame_rate, stream.options, first_frame)
+
+    def _settings(self, run: Run, encoding: OutputOptions) -> dict[str, Any]:
+        """Everything that repeats a video, as JSON."""
+        return {
+            "version": __version__,
+            **self.origin,
+            "dtype": str(self.transformer.dtype).removeprefix("torch."),
+            **{f.name: getattr(run.options, f.name) for f in fields(run.options)},
+            "quality": encoding.quality,
+            "preset": encoding.preset,
+        }
+
+    def _identity(self, run: Run, settings: Mapping[str, Any]) -> dict[str, Any]:
+        """What must be the same for a run to be gone on with."""
+        assert not isinstance(run.speech, LiveSpeech)
+        modules = {name: part for name, part in self.components.items() if isinstance(part, torch.nn.Module)}
+        return {
+            "settings": dict(settings),
+            "portrait": tensor_hash(run.picture),
+            "speech": speech_hash(run.speech),
+            "noise": tensor_hash(run.noise.latents) if isinstance(run.noise, GivenNoise) else None,
+            "weights": weights_fingerprint(modules),
+        }
 
 
 def load(

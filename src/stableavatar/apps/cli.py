@@ -15,7 +15,13 @@ from typer.core import TyperGroup
 
 from stableavatar import __version__
 from stableavatar.apps.command_options import parse_size, repeating_command, stored_settings, with_fields
-from stableavatar.apps.console import end_on_terminate, log_to_stderr, plain_errors, quieten_libraries
+from stableavatar.apps.console import (
+    end_on_terminate,
+    log_to_stderr,
+    plain_errors,
+    quieten_libraries,
+    stop_between_cells,
+)
 from stableavatar.apps.progress import display, duration
 from stableavatar.choices import Dtype, ModelSize, StoredDtype, Variant
 from stableavatar.errors import InputError
@@ -118,6 +124,12 @@ def generate(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace a video that is there.", rich_help_panel=FILE)
     ] = False,
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume", help="Go on with a run that was interrupted or killed.", rich_help_panel=FILE
+        ),
+    ] = False,
     raw_rate: Annotated[
         int | None,
         typer.Option(
@@ -168,6 +180,8 @@ def generate(
     from stableavatar.media.video import STANDARD_OUTPUT, check_output
 
     to_stdout = str(output) == STANDARD_OUTPUT
+    if resume and overwrite:
+        raise InputError("give --resume to go on or --overwrite to begin anew, not both")
     if not to_stdout and check_output(output).exists() and not overwrite:
         raise InputError(f"output {output}: exists already. Choose another name, or add --overwrite.")
     picture = read_picture(portrait)
@@ -185,9 +199,17 @@ def generate(
 
         pipeline = load(model, device=device, dtype=dtype, variant=variant, size=model_size)
         show.stage("reading portrait, speech and prompt")
-        video = pipeline.generate(
-            picture, said, output, output_options=encoding, progress=show, **asdict(generation)
-        )
+        with stop_between_cells() as stop:
+            video = pipeline.generate(
+                picture,
+                said,
+                output,
+                output_options=encoding,
+                resume=True if resume else (False if overwrite else None),
+                stop=stop,
+                progress=show,
+                **asdict(generation),
+            )
     made = video.options
     typer.echo(
         f"{video.path}: {video.frame_count} frames, {float(video.frame_count / video.frame_rate):.2f} s at "

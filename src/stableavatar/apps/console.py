@@ -4,15 +4,16 @@ import logging
 import os
 import signal
 import sys
+import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import TextIO
 
 import typer
 
-from stableavatar.errors import StableAvatarError
+from stableavatar.errors import StableAvatarError, StoppedError
 
 FAULT = 2
 INTERRUPTED = 130
@@ -30,10 +31,13 @@ def plain_errors() -> Iterator[None]:
     """
     try:
         yield
+    except StoppedError as error:
+        typer.secho(str(error), err=True, fg="yellow")
+        raise typer.Exit(INTERRUPTED) from None
     except StableAvatarError as error:
         _fail(str(error), FAULT)
     except KeyboardInterrupt:
-        typer.secho("Interrupted: nothing was written.", err=True, fg="yellow")
+        typer.secho("Interrupted.", err=True, fg="yellow")
         raise typer.Exit(INTERRUPTED) from None
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
@@ -49,6 +53,26 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that memory, of the machine or of a device, did not suffice."""
     text = str(error).lower()
     return isinstance(error, MemoryError) or any(words in text for words in _OUT_OF_MEMORY)
+
+
+@contextmanager
+def stop_between_cells() -> Iterator[Callable[[], bool]]:
+    """Whether Ctrl-C was pressed; it is heard between steps, pressed again it ends the program at once."""
+    pressed = threading.Event()
+
+    def press(_signal: int, _frame: FrameType | None) -> None:
+        pressed.set()
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        typer.echo("Stopping after this step; Ctrl-C again ends at once.", err=True)
+
+    before = (
+        signal.signal(signal.SIGINT, press) if threading.current_thread() is threading.main_thread() else None
+    )
+    try:
+        yield pressed.is_set
+    finally:
+        if before is not None:
+            signal.signal(signal.SIGINT, before)
 
 
 def end_on_terminate() -> None:

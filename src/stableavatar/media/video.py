@@ -3,12 +3,11 @@
 Neither appears under its final name before it is complete; after a failure nothing is left behind.
 """
 
-import json
 import logging
 import os
 import shutil
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from fractions import Fraction
 from pathlib import Path
@@ -17,28 +16,22 @@ from typing import Any, Protocol, get_args
 
 import av
 import numpy as np
-from av.video.reformatter import (
-    ColorRange,
-    Colorspace,
-    VideoReformatter,
-)
 from PIL import Image
 
 from stableavatar.choices import Preset
 from stableavatar.errors import InputError
-from stableavatar.media.audio import Samples, Sound
+from stableavatar.media.audio import Sound
+from stableavatar.media.encoding import SoundTrack, VideoTrack, open_mp4
 from stableavatar.media.files import reason_of
 from stableavatar.media.live import LiveSound
 from stableavatar.media.reading import (
-    METADATA_KEY,
-    SWS_ACCURATE,
     Frame,
     MediaInfo,
     probe,
     read_frames,
     read_metadata,
 )
-from stableavatar.media.timing import parse_fps, sample_position
+from stableavatar.media.timing import parse_fps
 
 __all__ = [
     "PRESETS",
@@ -58,10 +51,6 @@ PRESETS = get_args(Preset)
 MAX_QUALITY = 51
 _LONGEST_NAME = 255
 STANDARD_OUTPUT = "-"
-# BT.709 as ITU-T H.273 numbers primaries, transfer and matrix alike.
-_BT709 = 1
-# Bits a second of AAC for one channel; the format allows 6 bits a sample, which is less below 16 kHz.
-_SOUND_BITS = 96_000
 
 
 class FrameSink(Protocol):
@@ -128,8 +117,9 @@ class VideoWriter:
         self._sound = sound
         self._partial = self._path
         if not self._live:
-            self._partial = self._path.with_name(_partial_name(self._path.stem, "partial.mp4"))
+            self._partial = self._path.with_name(partial_name(self._path.stem, "partial.mp4"))
         self._container: Any = None
+        self._audio: SoundTrack | None = None
         self._frames = 0
 
     @property
@@ -143,7 +133,7 @@ class VideoWriter:
             self._open()
         except (av.FFmpegError, OSError) as error:
             self._abort()
-            raise _cannot_write(self._path, error) from error
+            raise cannot_write(self._path, error) from error
         except BaseException:
             self._abort()
             raise
@@ -163,11 +153,12 @@ class VideoWriter:
                 f"{frame.dtype} {list(frame.shape)}"
             )
         try:
-            self._write_picture(frame)
+            self._video.write(frame)
             self._frames += 1
-            self._write_sound()
+            if self._audio is not None:
+                self._audio.write_until(self._frames)
         except (av.FFmpegError, OSError) as error:
-            raise _cannot_write(self._path, error) from error
+            raise cannot_write(self._path, error) from error
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -180,95 +171,38 @@ class VideoWriter:
             self._finish()
         except (av.FFmpegError, OSError) as failure:
             self._abort()
-            raise _cannot_write(self._path, failure) from failure
+            raise cannot_write(self._path, failure) from failure
         except BaseException:
             self._abort()
             raise
 
     def _open(self) -> None:
-        target: Any = sys.stdout.buffer
-        if str(self._path) != STANDARD_OUTPUT:
-            # The system's own error (rights, full disk) is clearer than FFmpeg's.
-            with self._partial.open("wb"):
-                pass
-            target = str(self._partial)
-        flags = "+frag_keyframe+delay_moov+default_base_moof" if self._live else "+faststart"
-        options = {"movflags": flags}
-        if self._live:
-            options["flush_packets"] = "1"
-        if self._sound is not None:
-            # The edit list that cuts the sound counts in this; milliseconds, the default, cut too much.
-            options["movie_timescale"] = str(self._sound.sample_rate)
-        self._container = av.open(target, "w", format="mp4", options=options)
-        if self._metadata:
-            comment = json.dumps({METADATA_KEY: self._metadata}, ensure_ascii=False)
-            self._container.metadata["comment"] = comment
-        # swscale puts chroma samples in the middle of four pixels; H.264 means their left edge unless told.
-        x264 = {"crf": str(self._quality), "preset": self._preset, "x264-params": "chromaloc=1"}
-        if self._live:  # nothing is held back, and a fragment can begin every second
-            x264 |= {"tune": "zerolatency", "g": str(max(1, round(self._fps)))}
-        video = self._container.add_stream("libx264", rate=self._fps, options=x264)
-        video.width, video.height, video.pix_fmt = self._width, self._height, "yuv420p"
-        context = video.codec_context
-        context.time_base = 1 / self._fps
-        context.colorspace = _BT709
-        context.color_range = int(ColorRange.MPEG)
-        context.color_primaries = _BT709
-        context.color_trc = _BT709
-        self._video = video
-        self._reformatter = VideoReformatter()
-        if self._sound is not None:
-            rate, channels = self._sound.sample_rate, self._sound.channels
-            self._audio = self._container.add_stream("aac", rate=rate)
-            self._audio.codec_context.layout = "mono" if channels == 1 else "stereo"
-            self._audio.bit_rate = channels * min(_SOUND_BITS, 5 * rate)
-            self._feed = _SoundFeed(self._sound)
-            self._sound_position = 0
-
-    def _write_picture(self, frame: Frame) -> None:
-        picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
-        # swscale takes BT.601 unless it is told otherwise.
-        converted = self._reformatter.reformat(
-            picture,
-            format="yuv420p",
-            dst_colorspace=Colorspace.ITU709,
-            src_color_range=ColorRange.JPEG,
-            dst_color_range=ColorRange.MPEG,
-            interpolation=SWS_ACCURATE,
+        target = None if str(self._path) == STANDARD_OUTPUT else self._partial
+        self._container = open_mp4(target, sound=self._sound, metadata=self._metadata, live=self._live)
+        self._video = VideoTrack(
+            self._container,
+            self._width,
+            self._height,
+            self._fps,
+            quality=self._quality,
+            preset=self._preset,
+            live=self._live,
         )
-        converted.pts = self._frames
-        converted.time_base = 1 / self._fps
-        self._container.mux(self._video.encode(converted))
-
-    def _write_sound(self) -> None:
-        if self._sound is None:
-            return
-        rate = self._sound.sample_rate
-        end = sample_position(self._frames, rate, self._fps)
-        if end == self._sound_position:
-            return
-        samples = self._feed.take(end - self._sound_position)
-        layout = "mono" if self._sound.channels == 1 else "stereo"
-        frame = av.AudioFrame.from_ndarray(np.ascontiguousarray(samples.T), format="fltp", layout=layout)
-        frame.sample_rate = rate
-        frame.pts = self._sound_position
-        frame.time_base = Fraction(1, rate)
-        self._sound_position = end
-        self._container.mux(self._audio.encode(frame))
+        if self._sound is not None:
+            self._audio = SoundTrack(self._container, self._sound, self._fps)
 
     def _finish(self) -> None:
         if self._frames == 0:
             raise InputError(f"output {self._path}: there was no frame to write")
-        self._container.mux(self._video.encode(None))
-        if self._sound is not None:
-            self._container.mux(self._audio.encode(None))
-            self._feed.close()
+        self._video.finish()
+        if self._audio is not None:
+            self._audio.finish()
         self._container.close()
         self._container = None
         if str(self._path) == STANDARD_OUTPUT:
             sys.stdout.buffer.flush()
             return
-        _to_disk(self._partial)
+        to_disk(self._partial)
         if not self._live:
             self._partial.replace(self._path)
 
@@ -281,8 +215,8 @@ class VideoWriter:
         if container is not None:
             with suppress(av.FFmpegError, OSError):
                 container.close()
-        if self._sound is not None and hasattr(self, "_feed"):
-            self._feed.close()
+        if self._audio is not None:
+            self._audio.close()
 
 
 class FrameWriter:
@@ -291,16 +225,20 @@ class FrameWriter:
     They are written to `.NAME.PROCESS.partial` beside the folder, which is renamed when it is complete.
     """
 
-    def __init__(self, folder: str | Path) -> None:
-        """Raises InputError: the parent folder is missing or cannot be written, or `folder` is not empty."""
+    def __init__(self, folder: str | Path, *, partial: Path | None = None, done: int = 0) -> None:
+        """`partial` is where the pictures lie until they are complete, `done` how many of them to keep there.
+
+        Raises InputError: the parent folder is missing or cannot be written, or `folder` is not empty.
+        """
         self._folder = Path(folder).expanduser().absolute()
-        _check_parent(self._folder, folder)
+        check_parent(self._folder, folder)
         if self._folder.exists() and not self._folder.is_dir():
             raise InputError(f"output {folder}: there is a file of this name. Name a folder for the frames.")
         if self._folder.is_dir() and any(self._folder.iterdir()):
             raise InputError(f"output {folder}: this folder is not empty. Name a new or an empty one.")
-        self._partial = self._folder.with_name(_partial_name(self._folder.name, "partial"))
-        self._frames = 0
+        self._kept = partial is not None
+        self._partial = partial or self._folder.with_name(partial_name(self._folder.name, "partial"))
+        self._frames = done
 
     @property
     def frames(self) -> int:
@@ -310,11 +248,13 @@ class FrameWriter:
     def __enter__(self) -> "FrameWriter":
         """Make the partial folder. Raises InputError where that fails."""
         try:
-            if self._partial.exists():
+            if self._partial.exists() and not self._frames:
                 shutil.rmtree(self._partial)
-            self._partial.mkdir()
+            self._partial.mkdir(exist_ok=True)
+            for later in sorted(self._partial.iterdir())[self._frames :]:
+                later.unlink()
         except OSError as error:
-            raise _cannot_write(self._folder, error) from error
+            raise cannot_write(self._folder, error) from error
         return self
 
     def write(self, frame: Frame) -> None:
@@ -325,7 +265,7 @@ class FrameWriter:
         try:
             Image.fromarray(np.ascontiguousarray(frame)).save(path, compress_level=3)
         except OSError as error:
-            raise _cannot_write(self._folder, error) from error
+            raise cannot_write(self._folder, error) from error
         self._frames += 1
 
     def __exit__(
@@ -333,41 +273,19 @@ class FrameWriter:
     ) -> None:
         """Rename the folder, or remove it where the body has failed."""
         if kind is not None:
-            shutil.rmtree(self._partial, ignore_errors=True)
+            self._give_up()
             return
         try:
+            if self._folder.is_dir():
+                self._folder.rmdir()
             self._partial.replace(self._folder)
         except OSError as failure:
+            self._give_up()
+            raise cannot_write(self._folder, failure) from failure
+
+    def _give_up(self) -> None:
+        if not self._kept:
             shutil.rmtree(self._partial, ignore_errors=True)
-            raise _cannot_write(self._folder, failure) from failure
-
-
-class _SoundFeed:
-    """Any number of samples at a time from a stream of blocks; silence after its end."""
-
-    def __init__(self, sound: Sound | LiveSound) -> None:
-        self._blocks: Iterator[Samples] = sound.blocks()
-        self._channels = sound.channels
-        self._rest = np.zeros((0, sound.channels), dtype=np.float32)
-
-    def take(self, count: int) -> Samples:
-        """The next samples [count, channels]."""
-        parts: list[Samples] = []
-        missing = count
-        while missing > 0:
-            if not len(self._rest):
-                block = next(self._blocks, None)
-                self._rest = np.zeros((missing, self._channels), np.float32) if block is None else block
-            part, self._rest = self._rest[:missing], self._rest[missing:]
-            parts.append(part)
-            missing -= len(part)
-        return np.concatenate(parts)
-
-    def close(self) -> None:
-        """Close the file that is read."""
-        close = getattr(self._blocks, "close", None)
-        if close is not None:
-            close()
 
 
 def check_output(path: str | Path) -> Path:
@@ -383,11 +301,11 @@ def check_output(path: str | Path) -> Path:
         )
     if absolute.suffix.lower() != ".mp4":
         raise InputError(f"output {path}: only MP4 is written. Let the name end in .mp4.")
-    _check_parent(absolute, path)
+    check_parent(absolute, path)
     return absolute
 
 
-def _check_parent(absolute: Path, given: str | Path) -> None:
+def check_parent(absolute: Path, given: str | Path) -> None:
     folder = absolute.parent
     if not folder.is_dir():
         raise InputError(f"output {given}: there is no folder {folder}. Make it first.")
@@ -395,19 +313,20 @@ def _check_parent(absolute: Path, given: str | Path) -> None:
         raise InputError(f"output {given}: the folder {folder} cannot be written. Choose another one.")
 
 
-def _partial_name(stem: str, suffix: str) -> str:
-    """`.STEM.PROCESS.SUFFIX`: two programs may write to one output at a time.
+def partial_name(stem: str, suffix: str) -> str:
+    """`.STEM.PROCESS.SUFFIX`: two programs may write to one output at a time."""
+    return hidden_name(stem, f"{os.getpid()}.{suffix}")
 
-    The stem is shortened where the name would be longer than file systems allow.
-    """
-    suffix = f".{os.getpid()}.{suffix}"
-    room = _LONGEST_NAME - len(os.fsencode(suffix)) - 1
+
+def hidden_name(stem: str, suffix: str) -> str:
+    """`.STEM.SUFFIX`; the stem is shortened where the name would be longer than file systems allow."""
+    room = _LONGEST_NAME - len(os.fsencode(suffix)) - 2
     while len(os.fsencode(stem)) > room:
         stem = stem[:-1]
-    return f".{stem}{suffix}"
+    return f".{stem}.{suffix}"
 
 
-def _to_disk(path: Path) -> None:
+def to_disk(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -415,7 +334,7 @@ def _to_disk(path: Path) -> None:
         os.close(descriptor)
 
 
-def _cannot_write(path: Path, error: BaseException) -> InputError:
+def cannot_write(path: Path, error: BaseException) -> InputError:
     return InputError(
         f"output {path}: cannot be written ({reason_of(error)}). Make room, or choose another folder."
     )

@@ -279,7 +279,7 @@ class StableAvatarTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, 
 
         embedding, projected = self.condition_embedder.embed_timestep(timestep)
         if residual is not None and residual.value is not None:
-            x = x + residual.value
+            x = x + residual.value.to(x.device)
         else:
             before = x
             prompt, portrait = encoder_hidden_states, encoder_hidden_states_image

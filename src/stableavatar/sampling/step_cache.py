@@ -6,7 +6,7 @@ kept belongs to one window and one branch: another window's residual would be no
 """
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -75,3 +75,11 @@ class StepCache:
                 self._residuals.pop(cell.window.index, None)
             elif self.runs[cell.step]:
                 self._residuals[cell.window.index] = value
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """What `restore` goes on from."""
+        return {str(index): residual for index, residual in self._residuals.items()}
+
+    def restore(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Go on where `state` was taken."""
+        self._residuals = {int(index): tensor for index, tensor in tensors.items()}

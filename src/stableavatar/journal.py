@@ -1,0 +1,237 @@
+"""What an interrupted run goes on from: a folder beside the output, removed when the video is complete.
+
+It holds the segments of video that are finished, and, saved every so often, the latents of the windows that
+are alive, the decoder's memory and how far everything is. What is saved names what it belongs to: settings,
+portrait, speech and weights.
+"""
+
+import contextlib
+import hashlib
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from stableavatar.errors import InputError
+from stableavatar.media.audio import SPEECH_RATE, Speech
+from stableavatar.media.files import reason_of
+from stableavatar.media.video import hidden_name, to_disk
+
+FORMAT = 1
+_INDEX = "journal.json"
+# Values of a tensor that are hashed, evenly spaced over it.
+_HASHED_VALUES = 4096
+
+
+@dataclass(frozen=True)
+class Saved:
+    """The state of a run: tensors, and the rest as JSON."""
+
+    tensors: Mapping[str, torch.Tensor]
+    rest: Mapping[str, Any]
+
+
+class Journal:
+    """The journal of the video at `output`.
+
+    Raises:
+        InputError: another process is making this video, or the folder cannot be written.
+    """
+
+    def __init__(self, output: Path) -> None:
+        self.output = output
+        self.folder = output.with_name(hidden_name(output.stem, "journal"))
+        try:
+            self.folder.mkdir(exist_ok=True)
+            self._lock = _locked(self.folder / "lock")
+        except BlockingIOError:
+            raise InputError(f"output {output}: another process is making this video") from None
+        except OSError as error:
+            raise InputError(
+                f"output {output}: no journal can be kept beside it ({reason_of(error)}). Make room, or "
+                "choose another folder."
+            ) from error
+        self._index = self._read_index()
+
+    @property
+    def unfinished(self) -> Path:
+        """Where an interrupted run puts what is finished."""
+        return self.output.with_name(f"{self.output.stem}.unfinished.mp4")
+
+    def finish(self) -> None:
+        """The video is complete: there is nothing to go on from."""
+        self.clear()
+        self._index = None
+
+    @property
+    def has_state(self) -> bool:
+        """Whether there is a state to go on from."""
+        return self._index is not None
+
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        """The settings of the run whose state is there."""
+        return {} if self._index is None else self._index["identity"]["settings"]
+
+    def load(self, identity: Mapping[str, Any]) -> Saved | None:
+        """The state that was saved last, None if there is none.
+
+        Raises:
+            InputError: it belongs to other inputs, settings or weights, or is damaged.
+        """
+        if self._index is None:
+            self.clear()
+            return None
+        different = _differences(self._index["identity"], json.loads(json.dumps(identity)))
+        if different:
+            raise InputError(
+                f"output {self.output}: what was begun there cannot be gone on with, since these differ: "
+                f"{'; '.join(different)}. Give what was given then, or begin anew with --overwrite and "
+                "without --resume."
+            )
+        try:
+            tensors = load_file(self.folder / self._index["state"])
+        except (OSError, SafetensorError) as error:
+            raise InputError(
+                f"output {self.output}: its journal is damaged ({reason_of(error)}). Begin anew with "
+                "--overwrite and without --resume."
+            ) from error
+        self._identity = dict(identity)
+        self._count = self._index["count"]
+        return Saved(tensors, self._index["rest"])
+
+    def begin(self, identity: Mapping[str, Any]) -> None:
+        """Begin anew: what was there is removed."""
+        self.clear()
+        self._index, self._identity, self._count = None, dict(identity), 0
+
+    def save(self, saved: Saved) -> None:
+        """Put a state in the place of the one before; a kill at any moment leaves one of the two.
+
+        Raises:
+            InputError: it cannot be written.
+        """
+        old = None if self._index is None else self._index["state"]
+        self._count += 1
+        state = f"state-{self._count}.safetensors"
+        index = {
+            "format": FORMAT,
+            "identity": self._identity,
+            "count": self._count,
+            "state": state,
+            "rest": saved.rest,
+        }
+        try:
+            unfinished = self.folder / "unfinished-state"
+            tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in saved.tensors.items()}
+            save_file(tensors, unfinished)
+            to_disk(unfinished)
+            unfinished.replace(self.folder / state)
+            unfinished = self.folder / "unfinished-index"
+            unfinished.write_text(json.dumps(index, ensure_ascii=False), encoding="utf-8")
+            to_disk(unfinished)
+            unfinished.replace(self.folder / _INDEX)
+            to_disk(self.folder)
+        except (OSError, SafetensorError) as error:
+            raise InputError(
+                f"output {self.output}: its journal cannot be written ({reason_of(error)}). Make room, then "
+                "go on with --resume."
+            ) from error
+        self._index = index
+        if old is not None:
+            (self.folder / old).unlink(missing_ok=True)
+
+    def clear(self) -> None:
+        """Remove everything that the folder holds."""
+        for path in self.folder.iterdir():
+            if path.is_dir():
+                shutil.rmtree(path)
+            elif path.name != "lock":
+                path.unlink()
+
+    def close(self, *, remove: bool) -> None:
+        """Let others have it; `remove` it where there is nothing to go on from any more."""
+        if remove:
+            shutil.rmtree(self.folder, ignore_errors=True)
+        self._lock.close()
+
+    def _read_index(self) -> dict[str, Any] | None:
+        try:
+            index = json.loads((self.folder / _INDEX).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError) as error:
+            raise InputError(
+                f"output {self.output}: its journal {self.folder} is damaged; remove that folder"
+            ) from error
+        if index.get("format") != FORMAT:
+            raise InputError(
+                f"output {self.output}: what was begun there belongs to another release; remove {self.folder}"
+            )
+        return dict(index)
+
+
+def weights_fingerprint(modules: Mapping[str, nn.Module]) -> str:
+    """A hash of every tensor's name, shape, dtype and of some 4096 of its values, evenly spaced: other
+    weights have another one, and billions of them take seconds."""
+    digest = hashlib.blake2b(digest_size=16)
+    for part, module in sorted(modules.items()):
+        for name, tensor in module.state_dict().items():
+            digest.update(f"{part}.{name} {tuple(tensor.shape)} {tensor.dtype};".encode())
+            if tensor.device.type == "meta":  # offloaded piece by piece
+                continue
+            flat = tensor.detach().reshape(-1)
+            step = max(1, flat.numel() // _HASHED_VALUES)
+            digest.update(flat[::step].float().cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def tensor_hash(tensor: torch.Tensor) -> str:
+    """A hash of a tensor's shape and values."""
+    digest = hashlib.blake2b(str(tuple(tensor.shape)).encode(), digest_size=16)
+    digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def speech_hash(speech: Speech | None) -> str | None:
+    """A hash of a recording's samples."""
+    if speech is None:
+        return None
+    digest = hashlib.blake2b(digest_size=16)
+    for block in speech.blocks(60 * SPEECH_RATE):
+        digest.update(block.tobytes())
+    return digest.hexdigest()
+
+
+def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """What differs between two identities, in words."""
+    words = []
+    for name in sorted({*before, *now} - {"settings"}):
+        if before.get(name) != now.get(name):
+            words.append(f"the {name}")
+    old, new = before["settings"], now["settings"]
+    for name in sorted({*old, *new}):
+        if old.get(name) != new.get(name):
+            words.append(f"{name.replace('_', '-')} (was {old.get(name)!r}, is {new.get(name)!r})")
+    return words
+
+
+def _locked(path: Path) -> IO[bytes]:
+    """An open file that no other process has locked. Raises BlockingIOError where one has."""
+    file = path.open("ab")
+    with contextlib.suppress(ImportError):  # Windows has no fcntl; two runs there may disturb each other
+        import fcntl
+
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.close()
+            raise
+    return file

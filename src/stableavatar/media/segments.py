@@ -1,0 +1,143 @@
+"""An MP4 by way of segments: what is closed survives a kill, and a resumed run goes on after it.
+
+Every segment is encoded by an encoder of its own, so that its frames do not depend on where a run was
+interrupted; at the end they are joined without encoding them again, with the sound.
+"""
+
+from collections.abc import Mapping
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import av
+
+from stableavatar.errors import InputError
+from stableavatar.media.audio import Sound
+from stableavatar.media.encoding import SoundTrack, VideoTrack, open_mp4
+from stableavatar.media.live import LiveSound
+from stableavatar.media.reading import Frame
+from stableavatar.media.video import cannot_write, to_disk
+
+# Frames by which x264 decodes ahead of what it shows, at every preset.
+_REORDERED = 2
+
+
+class SegmentWriter:
+    """Frames into segments in a folder, and the segments into a file.
+
+    Args:
+        folder: where the segments lie, `segment-000000.mp4` and on.
+        segments: numbers of frames of those that are there already.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        width: int,
+        height: int,
+        fps: Fraction,
+        *,
+        quality: int,
+        preset: str,
+        segments: list[int] | None = None,
+    ) -> None:
+        self.folder = folder
+        self.segments = list(segments or [])
+        self._width, self._height, self._fps = width, height, fps
+        self._quality, self._preset = quality, preset
+        self._container: Any = None
+        self._track: VideoTrack | None = None
+        self._open_frames = 0
+
+    @property
+    def frames(self) -> int:
+        """Frames in closed segments."""
+        return sum(self.segments)
+
+    def write(self, frame: Frame) -> None:
+        """Take the next frame, uint8 [H, W, 3] sRGB. Raises InputError where it cannot be written."""
+        try:
+            if self._track is None:
+                self._container = open_mp4(self._unfinished)
+                self._track = VideoTrack(
+                    self._container, self._width, self._height, self._fps, quality=self._quality,
+                    preset=self._preset,
+                )  # fmt: skip
+            self._track.write(frame)
+            self._open_frames += 1
+        except (av.FFmpegError, OSError) as error:
+            raise cannot_write(self.folder, error) from error
+
+    def cut(self) -> None:
+        """Close the segment: its frames are on the disk."""
+        if self._track is None:
+            return
+        try:
+            self._track.finish()
+            self._container.close()
+            to_disk(self._unfinished)
+            self._unfinished.replace(self._path(len(self.segments)))
+        except (av.FFmpegError, OSError) as error:
+            raise cannot_write(self.folder, error) from error
+        self.segments.append(self._open_frames)
+        self._container, self._track, self._open_frames = None, None, 0
+
+    def abandon(self) -> None:
+        """Give up the segment that is open."""
+        if self._container is not None:
+            self._container.close()
+            self._unfinished.unlink(missing_ok=True)
+        self._container, self._track, self._open_frames = None, None, 0
+
+    def join(
+        self, target: Path, *, sound: Sound | LiveSound | None, metadata: Mapping[str, str] | None = None
+    ) -> None:
+        """All closed segments, one after the other, with the sound, as an MP4.
+
+        Raises:
+            InputError: there is no frame, or the file cannot be written.
+        """
+        if not self.segments:
+            raise InputError(f"output {target}: there was no frame to write")
+        try:
+            self._join(target, sound, metadata)
+        except (av.FFmpegError, OSError) as error:
+            raise cannot_write(target, error) from error
+
+    def _join(
+        self, target: Path, sound: Sound | LiveSound | None, metadata: Mapping[str, str] | None
+    ) -> None:
+        with open_mp4(target, sound=sound, metadata=metadata) as container:
+            stream: Any = None
+            audio: SoundTrack | None = None
+            first = index = 0
+            for number, frames in enumerate(self.segments):
+                with av.open(str(self._path(number))) as source:
+                    template = source.streams.video[0]
+                    if stream is None:
+                        stream = container.add_stream_from_template(template)
+                        stream.time_base = 1 / self._fps
+                        audio = SoundTrack(container, sound, self._fps) if sound is not None else None
+                    for packet in source.demux(template):
+                        if packet.pts is None:
+                            continue
+                        shown = round(packet.pts * packet.time_base * self._fps)
+                        packet.time_base = 1 / self._fps
+                        packet.pts, packet.dts = first + shown, index - _REORDERED
+                        packet.duration = 1
+                        packet.stream = stream
+                        container.mux(packet)
+                        index += 1
+                        if audio is not None:
+                            audio.write_until(index)
+                first += frames
+            if audio is not None:
+                audio.finish()
+        to_disk(target)
+
+    @property
+    def _unfinished(self) -> Path:
+        return self.folder / "unfinished.mp4"
+
+    def _path(self, number: int) -> Path:
+        return self.folder / f"segment-{number:06d}.mp4"

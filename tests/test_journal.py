@@ -1,0 +1,322 @@
+"""A run that is interrupted, killed or refused: what it goes on from, and that the video is the same."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from command_line import QUICK, portrait, run, speech, start, toy_model
+from stableavatar.errors import InputError, StoppedError
+from stableavatar.generation import Progress
+from stableavatar.journal import Journal, Saved
+from stableavatar.media.image import read_picture
+from stableavatar.media.reading import probe, read_frames, read_metadata
+from stableavatar.media.segments import SegmentWriter
+from stableavatar.options import OutputOptions
+from stableavatar.pipeline import AvatarPipeline, GeneratedVideo
+from toy import toy_pipeline
+
+PICTURE = np.random.default_rng(1).integers(0, 255, (32, 32, 3), dtype=np.uint8)
+SAMPLES = np.random.default_rng(0).uniform(-0.5, 0.5, 70 * 640).astype(np.float32)
+EVERY = OutputOptions(checkpoint_every=0, preset="ultrafast")
+
+
+@pytest.fixture(scope="module")
+def pipeline() -> AvatarPipeline:
+    return toy_pipeline()
+
+
+class Stop:
+    """Says so when it has been asked so many times."""
+
+    def __init__(self, cells: int) -> None:
+        self.left = cells
+
+    def __call__(self) -> bool:
+        self.left -= 1
+        return self.left < 0
+
+
+def make(pipeline: AvatarPipeline, output: Path, **more: object) -> GeneratedVideo:
+    options = {"steps": 3, "seed": 3, "width": 32, "height": 32, "output_options": EVERY, **more}
+    return pipeline.generate(PICTURE, SAMPLES, output, **options)
+
+
+def decoded(path: Path) -> np.ndarray:
+    return np.stack(list(read_frames(path)))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"order": "causal"},
+        {"order": "lockstep"},
+        {"batch_windows": 3},
+        {"step_cache": 0.5},
+        {"compat": "upstream"},
+        {"overlap": 3, "overlap_weights": "log"},
+    ],
+    ids=lambda options: str(next(iter(options), "plain")),
+)
+def test_a_run_stopped_again_and_again_gives_the_same_file(
+    pipeline: AvatarPipeline, tmp_path: Path, options: dict[str, object]
+) -> None:
+    whole = decoded(make(pipeline, tmp_path / "whole.mp4", **options).path)
+    output, stops = tmp_path / "out.mp4", 0
+    while True:
+        try:
+            made = make(pipeline, output, resume=True, stop=Stop(3), **options)
+            break
+        except StoppedError:
+            stops += 1
+            assert not output.exists()
+    assert stops >= 2
+    assert made.frame_count == len(whole)
+    assert np.array_equal(decoded(output), whole)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.mp4", "whole.mp4"]
+
+
+def test_what_is_finished_plays_after_an_interruption(pipeline: AvatarPipeline, tmp_path: Path) -> None:
+    whole = decoded(make(pipeline, tmp_path / "whole.mp4").path)
+    with pytest.raises(StoppedError, match=r"out\.unfinished\.mp4 plays the .* --resume goes on"):
+        make(pipeline, tmp_path / "out.mp4", stop=Stop(12))
+    part = decoded(tmp_path / "out.unfinished.mp4")
+    assert 9 <= len(part) < len(whole)
+    assert np.array_equal(part, whole[: len(part)])
+    info = probe(tmp_path / "out.unfinished.mp4")
+    assert info.sound_seconds == pytest.approx(len(part) / 25, abs=0.001)
+    make(pipeline, tmp_path / "out.mp4", resume=True)
+    assert not (tmp_path / "out.unfinished.mp4").exists()
+    with pytest.raises(StoppedError, match="before the first frame"):
+        make(pipeline, tmp_path / "other.mp4", stop=Stop(0))
+
+
+def test_pictures_go_on_too(pipeline: AvatarPipeline, tmp_path: Path) -> None:
+    def encoding(name: str) -> OutputOptions:
+        return OutputOptions(checkpoint_every=0, frames=tmp_path / name)
+
+    make(pipeline, tmp_path / "whole.mp4", output_options=encoding("whole"))
+    with pytest.raises(StoppedError):
+        make(pipeline, tmp_path / "out.mp4", output_options=encoding("out"), stop=Stop(12))
+    assert not (tmp_path / "out").exists()
+    make(pipeline, tmp_path / "out.mp4", output_options=encoding("out"), resume=True)
+    names = sorted(path.name for path in (tmp_path / "whole").iterdir())
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == names
+    for name in names:
+        assert np.array_equal(read_picture(tmp_path / "out" / name), read_picture(tmp_path / "whole" / name))
+
+
+def test_the_seed_is_the_first_runs(pipeline: AvatarPipeline, tmp_path: Path) -> None:
+    with pytest.raises(StoppedError):
+        make(pipeline, tmp_path / "out.mp4", seed=None, stop=Stop(5))
+    made = make(pipeline, tmp_path / "out.mp4", seed=None, resume=True)
+    again = make(pipeline, tmp_path / "again.mp4", seed=made.options.seed)
+    assert np.array_equal(decoded(made.path), decoded(again.path))
+
+
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        ({"prompt": "someone sings"}, r"prompt \(was .* is 'someone sings'\)"),
+        ({"seed": 4}, r"seed \(was 3, is 4\)"),
+        ({"output_options": OutputOptions(quality=30)}, "quality"),
+    ],
+)
+def test_other_settings_are_refused(
+    pipeline: AvatarPipeline, tmp_path: Path, change: dict[str, object], what: str
+) -> None:
+    with pytest.raises(StoppedError):
+        make(pipeline, tmp_path / "out.mp4", stop=Stop(5))
+    with pytest.raises(InputError, match=what):
+        make(pipeline, tmp_path / "out.mp4", resume=True, **change)
+    make(pipeline, tmp_path / "out.mp4", resume=True)  # and it is still there
+
+
+def test_other_inputs_and_weights_are_refused(pipeline: AvatarPipeline, tmp_path: Path) -> None:
+    output = tmp_path / "out.mp4"
+    with pytest.raises(StoppedError):
+        make(pipeline, output, stop=Stop(5))
+    options = {"steps": 3, "seed": 3, "width": 32, "height": 32, "output_options": EVERY, "resume": True}
+    with pytest.raises(InputError, match="the portrait"):
+        pipeline.generate(255 - PICTURE, SAMPLES, output, **options)
+    with pytest.raises(InputError, match="the speech"):
+        pipeline.generate(PICTURE, SAMPLES * 0.5, output, **options)
+    other = toy_pipeline()
+    with torch.no_grad():
+        other.transformer.blocks[1].ffn.net[2].weight.mul_(1.01)
+    with pytest.raises(InputError, match="the weights"):
+        other.generate(PICTURE, SAMPLES, output, **options)
+
+
+def test_what_was_begun_is_not_lost_by_accident(pipeline: AvatarPipeline, tmp_path: Path) -> None:
+    with pytest.raises(StoppedError):
+        make(pipeline, tmp_path / "out.mp4", stop=Stop(5))
+    with pytest.raises(InputError, match="--resume to go on with it, or --overwrite"):
+        make(pipeline, tmp_path / "out.mp4")
+    make(pipeline, tmp_path / "out.mp4", resume=False)
+    assert list(tmp_path.iterdir()) == [tmp_path / "out.mp4"]
+
+
+def test_two_runs_of_one_video(pipeline: AvatarPipeline, tmp_path: Path) -> None:
+    seen: list[str] = []
+
+    def progress(_state: Progress) -> None:
+        if not seen:
+            with pytest.raises(InputError, match="another process") as caught:
+                make(pipeline, tmp_path / "out.mp4")
+            seen.append(str(caught.value))
+
+    make(pipeline, tmp_path / "out.mp4", progress=progress)
+    assert seen
+    assert list(tmp_path.iterdir()) == [tmp_path / "out.mp4"]
+
+
+def test_the_state_is_saved_now_and_then(
+    pipeline: AvatarPipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved: list[int] = []
+    save = Journal.save
+
+    def count(self: Journal, state: Saved) -> None:
+        save(self, state)
+        saved.append(len([path for path in self.folder.iterdir() if path.name.startswith("state-")]))
+
+    monkeypatch.setattr(Journal, "save", count)
+    make(pipeline, tmp_path / "out.mp4", output_options=OutputOptions(checkpoint_every=3600))
+    assert saved == []
+    make(pipeline, tmp_path / "out.mp4")
+    assert saved == [1] * (3 * 6)
+
+
+def failing(monkeypatch: pytest.MonkeyPatch, owner: type, name: str, after: int) -> None:
+    original = getattr(owner, name)
+    calls: list[int] = []
+
+    def fail(self: object, *arguments: object, **options: object) -> object:
+        calls.append(1)
+        if len(calls) == after:
+            raise OSError(28, "No space left on device")
+        return original(self, *arguments, **options)
+
+    monkeypatch.setattr(owner, name, fail)
+
+
+def test_a_full_disk_leaves_what_can_be_gone_on_with(
+    pipeline: AvatarPipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = decoded(make(pipeline, tmp_path / "whole.mp4").path)
+    for owner, name, after in ((Path, "replace", 21), (Path, "write_text", 4), (SegmentWriter, "_join", 1)):
+        with monkeypatch.context() as patch:
+            failing(patch, owner, name, after)
+            with pytest.raises(InputError, match="No space left"):
+                make(pipeline, tmp_path / "out.mp4")
+        assert not (tmp_path / "out.mp4").exists()
+        make(pipeline, tmp_path / "out.mp4", resume=True)
+        assert np.array_equal(decoded(tmp_path / "out.mp4"), whole)
+        (tmp_path / "out.mp4").unlink()
+
+
+def test_a_damaged_journal_is_named(pipeline: AvatarPipeline, tmp_path: Path) -> None:
+    folder = tmp_path / ".out.journal"
+    for damage, what in (
+        (lambda: next(folder.glob("state-*")).write_bytes(b"no"), "--overwrite"),
+        (lambda: (folder / "journal.json").write_text("{"), "remove that folder"),
+        (lambda: (folder / "journal.json").write_text('{"format": 0}'), "another release"),
+    ):
+        with pytest.raises(StoppedError):
+            make(pipeline, tmp_path / "out.mp4", stop=Stop(5))
+        damage()
+        with pytest.raises(InputError, match=what):
+            make(pipeline, tmp_path / "out.mp4", resume=True)
+        for path in folder.iterdir():
+            path.unlink()
+        folder.rmdir()
+
+
+def command(folder: Path, output: Path, *more: str) -> list[str]:
+    return [
+        sys.executable, "-m", "stableavatar", "generate", str(folder / "portrait.png"),
+        str(folder / "speech.wav"), "-o", str(output), "--model", str(toy_model()), *QUICK, "--steps", "4",
+        "--seed", "5", "--checkpoint-every", "0", *more,
+    ]  # fmt: skip
+
+
+def test_killed_at_any_moment(tmp_path: Path) -> None:
+    """`kill -9` at 20 random moments of one video; each time it goes on, and the frames are the same."""
+    portrait(tmp_path / "portrait.png")
+    speech(tmp_path / "speech.wav", 24.0)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    whole = tmp_path / "whole.mp4"
+    subprocess.run(command(tmp_path, whole), check=True, capture_output=True, env=environment, timeout=300)
+    output, journal = tmp_path / "out.mp4", tmp_path / ".out.journal"
+    rng, kills, counts = random.Random(0), 0, []
+
+    def state() -> int:
+        try:
+            return int(json.loads((journal / "journal.json").read_text())["count"])
+        except (OSError, ValueError):
+            return 0
+
+    while kills < 20:
+        process = subprocess.Popen(
+            command(tmp_path, output, "--resume"), stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+            env=environment,
+        )  # fmt: skip
+        before = state()
+        while state() == before and process.poll() is None:
+            time.sleep(0.01)
+        time.sleep(rng.uniform(0, 0.25))
+        if process.poll() is not None:
+            break
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        kills += 1
+        counts.append(state())
+        assert not output.exists()
+    assert kills == 20
+    assert counts == sorted(counts)
+    subprocess.run(
+        command(tmp_path, output, "--resume"), check=True, capture_output=True, env=environment, timeout=300
+    )
+    assert np.array_equal(decoded(output), decoded(whole))
+    assert read_metadata(output) == read_metadata(whole)
+    assert not journal.exists()
+
+
+def wait_for(process: "subprocess.Popen[str]", found: Callable[[str], bool]) -> None:
+    assert process.stderr is not None
+    for line in process.stderr:
+        if found(line):
+            return
+    raise AssertionError("the process ended early")
+
+
+def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path: Path) -> None:
+    picture, recording = portrait(tmp_path / "portrait.png"), speech(tmp_path / "speech.wav", 30.0)
+    output = tmp_path / "out.mp4"
+    arguments = ["generate", picture, recording, "-o", output, "--model", toy_model(), *QUICK, "--steps", "4"]
+    process = start(*arguments)
+    wait_for(process, lambda line: "frame 1/" in line)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=120)
+    assert process.returncode == 130, said
+    assert "Traceback" not in said
+    assert "out.unfinished.mp4 plays the" in said
+    assert len(decoded(tmp_path / "out.unfinished.mp4")) > 0
+    refused = run(*arguments)
+    assert refused.exit_code == 2
+    assert "--resume" in refused.output
+    result = run(*arguments, "--resume")
+    assert result.exit_code == 0, result.output
+    assert len(decoded(output)) == 750
+    assert run(*arguments, "--resume", "--overwrite").exit_code == 2
