@@ -296,7 +296,7 @@ def test_a_hub_that_cannot_be_reached(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_interrupted(scene: Scene, sent: signal.Signals, status: int) -> None:
     """Ctrl-C and kill while frames are written: nothing is left, and no traceback is shown."""
     before = sorted(scene.folder.iterdir())
-    speech(scene.recording, 6.0)
+    speech(scene.recording, 40.0)
     frames = scene.folder / "frames"
     process = start(
         *["generate", scene.picture, scene.recording, "-o", scene.output, "--model", scene.model, *QUICK],
