@@ -168,7 +168,9 @@ def test_sizes_are_those_that_the_variant_was_trained_at(published: Path, own: P
     overlay = published / toy.OVERLAYS / "transformer3d-square.pt"
     trained = convert(published, tmp_path / "trained", overlay=overlay, parts=["transformer"])
     assert "sampling_defaults" not in json.loads((trained / "model_index.json").read_text())
-    assert sampling_defaults("square", "14b") == {}
+    made = sampling_defaults("square", "14b")
+    assert list(made) == ["step_cache_coefficients"]
+    assert SamplingDefaults(**made).sizes == SamplingDefaults().sizes
 
 
 def test_speech_is_heard_in_float32(published: Path) -> None:

@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 COMMANDS = typer.main.get_command(cli.app).commands  # type: ignore[attr-defined]
 # Commands of the system, which have nothing to do with what is tested here.
-FOREIGN = ("python3", ".venv/bin/pip", "source")
+FOREIGN = ("python3", ".venv/bin/pip", "source", "arecord")
 
 
 @dataclass(frozen=True)
@@ -44,8 +44,9 @@ def blocks() -> Iterator[Block]:
 
 
 def commands(text: str) -> list[list[str]]:
-    lines = text.replace("\\\n", " ").splitlines()
-    return [words for line in lines if (words := shlex.split(line, comments=True))]
+    """The commands of a block, those of a pipe one by one."""
+    parts = (part for line in text.replace("\\\n", " ").splitlines() for part in line.split(" | "))
+    return [words for part in parts if (words := shlex.split(part, comments=True))]
 
 
 @pytest.fixture

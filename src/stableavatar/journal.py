@@ -22,7 +22,7 @@ from torch import nn
 from stableavatar.errors import InputError
 from stableavatar.media.audio import SPEECH_RATE, Speech
 from stableavatar.media.files import reason_of
-from stableavatar.media.video import hidden_name, to_disk
+from stableavatar.media.video import cannot_write, hidden_name, to_disk
 
 FORMAT = 1
 _INDEX = "journal.json"
@@ -54,10 +54,7 @@ class Journal:
         except BlockingIOError:
             raise InputError(f"output {output}: another process is making this video") from None
         except OSError as error:
-            raise InputError(
-                f"output {output}: no journal can be kept beside it ({reason_of(error)}). Make room, or "
-                "choose another folder."
-            ) from error
+            raise cannot_write(output, error) from error
         self._index = self._read_index()
 
     @property

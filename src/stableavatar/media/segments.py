@@ -5,6 +5,7 @@ interrupted; at the end they are joined without encoding them again, with the so
 """
 
 from collections.abc import Mapping
+from contextlib import suppress
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -85,7 +86,8 @@ class SegmentWriter:
     def abandon(self) -> None:
         """Give up the segment that is open."""
         if self._container is not None:
-            self._container.close()
+            with suppress(av.FFmpegError, OSError):  # the disk may be full
+                self._container.close()
             self._unfinished.unlink(missing_ok=True)
         self._container, self._track, self._open_frames = None, None, 0
 
