@@ -314,7 +314,7 @@ def test_terminated(scene: Scene) -> None:
         said.append(line)
         if re.search(r"frame [1-9]", line):
             break
-    assert (scene.folder / ".out.journal" / "frames").is_dir()
+    assert (scene.folder / ".frames.pictures").is_dir()
     process.send_signal(signal.SIGTERM)
     printed, rest = process.communicate(timeout=300)
     assert process.returncode == 143, "".join(said) + rest

@@ -116,6 +116,31 @@ def test_pictures_go_on_too(pipeline: AvatarPipeline, tmp_path: Path) -> None:
         assert np.array_equal(read_picture(tmp_path / "out" / name), read_picture(tmp_path / "whole" / name))
 
 
+def test_pictures_are_not_begun_in_the_middle(pipeline: AvatarPipeline, tmp_path: Path) -> None:
+    frames = OutputOptions(checkpoint_every=0, preset="ultrafast", frames=tmp_path / "out")
+    with pytest.raises(StoppedError):
+        make(pipeline, tmp_path / "out.mp4", stop=Stop(12))
+    with pytest.raises(InputError, match="frames folder"):
+        make(pipeline, tmp_path / "out.mp4", output_options=frames, resume=True)
+    with pytest.raises(StoppedError):
+        make(pipeline, tmp_path / "out.mp4", output_options=frames, resume=False, stop=Stop(12))
+    next((tmp_path / ".out.pictures").iterdir()).unlink()
+    with pytest.raises(InputError, match="are missing"):
+        make(pipeline, tmp_path / "out.mp4", output_options=frames, resume=True)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_video_that_was_to_be_replaced_is_gone_on_with(pipeline: AvatarPipeline, tmp_path: Path) -> None:
+    old = decoded(make(pipeline, tmp_path / "out.mp4", seed=9).path)
+    with pytest.raises(InputError, match="is complete"):
+        make(pipeline, tmp_path / "out.mp4", resume=True)
+    with pytest.raises(StoppedError):
+        make(pipeline, tmp_path / "out.mp4", resume=False, stop=Stop(5))
+    assert np.array_equal(decoded(tmp_path / "out.mp4"), old)
+    make(pipeline, tmp_path / "out.mp4", resume=True)
+    assert not np.array_equal(decoded(tmp_path / "out.mp4"), old)
+
+
 def test_the_seed_is_the_first_runs(pipeline: AvatarPipeline, tmp_path: Path) -> None:
     with pytest.raises(StoppedError):
         make(pipeline, tmp_path / "out.mp4", seed=None, stop=Stop(5))
@@ -230,17 +255,15 @@ def test_a_damaged_journal_is_named(pipeline: AvatarPipeline, tmp_path: Path) ->
     folder = tmp_path / ".out.journal"
     for damage, what in (
         (lambda: next(folder.glob("state-*")).write_bytes(b"no"), "--overwrite"),
+        (lambda: next(folder.glob("segment-*")).unlink(), "--overwrite"),
         (lambda: (folder / "journal.json").write_text("{"), "remove that folder"),
         (lambda: (folder / "journal.json").write_text('{"format": 0}'), "another release"),
     ):
         with pytest.raises(StoppedError):
-            make(pipeline, tmp_path / "out.mp4", stop=Stop(5))
+            make(pipeline, tmp_path / "out.mp4", stop=Stop(12), resume=False)
         damage()
         with pytest.raises(InputError, match=what):
             make(pipeline, tmp_path / "out.mp4", resume=True)
-        for path in folder.iterdir():
-            path.unlink()
-        folder.rmdir()
 
 
 def command(folder: Path, output: Path, *more: str) -> list[str]:
@@ -316,6 +339,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path: Path) -> None:
     refused = run(*arguments)
     assert refused.exit_code == 2
     assert "--resume" in refused.output
+    output.write_bytes(b"an older video, which was to be replaced")
     result = run(*arguments, "--resume")
     assert result.exit_code == 0, result.output
     assert len(decoded(output)) == 750

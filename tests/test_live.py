@@ -16,10 +16,11 @@ import pytest
 
 from command_line import QUICK, portrait, run, toy_model
 from media_files import write_wav
-from stableavatar.errors import InputError
+from stableavatar.errors import InputError, StoppedError
 from stableavatar.media.audio import Sound, Speech
 from stableavatar.media.live import LiveRecording, read_live
 from stableavatar.media.reading import probe, read_frames, read_metadata
+from stableavatar.options import OutputOptions
 from stableavatar.pipeline import AvatarPipeline
 from toy import toy_pipeline
 
@@ -129,6 +130,63 @@ def test_frames_come_before_the_end_of_the_speech(pipeline: AvatarPipeline) -> N
     assert max(have - shown for shown, have in enumerate(seen, 1)) < 17 + 8
 
 
+def test_sound_that_nobody_takes_is_not_kept(
+    pipeline: AvatarPipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[LiveRecording] = []
+    begin = LiveRecording.__init__
+
+    def remember(self: LiveRecording, *arguments: object, **options: object) -> None:
+        begin(self, *arguments, **options)
+        made.append(self)
+
+    monkeypatch.setattr(LiveRecording, "__init__", remember)
+    list(pipeline.stream(PICTURE, pieces(noise(60_000), 500), **SMALL))
+    assert not made[0].sound._waiting
+    assert sum(len(part) for part in made[0].speech._parts) < 30_000
+
+
+def test_a_duration_belongs_to_the_recording(pipeline: AvatarPipeline) -> None:
+    recording = LiveRecording(pieces(noise(60_000), 500), duration=0.5)
+    with pytest.raises(InputError, match="LiveRecording"):
+        pipeline.stream(PICTURE, recording, duration=1.0, **SMALL)
+    assert len(list(pipeline.stream(PICTURE, recording, **SMALL))) == 12
+    assert len(list(pipeline.stream(PICTURE, pieces(noise(60_000), 500), duration=1.0, **SMALL))) == 25
+
+
+@pytest.mark.parametrize("live", [True, False])
+def test_a_live_run_that_is_stopped_leaves_a_file_that_plays(
+    pipeline: AvatarPipeline, tmp_path: Path, live: bool
+) -> None:
+    def source() -> Iterator[np.ndarray]:
+        while True:
+            yield noise(640)
+
+    asked: list[int] = []
+
+    def stop() -> bool:
+        asked.append(1)
+        return len(asked) > 8
+
+    output = tmp_path / "out.mp4"
+    with pytest.raises(StoppedError, match=r"out\.mp4 plays the"):
+        pipeline.generate(
+            PICTURE, source(), output, output_options=OutputOptions(live=live), order="causal", stop=stop,
+            **SMALL,
+        )  # fmt: skip
+    assert len(list(read_frames(output))) > 30
+
+
+def test_a_live_run_without_a_frame_leaves_nothing(pipeline: AvatarPipeline, tmp_path: Path) -> None:
+    output = tmp_path / "out.mp4"
+    output.write_bytes(b"an older video")
+    with pytest.raises(InputError, match="shorter than a frame"):
+        pipeline.generate(
+            PICTURE, iter([noise(100)]), output, output_options=OutputOptions(live=True), **SMALL
+        )
+    assert output.read_bytes() == b"an older video"
+
+
 def test_what_arriving_speech_cannot_have(pipeline: AvatarPipeline) -> None:
     for options, what in (
         ({"order": "lockstep"}, "wavefront or causal"),
@@ -233,8 +291,6 @@ def test_a_live_file_stays_when_the_run_fails(pipeline: AvatarPipeline, tmp_path
     def source() -> Iterator[np.ndarray]:
         yield noise(60 * 640)
         raise InputError("the microphone is gone")
-
-    from stableavatar.options import OutputOptions
 
     with pytest.raises(InputError, match="microphone"):
         pipeline.generate(

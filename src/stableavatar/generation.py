@@ -228,7 +228,7 @@ class Work:
 
     @property
     def cells(self) -> int:
-        """Cells that have run, at least."""
+        """Cells that have run; of batches that were not full too many."""
         return self.sampler.done * self.sampler.batch_windows
 
     def state(self) -> Saved:

@@ -22,6 +22,7 @@ from torch import nn
 from stableavatar.errors import InputError
 from stableavatar.media.audio import SPEECH_RATE, Speech
 from stableavatar.media.files import reason_of
+from stableavatar.media.segments import segment_name
 from stableavatar.media.video import cannot_write, hidden_name, to_disk
 
 FORMAT = 1
@@ -45,17 +46,19 @@ class Journal:
         InputError: another process is making this video, or the folder cannot be written.
     """
 
-    def __init__(self, output: Path) -> None:
+    def __init__(self, output: Path, *, anew: bool = False) -> None:
+        """`anew`: what was begun there does not matter, damaged or not."""
         self.output = output
-        self.folder = output.with_name(hidden_name(output.stem, "journal"))
+        self.folder = journal_folder(output)
         try:
             self.folder.mkdir(exist_ok=True)
+            to_disk(output.parent)
             self._lock = _locked(self.folder / "lock")
         except BlockingIOError:
             raise InputError(f"output {output}: another process is making this video") from None
         except OSError as error:
             raise cannot_write(output, error) from error
-        self._index = self._read_index()
+        self._index = None if anew else self._read_index()
 
     @property
     def unfinished(self) -> Path:
@@ -64,6 +67,8 @@ class Journal:
 
     def finish(self) -> None:
         """The video is complete: there is nothing to go on from."""
+        if self._index is not None:
+            self.unfinished.unlink(missing_ok=True)
         self.clear()
         self._index = None
 
@@ -94,6 +99,8 @@ class Journal:
                 "without --resume."
             )
         try:
+            for number in range(len(self._index["rest"].get("segments", []))):
+                (self.folder / segment_name(number)).stat()
             tensors = load_file(self.folder / self._index["state"])
         except (OSError, SafetensorError) as error:
             raise InputError(
@@ -175,6 +182,20 @@ class Journal:
         return dict(index)
 
 
+def refuse_unfinished(output: Path) -> None:
+    """Raise InputError where a run of this video was begun and has saved a state."""
+    if (journal_folder(output) / _INDEX).exists():
+        raise InputError(
+            f"output {output}: an unfinished run of this video is there. Add --resume to go on with it, or "
+            "--overwrite to begin anew."
+        )
+
+
+def journal_folder(output: Path) -> Path:
+    """Where the journal of a video lies."""
+    return output.with_name(hidden_name(output.stem, "journal"))
+
+
 def weights_fingerprint(modules: Mapping[str, nn.Module]) -> str:
     """A hash of every tensor's name, shape, dtype and of some 4096 of its values, evenly spaced: other
     weights have another one, and billions of them take seconds."""
@@ -214,7 +235,7 @@ def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]
         if before.get(name) != now.get(name):
             words.append(f"the {name}")
     old, new = before["settings"], now["settings"]
-    for name in sorted({*old, *new}):
+    for name in sorted({*old, *new} - {"model"}):  # a path; the weights have a hash
         if old.get(name) != new.get(name):
             words.append(f"{name.replace('_', '-')} (was {old.get(name)!r}, is {new.get(name)!r})")
     return words

@@ -132,7 +132,7 @@ class GenerateOptions:
     step_cache: float = _option(
         0.0,
         "Leave out steps whose estimated change is below this (TeaCache), usually 0.05 to 0.1. Higher is "
-        "faster and blurs lips and teeth; 0 runs every step.",
+        "faster and blurs lips and teeth; 0 runs every step. Takes main memory for every window alive.",
         panel=SAMPLING,
         minimum=0,
         maximum=1,

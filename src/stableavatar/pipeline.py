@@ -11,6 +11,7 @@ import contextlib
 import difflib
 import json
 import secrets
+import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, fields, replace
@@ -34,13 +35,28 @@ from stableavatar.checkpoints.published import load_published
 from stableavatar.conditioning.image import picture_tensor
 from stableavatar.errors import CheckpointError, InputError, StoppedError
 from stableavatar.generation import Frame, ProgressCallback, Run, Work
-from stableavatar.journal import Journal, Saved, speech_hash, tensor_hash, weights_fingerprint
+from stableavatar.journal import (
+    Journal,
+    Saved,
+    refuse_unfinished,
+    speech_hash,
+    tensor_hash,
+    weights_fingerprint,
+)
 from stableavatar.media.audio import SPEECH_RATE, Sound, Speech
 from stableavatar.media.image import check_size, convert_picture, fit_picture, read_picture
 from stableavatar.media.live import LiveRecording, LiveSound, LiveSpeech
 from stableavatar.media.segments import SegmentWriter
 from stableavatar.media.timing import frame_count
-from stableavatar.media.video import STANDARD_OUTPUT, FrameWriter, VideoWriter, check_output
+from stableavatar.media.video import (
+    STANDARD_OUTPUT,
+    FrameWriter,
+    VideoWriter,
+    cannot_write,
+    check_output,
+    hidden_name,
+    to_disk,
+)
 from stableavatar.models.transformer import StableAvatarTransformer3DModel
 from stableavatar.options import GenerateOptions, OutputOptions, SamplingDefaults, Settings
 from stableavatar.placement.convolutions import avoid_slow_convolutions
@@ -54,6 +70,10 @@ TINY = Path(__file__).parent / "assets" / "tiny"
 
 Portrait = str | Path | Image.Image | Frame
 SpeechInput = str | Path | NDArray[np.float32] | LiveRecording | Iterable[NDArray[np.float32]]
+
+
+class _LiveStopError(Exception):
+    """A live run was asked to stop."""
 
 
 class AvatarStream(Iterator[Frame]):
@@ -213,7 +233,8 @@ class AvatarPipeline(DiffusionPipeline):
             portrait: a picture file, a Pillow image, or uint8 `[H, W, 3]`.
             speech: an audio file, a video with sound, mono samples at 16 kHz, or None for a silent video of
                 `duration` seconds. Speech that is still arriving: an iterator of such samples, or a
-                `media.live.LiveRecording`; it is asked for more when a window needs it.
+                `media.live.LiveRecording` (whose `sound` is kept until it is taken); it is asked for more
+                when a window needs it.
             latents: the starting noise `[C, L, H/8, W/8]`, in place of the seed's.
             progress: called after every cell and every frame.
             options: fields of `GenerateOptions`.
@@ -226,7 +247,10 @@ class AvatarPipeline(DiffusionPipeline):
             InputError: a file or an option that cannot be used.
         """
         given = _options(options)
-        return AvatarStream(self._open(portrait, _live(speech, given), given, latents, progress))
+        live = _live(speech, given)
+        if live is not speech and isinstance(live, LiveRecording):
+            live.sound.wanted = False  # frames alone are asked for
+        return AvatarStream(self._open(portrait, live, given, latents, progress))
 
     def _open(
         self,
@@ -323,19 +347,33 @@ class AvatarPipeline(DiffusionPipeline):
             if resume:
                 raise InputError("what is written or spoken live cannot be resumed: leave out --resume")
             run = self._open(portrait, speech, given, latents, progress)
-            return self._generate_live(run, speech, output, encoding)
+            return self._generate_live(run, speech, output, encoding, stop)
+        path = check_output(output)
+        if resume is None:
+            refuse_unfinished(path)
         with contextlib.ExitStack() as stack:
-            journal = Journal(check_output(output))
+            journal = Journal(path, anew=resume is False)
             stack.callback(lambda: journal.close(remove=not journal.has_state))
-            if resume is None and journal.has_state:
+            if resume and not journal.has_state and path.exists():
                 raise InputError(
-                    f"output {output}: an unfinished run of this video is there. Add --resume to go on with "
-                    "it, or --overwrite to begin anew."
+                    f"output {output}: is complete; there is nothing to go on with. Add --overwrite to make "
+                    "it anew."
                 )
             if resume and given.seed is None and "seed" in journal.settings:
                 given = replace(given, seed=journal.settings["seed"])
             run = self._open(portrait, speech, given, latents, progress)
-            return self._generate(run, speech, journal, encoding, resume=resume, stop=stop)
+            try:
+                return self._generate(run, speech, journal, encoding, resume=resume, stop=stop)
+            except InputError as error:
+                if not journal.has_state or "--resume" in str(error):
+                    raise
+                raise InputError(f"{error} Then the same command with --resume goes on.") from error
+            except KeyboardInterrupt:
+                if stop is None or not journal.has_state:
+                    raise
+                raise StoppedError(
+                    "Interrupted. The same command with --resume goes on from the state that was saved last."
+                ) from None
 
     def _generate(
         self,
@@ -347,9 +385,10 @@ class AvatarPipeline(DiffusionPipeline):
         resume: bool | None,
         stop: Callable[[], bool] | None,
     ) -> GeneratedVideo:
-        started, first_frame, saved_at = time.monotonic(), 0.0, time.monotonic()
+        started, first_frame = time.monotonic(), 0.0
+        saved_at, save_seconds = started, 0.0
         settings = self._settings(run, encoding)
-        identity = self._identity(run, settings)
+        identity = {**self._identity(run, settings), "frames folder": encoding.frames is not None}
         saved = journal.load(identity) if resume else None
         if saved is None:
             journal.begin(identity)
@@ -364,43 +403,50 @@ class AvatarPipeline(DiffusionPipeline):
             segments=rest["segments"],
         )
 
+        kept = None
+        pictures: FrameWriter | None = None
+        if encoding.frames is not None:  # beside their folder, which may lie on another file system
+            folder = encoding.frames.expanduser().absolute()
+            kept = folder.with_name(hidden_name(folder.name, "pictures"))
+            pictures = FrameWriter(encoding.frames, partial=kept, done=rest["frames"])
+
         def save(work: Work) -> None:
+            nonlocal saved_at, save_seconds
+            began = time.monotonic()
+            if pictures is not None:
+                pictures.sync()
             state = work.state()
             journal.save(Saved(state.tensors, {**state.rest, "segments": video.segments}))
+            saved_at = time.monotonic()
+            save_seconds = saved_at - began
 
         def between(work: Work) -> None:
-            nonlocal saved_at
             video.cut()
             if stop is not None and stop():
                 save(work)
                 raise self._interrupted(run, speech, journal, video)
-            if time.monotonic() - saved_at >= encoding.checkpoint_every:
+            every = encoding.checkpoint_every
+            # The state may be large and the disk slow: saving takes at most a twentieth of the time.
+            if every == 0 or time.monotonic() - saved_at >= max(every, 20 * save_seconds):
                 save(work)
-                saved_at = time.monotonic()
 
         with contextlib.ExitStack() as stack:
             stack.callback(video.abandon)
             stream = stack.enter_context(
                 contextlib.closing(AvatarStream(replace(run, between=between, saved=saved)))
             )
-            # Entered before the video is joined, so that the folder gets its name after it has.
-            pictures = None
-            if encoding.frames is not None:
-                kept = journal.folder / "frames"
-                pictures = stack.enter_context(
-                    FrameWriter(encoding.frames, partial=kept, done=rest["frames"])
-                )
+            if kept is not None:
+                stack.callback(lambda: None if journal.has_state else shutil.rmtree(kept, ignore_errors=True))
+            if pictures is not None:  # before the video is joined, so that the folder gets its name after it
+                stack.enter_context(pictures)
             for frame in stream:
                 first_frame = first_frame or time.monotonic() - started
                 video.write(frame)
                 if pictures is not None:
                     pictures.write(frame)
             video.cut()
-            joined = journal.folder / "joined.mp4"
             metadata = {"stableavatar": json.dumps(settings, ensure_ascii=False)}
-            video.join(joined, sound=_sound(speech, run.options), metadata=metadata)
-            joined.replace(journal.output)
-        journal.unfinished.unlink(missing_ok=True)
+            self._join(run, speech, journal, video, journal.output, metadata)
         journal.finish()
         return GeneratedVideo(journal.output, video.frames, run.frame_rate, run.options, first_frame)
 
@@ -412,22 +458,48 @@ class AvatarPipeline(DiffusionPipeline):
             return StoppedError(
                 "Interrupted before the first frame. The same command with --resume goes on from here."
             )
-        joined = journal.folder / "joined.mp4"
-        video.join(joined, sound=_sound(speech, run.options))
-        joined.replace(journal.unfinished)
+        self._join(run, speech, journal, video, journal.unfinished, {})
         seconds = float(video.frames / run.frame_rate)
         return StoppedError(
             f"Interrupted: {journal.unfinished} plays the {seconds:.1f} s that are finished. The same "
             "command with --resume goes on from here."
         )
 
+    def _join(
+        self,
+        run: Run,
+        speech: SpeechInput | None,
+        journal: Journal,
+        video: SegmentWriter,
+        target: Path,
+        metadata: Mapping[str, str],
+    ) -> None:
+        """The segments as a file that appears under its name when it is complete and on the disk."""
+        joined = journal.folder / "joined.mp4"
+        video.join(joined, sound=_sound(speech, run.options), metadata=metadata)
+        try:
+            joined.replace(target)
+            to_disk(target.parent)
+        except OSError as error:
+            raise cannot_write(target, error) from error
+
     def _generate_live(
-        self, run: Run, speech: SpeechInput | None, output: str | Path, encoding: OutputOptions
+        self,
+        run: Run,
+        speech: SpeechInput | None,
+        output: str | Path,
+        encoding: OutputOptions,
+        stop: Callable[[], bool] | None,
     ) -> GeneratedVideo:
         started, first_frame = time.monotonic(), 0.0
+
+        def between(_work: Work) -> None:
+            if stop is not None and stop():
+                raise _LiveStopError
+
         metadata = {"stableavatar": json.dumps(self._settings(run, encoding), ensure_ascii=False)}
         with contextlib.ExitStack() as stack:
-            stream = stack.enter_context(contextlib.closing(AvatarStream(run)))
+            stream = stack.enter_context(contextlib.closing(AvatarStream(replace(run, between=between))))
             pictures = stack.enter_context(FrameWriter(encoding.frames)) if encoding.frames else None
             video = stack.enter_context(
                 VideoWriter(
@@ -442,11 +514,20 @@ class AvatarPipeline(DiffusionPipeline):
                     live=encoding.live,
                 )
             )
-            for frame in stream:
-                first_frame = first_frame or time.monotonic() - started
-                video.write(frame)
-                if pictures is not None:
-                    pictures.write(frame)
+            stopped = False
+            try:
+                for frame in stream:
+                    first_frame = first_frame or time.monotonic() - started
+                    video.write(frame)
+                    if pictures is not None:
+                        pictures.write(frame)
+            except _LiveStopError:
+                stopped = True
+                if not video.frames:
+                    raise StoppedError("Interrupted before the first frame.") from None
+        if stopped:
+            seconds = float(video.frames / stream.frame_rate)
+            raise StoppedError(f"Interrupted: {output} plays the {seconds:.1f} s that were made.")
         return GeneratedVideo(Path(output), video.frames, stream.frame_rate, stream.options, first_frame)
 
     def _settings(self, run: Run, encoding: OutputOptions) -> dict[str, Any]:
@@ -520,12 +601,15 @@ def _picture(portrait: Portrait) -> Frame:
 
 def _live(speech: SpeechInput | None, options: GenerateOptions) -> SpeechInput | None:
     """Speech that is still arriving as a recording; every other as it is."""
+    given = speech
     if speech is None or isinstance(speech, str | Path | np.ndarray | LiveRecording):
         live = isinstance(speech, LiveRecording)
     else:
         speech, live = LiveRecording(speech, duration=options.duration), True
     if live and options.start:
         raise InputError("start cannot be used with speech that is still arriving: leave it at 0")
+    if isinstance(given, LiveRecording) and options.duration is not None:
+        raise InputError("give the duration to the LiveRecording, where it is made")
     return speech
 
 
@@ -570,6 +654,11 @@ def _plan(recording: Speech | LiveSpeech | None, options: Settings) -> tuple[int
     """Frames of the video, None while they are not known, and its windows."""
     window = latent_frames_for(options.window)
     if isinstance(recording, LiveSpeech):
+        if options.speech_normalisation == "recording":
+            raise InputError(
+                "the loudness of a whole recording is not known while it arrives: leave speech-normalisation "
+                "at window"
+            )
         if options.compat is not None or options.order == "lockstep":
             raise InputError(
                 "speech that is still arriving needs the order wavefront or causal, without compat"

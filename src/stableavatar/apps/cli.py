@@ -174,6 +174,7 @@ def generate(
     log_to_stderr(verbose)
     generation = _with_size(generation, size)
     # What is wrong with the files should be said before a large model is loaded.
+    from stableavatar.journal import refuse_unfinished
     from stableavatar.media.audio import Sound
     from stableavatar.media.image import read_picture
     from stableavatar.media.live import LiveRecording, read_live
@@ -182,34 +183,38 @@ def generate(
     to_stdout = str(output) == STANDARD_OUTPUT
     if resume and overwrite:
         raise InputError("give --resume to go on or --overwrite to begin anew, not both")
-    if not to_stdout and check_output(output).exists() and not overwrite:
+    if not to_stdout and check_output(output).exists() and not (overwrite or resume):
         raise InputError(f"output {output}: exists already. Choose another name, or add --overwrite.")
+    if not to_stdout and not (overwrite or resume):
+        refuse_unfinished(check_output(output))
     picture = read_picture(portrait)
-    said: Path | LiveRecording = speech
     if str(speech) == STANDARD_INPUT:
-        said = read_live(sys.stdin.buffer, raw_rate=raw_rate, duration=generation.duration)
+        pass
     elif raw_rate is not None:
         raise InputError("raw-rate says what standard input is like: name - as SPEECH, or leave it out")
     else:
         Sound(speech, generation.start, generation.duration)
-    with display() as show:
+    with stop_between_cells() as stop, display() as show:
+        said: Path | LiveRecording = speech
+        if str(speech) == STANDARD_INPUT:
+            said = read_live(sys.stdin.buffer, raw_rate=raw_rate, duration=generation.duration, stop=stop)
+            generation = replace(generation, duration=None)
         show.stage(f"loading {model}")
         quieten_libraries(verbose)
         from stableavatar.pipeline import load
 
         pipeline = load(model, device=device, dtype=dtype, variant=variant, size=model_size)
         show.stage("reading portrait, speech and prompt")
-        with stop_between_cells() as stop:
-            video = pipeline.generate(
-                picture,
-                said,
-                output,
-                output_options=encoding,
-                resume=True if resume else (False if overwrite else None),
-                stop=stop,
-                progress=show,
-                **asdict(generation),
-            )
+        video = pipeline.generate(
+            picture,
+            said,
+            output,
+            output_options=encoding,
+            resume=True if resume else (False if overwrite else None),
+            stop=stop,
+            progress=show,
+            **asdict(generation),
+        )
     made = video.options
     typer.echo(
         f"{video.path}: {video.frame_count} frames, {float(video.frame_count / video.frame_rate):.2f} s at "

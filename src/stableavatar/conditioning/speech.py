@@ -10,7 +10,6 @@ from numpy.typing import NDArray
 from transformers import Wav2Vec2Model
 
 from stableavatar.choices import SpeechNormalisation
-from stableavatar.errors import InputError
 from stableavatar.media.audio import SPEECH_RATE, Speech
 from stableavatar.media.timing import sample_position
 from stableavatar.sampling.windows import Plan, Window
@@ -105,10 +104,7 @@ class WindowSpeech:
         self.loudness = None
         if normalisation == "recording":
             if not isinstance(speech, Speech):
-                raise InputError(
-                    "the loudness of a whole recording is not known while it arrives: leave "
-                    "speech-normalisation at window"
-                )
+                raise ValueError("the loudness of a whole recording is not known while it arrives")
             self.loudness = Loudness.of_recording(speech)
         self._features: dict[int, torch.Tensor] = {}
 

@@ -34,7 +34,7 @@ def open_mp4(
     Args:
         target: None writes to standard output.
     """
-    file: Any = sys.stdout.buffer
+    file: Any = _StandardOutput()
     if target is not None:
         # The system's own error (rights, full disk) is clearer than FFmpeg's.
         with target.open("wb"):
@@ -51,6 +51,16 @@ def open_mp4(
         comment = json.dumps({METADATA_KEY: dict(metadata)}, ensure_ascii=False)
         container.metadata["comment"] = comment
     return container
+
+
+class _StandardOutput:
+    """Standard output without seeking, every piece of it at once."""
+
+    def write(self, data: bytes) -> int:
+        """Write and flush."""
+        written = sys.stdout.buffer.write(data)
+        sys.stdout.buffer.flush()
+        return written
 
 
 class VideoTrack:

@@ -5,8 +5,9 @@ The same samples as `Speech` and `Sound` give once it has ended, as far as they 
 
 import io
 import os
+import select
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from fractions import Fraction
 from typing import Any, BinaryIO
 
@@ -171,7 +172,11 @@ class LiveSpeech:
 
 
 class LiveSound:
-    """The recording at its own rate, up to 48 kHz, for the output file; see `media.audio.Sound`."""
+    """The recording at its own rate, up to 48 kHz, for the output file; see `media.audio.Sound`.
+
+    Attributes:
+        wanted: False where nobody takes the sound, so that it is not kept.
+    """
 
     def __init__(self, recording: LiveRecording, sample_rate: int, channels: int) -> None:
         self._recording = recording
@@ -180,16 +185,18 @@ class LiveSound:
         self._resampler = Resampler(sample_rate, self.sample_rate, channels)
         self._waiting: deque[Samples] = deque()
         self._ended = False
+        self.wanted = True
 
     def push(self, block: Samples) -> None:
         """Take samples [n, channels] at the recording's rate."""
-        self._waiting.append(self._resampler.push(block[:, : self.channels]))
+        if self.wanted:
+            self._waiting.append(self._resampler.push(block[:, : self.channels]))
 
     def finish(self) -> None:
         """There is no more."""
-        if not self._ended:
+        if not self._ended and self.wanted:
             self._waiting.append(self._resampler.finish())
-            self._ended = True
+        self._ended = True
 
     def blocks(self) -> Iterator[Samples]:
         """The sound in order, in blocks [n, channels] clipped to [-1, 1], waited for."""
@@ -202,7 +209,12 @@ class LiveSound:
 
 
 def read_live(
-    file: BinaryIO, *, raw_rate: int | None = None, duration: float | None = None, name: str = "-"
+    file: BinaryIO,
+    *,
+    raw_rate: int | None = None,
+    duration: float | None = None,
+    name: str = "-",
+    stop: Callable[[], bool] | None = None,
 ) -> LiveRecording:
     """A recording that is read from a pipe while it arrives.
 
@@ -210,6 +222,7 @@ def read_live(
         file: any format that FFmpeg reads without seeking, such as WAV; or raw mono samples.
         raw_rate: samples a second of raw 16-bit little-endian mono samples; None: the file says it.
         name: of the file, for errors.
+        stop: asked while nothing arrives; where it says so, the speech has ended.
 
     Raises:
         InputError: no sound in a format that can be read from a pipe.
@@ -217,7 +230,7 @@ def read_live(
     options = {"probesize": "4096", "analyzeduration": "0"}
     if raw_rate is not None:
         options = {"sample_rate": str(raw_rate), "ch_layout": "mono"}
-    pipe: Any = _Pipe(file)
+    pipe: Any = _Pipe(file, stop)
     try:
         container = av.open(
             pipe, format=None if raw_rate is None else "s16le", options=options, buffer_size=_READ
@@ -252,7 +265,8 @@ def read_live(
 class _Pipe:
     """What of a file PyAV may use: reading what is there, without seeking."""
 
-    def __init__(self, file: BinaryIO) -> None:
+    def __init__(self, file: BinaryIO, stop: Callable[[], bool] | None) -> None:
+        self._stop = stop
         try:
             self._descriptor: int | None = file.fileno()
         except (OSError, AttributeError, io.UnsupportedOperation):
@@ -261,6 +275,9 @@ class _Pipe:
 
     def read(self, size: int) -> bytes:
         """At most `size` bytes, as soon as there are any."""
-        if self._descriptor is not None:
-            return os.read(self._descriptor, size)
-        return self._file.read(size)
+        if self._descriptor is None:
+            return self._file.read(size)
+        while not select.select([self._descriptor], [], [], 0.2)[0]:
+            if self._stop is not None and self._stop():
+                return b""
+        return os.read(self._descriptor, size)

@@ -142,4 +142,9 @@ class SegmentWriter:
         return self.folder / "unfinished.mp4"
 
     def _path(self, number: int) -> Path:
-        return self.folder / f"segment-{number:06d}.mp4"
+        return self.folder / segment_name(number)
+
+
+def segment_name(number: int) -> str:
+    """The file of a segment, counted from 0."""
+    return f"segment-{number:06d}.mp4"

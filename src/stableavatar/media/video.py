@@ -120,6 +120,7 @@ class VideoWriter:
             self._partial = self._path.with_name(partial_name(self._path.stem, "partial.mp4"))
         self._container: Any = None
         self._audio: SoundTrack | None = None
+        self._entered = False
         self._frames = 0
 
     @property
@@ -128,9 +129,12 @@ class VideoWriter:
         return self._frames
 
     def __enter__(self) -> "VideoWriter":
-        """Open the partial file. Raises InputError where that fails."""
+        """Open the partial file; a live one is opened with the first frame. Raises InputError where that
+        fails."""
+        self._entered = True
         try:
-            self._open()
+            if not self._live:
+                self._open()
         except (av.FFmpegError, OSError) as error:
             self._abort()
             raise cannot_write(self._path, error) from error
@@ -145,7 +149,7 @@ class VideoWriter:
         Raises InputError where the file cannot be written (disk full) or the sound cannot be read, ValueError
         for another shape or type.
         """
-        if self._container is None:
+        if not self._entered:
             raise ValueError("write outside of the writer's context")
         if frame.shape != (self._height, self._width, 3) or frame.dtype != np.uint8:
             raise ValueError(
@@ -153,6 +157,8 @@ class VideoWriter:
                 f"{frame.dtype} {list(frame.shape)}"
             )
         try:
+            if self._container is None:
+                self._open()
             self._video.write(frame)
             self._frames += 1
             if self._audio is not None:
@@ -164,6 +170,7 @@ class VideoWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Complete and rename the file, or remove it. Raises InputError where it cannot be completed."""
+        self._entered = False
         if kind is not None:
             self._abort()
             return
@@ -237,6 +244,7 @@ class FrameWriter:
         if self._folder.is_dir() and any(self._folder.iterdir()):
             raise InputError(f"output {folder}: this folder is not empty. Name a new or an empty one.")
         self._kept = partial is not None
+        self._synced = done
         self._partial = partial or self._folder.with_name(partial_name(self._folder.name, "partial"))
         self._frames = done
 
@@ -251,8 +259,14 @@ class FrameWriter:
             if self._partial.exists() and not self._frames:
                 shutil.rmtree(self._partial)
             self._partial.mkdir(exist_ok=True)
-            for later in sorted(self._partial.iterdir())[self._frames :]:
-                later.unlink()
+            there = sorted(path.name for path in self._partial.iterdir())
+            if there[: self._frames] != [_picture_name(number) for number in range(self._frames)]:
+                raise InputError(
+                    f"output {self._folder}: pictures that were made before are missing in {self._partial}. "
+                    "Begin anew with --overwrite and without --resume."
+                )
+            for later in there[self._frames :]:
+                (self._partial / later).unlink()
         except OSError as error:
             raise cannot_write(self._folder, error) from error
         return self
@@ -261,7 +275,7 @@ class FrameWriter:
         """Take the next frame, uint8 [H, W, 3] sRGB. Raises InputError where it cannot be written."""
         if frame.ndim != 3 or frame.shape[2] != 3 or frame.dtype != np.uint8:
             raise ValueError(f"a frame must be uint8 [H, W, 3], not {frame.dtype} {list(frame.shape)}")
-        path = self._partial / f"frame_{self._frames:06d}.png"
+        path = self._partial / _picture_name(self._frames)
         try:
             Image.fromarray(np.ascontiguousarray(frame)).save(path, compress_level=3)
         except OSError as error:
@@ -283,9 +297,23 @@ class FrameWriter:
             self._give_up()
             raise cannot_write(self._folder, failure) from failure
 
+    def sync(self) -> None:
+        """Put the pictures that were written so far on the disk. Raises InputError where that fails."""
+        try:
+            for number in range(self._synced, self._frames):
+                to_disk(self._partial / _picture_name(number))
+            to_disk(self._partial)
+        except OSError as error:
+            raise cannot_write(self._folder, error) from error
+        self._synced = self._frames
+
     def _give_up(self) -> None:
         if not self._kept:
             shutil.rmtree(self._partial, ignore_errors=True)
+
+
+def _picture_name(number: int) -> str:
+    return f"frame_{number:06d}.png"
 
 
 def check_output(path: str | Path) -> Path:

@@ -74,7 +74,8 @@ class StepCache:
             if cell.step == len(self.runs) - 1:
                 self._residuals.pop(cell.window.index, None)
             elif self.runs[cell.step]:
-                self._residuals[cell.window.index] = value
+                # In main memory: some hundred megabytes a window at the released sizes.
+                self._residuals[cell.window.index] = value.to("cpu", copy=len(cells) > 1)
 
     def state(self) -> dict[str, torch.Tensor]:
         """What `restore` goes on from."""
