@@ -1,6 +1,7 @@
 """Runs of the command line for the tests: in this process, or as a user starts it."""
 
 import functools
+import json
 import os
 import subprocess
 import sys
@@ -63,3 +64,58 @@ def portrait(path: Path) -> Path:
 def speech(path: Path, seconds: float = 0.6, rate: int = 16000) -> Path:
     """A tone."""
     return write_wav(path, tone(seconds, rate), rate)
+
+
+class Nursery:
+    """Starts commands as processes of their own without importing everything anew: a process that has imported
+    it forks them."""
+
+    SCRIPT = """
+import os, sys, json
+import stableavatar.pipeline
+from stableavatar.apps.cli import app
+for line in sys.stdin:
+    child = os.fork()
+    if child == 0:
+        null = os.open(os.devnull, os.O_RDWR)
+        for descriptor in (0, 1, 2):
+            os.dup2(null, descriptor)
+        sys.argv = json.loads(line)
+        status = 1
+        try:
+            app()
+        except SystemExit as end:
+            status = end.code or 0
+        finally:
+            os._exit(status)
+    print(child, flush=True)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+
+    def __init__(self) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", self.SCRIPT],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+
+    def start(self, *arguments: str | Path) -> int:
+        """Begin `stableavatar ARGUMENTS`; its process id. `wait` must follow before the next."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write(json.dumps(["stableavatar", *map(str, arguments)]) + "\n")
+        self._process.stdin.flush()
+        return int(self._process.stdout.readline())
+
+    def wait(self) -> int:
+        """The exit status, negative for a signal."""
+        assert self._process.stdout is not None
+        return int(self._process.stdout.readline())
+
+    def close(self) -> None:
+        """End it."""
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait()

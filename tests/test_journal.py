@@ -5,16 +5,15 @@ import os
 import random
 import signal
 import subprocess
-import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from command_line import QUICK, portrait, run, speech, start, toy_model
+from command_line import QUICK, Nursery, portrait, run, speech, start, toy_model
 from stableavatar.errors import InputError, StoppedError
 from stableavatar.generation import Progress
 from stableavatar.journal import Journal, Saved
@@ -266,51 +265,46 @@ def test_a_damaged_journal_is_named(pipeline: AvatarPipeline, tmp_path: Path) ->
             make(pipeline, tmp_path / "out.mp4", resume=True)
 
 
-def command(folder: Path, output: Path, *more: str) -> list[str]:
-    return [
-        sys.executable, "-m", "stableavatar", "generate", str(folder / "portrait.png"),
-        str(folder / "speech.wav"), "-o", str(output), "--model", str(toy_model()), *QUICK, "--steps", "4",
-        "--seed", "5", "--checkpoint-every", "0", *more,
-    ]  # fmt: skip
+@pytest.fixture
+def nursery() -> Iterator[Nursery]:
+    made = Nursery()
+    yield made
+    made.close()
 
 
-def test_killed_at_any_moment(tmp_path: Path) -> None:
+def test_killed_at_any_moment(nursery: Nursery, tmp_path: Path) -> None:
     """`kill -9` at 20 random moments of one video; each time it goes on, and the frames are the same."""
-    portrait(tmp_path / "portrait.png")
-    speech(tmp_path / "speech.wav", 24.0)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    whole = tmp_path / "whole.mp4"
-    subprocess.run(command(tmp_path, whole), check=True, capture_output=True, env=environment, timeout=300)
-    output, journal = tmp_path / "out.mp4", tmp_path / ".out.journal"
-    rng, kills, counts = random.Random(0), 0, []
+    picture, recording = portrait(tmp_path / "portrait.png"), speech(tmp_path / "speech.wav", 24.0)
+    output, whole, journal = tmp_path / "out.mp4", tmp_path / "whole.mp4", tmp_path / ".out.journal"
 
-    def state() -> int:
+    def begin(path: Path, *more: str) -> int:
+        return nursery.start(
+            "generate", picture, recording, "-o", path, "--model", toy_model(), *QUICK, "--steps", "4",
+            "--seed", "5", "--checkpoint-every", "0", *more,
+        )  # fmt: skip
+
+    def saved() -> int:
         try:
             return int(json.loads((journal / "journal.json").read_text())["count"])
         except (OSError, ValueError):
             return 0
 
-    while kills < 20:
-        process = subprocess.Popen(
-            command(tmp_path, output, "--resume"), stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
-            env=environment,
-        )  # fmt: skip
-        before = state()
-        while state() == before and process.poll() is None:
-            time.sleep(0.01)
-        time.sleep(rng.uniform(0, 0.25))
-        if process.poll() is not None:
-            break
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        kills += 1
-        counts.append(state())
+    begin(whole)
+    assert nursery.wait() == 0
+    rng, counts = random.Random(0), [0]
+    for _ in range(20):
+        process = begin(output, "--resume")
+        deadline = time.monotonic() + 120
+        while saved() == counts[-1] and time.monotonic() < deadline:
+            time.sleep(0.005)
+        time.sleep(rng.uniform(0, 0.15))
+        os.kill(process, signal.SIGKILL)
+        assert nursery.wait() == -signal.SIGKILL
+        counts.append(saved())
+        assert counts[-1] > counts[-2]
         assert not output.exists()
-    assert kills == 20
-    assert counts == sorted(counts)
-    subprocess.run(
-        command(tmp_path, output, "--resume"), check=True, capture_output=True, env=environment, timeout=300
-    )
+    begin(output, "--resume")
+    assert nursery.wait() == 0
     assert np.array_equal(decoded(output), decoded(whole))
     assert read_metadata(output) == read_metadata(whole)
     assert not journal.exists()
