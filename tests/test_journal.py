@@ -16,12 +16,13 @@ import torch
 from command_line import QUICK, Nursery, portrait, run, speech, start, toy_model
 from stableavatar.errors import InputError, StoppedError
 from stableavatar.generation import Progress
-from stableavatar.journal import Journal, Saved
+from stableavatar.journal import Journal, SavedState
 from stableavatar.media.image import read_picture
 from stableavatar.media.reading import probe, read_frames, read_metadata
 from stableavatar.media.segments import SegmentWriter
 from stableavatar.options import OutputOptions
-from stableavatar.pipeline import AvatarPipeline, GeneratedVideo
+from stableavatar.pipeline import AvatarPipeline
+from stableavatar.writing import GeneratedVideo
 from toy import toy_pipeline
 
 PICTURE = np.random.default_rng(1).integers(0, 255, (32, 32, 3), dtype=np.uint8)
@@ -131,7 +132,7 @@ def test_pictures_are_not_begun_in_the_middle(pipeline: AvatarPipeline, tmp_path
 
 def test_a_video_that_was_to_be_replaced_is_gone_on_with(pipeline: AvatarPipeline, tmp_path: Path) -> None:
     old = decoded(make(pipeline, tmp_path / "out.mp4", seed=9).path)
-    with pytest.raises(InputError, match="is complete"):
+    with pytest.raises(InputError, match="no unfinished run of it"):
         make(pipeline, tmp_path / "out.mp4", resume=True)
     with pytest.raises(StoppedError):
         make(pipeline, tmp_path / "out.mp4", resume=False, stop=Stop(5))
@@ -211,7 +212,7 @@ def test_the_state_is_saved_now_and_then(
     saved: list[int] = []
     save = Journal.save
 
-    def count(self: Journal, state: Saved) -> None:
+    def count(self: Journal, state: SavedState) -> None:
         save(self, state)
         saved.append(len([path for path in self.folder.iterdir() if path.name.startswith("state-")]))
 

@@ -3,7 +3,7 @@ import torch
 from diffusers import WanTransformer3DModel
 from peft import LoraConfig
 
-from stableavatar.models.attention import CrossAttention, Kept, KeyValue
+from stableavatar.models.attention import ContextCache, CrossAttention, KeyValue
 from stableavatar.models.audio_adapter import slot_bounds, slot_indices
 from stableavatar.models.rope import rotary_table, rotate
 from stableavatar.models.transformer import StableAvatarTransformer3DModel, timestep_features
@@ -164,24 +164,26 @@ def test_what_is_kept_changes_nothing_and_is_made_once(
     first, second = inputs(batch=2, seed=1), inputs(batch=2, seed=2)
     prompts, portrait = first["encoder_hidden_states"], first["encoder_hidden_states_image"]
     second |= {"encoder_hidden_states": prompts, "encoder_hidden_states_image": portrait}
-    kept = Kept()
+    cache = ContextCache()
     for x in (first, second):
         expected = run(model, **x, audio_rows=[0, None])
         made.clear()
-        torch.testing.assert_close(run(model, **x, audio_rows=[0, None], kept=kept), expected, rtol=0, atol=0)
+        torch.testing.assert_close(
+            run(model, **x, audio_rows=[0, None], context_cache=cache), expected, rtol=0, atol=0
+        )
     adapter = len(model.vocal_projector.blocks)
     assert made == ["context_key_value"] * adapter  # of the video's tokens, which change
-    assert len(kept.tables) == 1
+    assert len(cache.tables) == 1
 
 
 def test_rows_read_their_prompt(model: StableAvatarTransformer3DModel) -> None:
     x = inputs(batch=3)
     prompts = x["encoder_hidden_states"][:2]
     expected = run(model, **{**x, "encoder_hidden_states": prompts[[1, 0, 1]]}, audio_rows=[0, 0, None])
-    for kept in (None, Kept()):
+    for cache in (None, ContextCache()):
         ours = run(
             model, **{**x, "encoder_hidden_states": prompts}, audio_rows=[0, 0, None],
-            prompt_rows=[1, 0, 1], kept=kept,
+            prompt_rows=[1, 0, 1], context_cache=cache,
         )  # fmt: skip
         torch.testing.assert_close(ours, expected, atol=1e-6, rtol=0)
     for rows in (None, [0, 1], [0, 1, 2]):
@@ -190,12 +192,16 @@ def test_rows_read_their_prompt(model: StableAvatarTransformer3DModel) -> None:
 
 
 def test_what_is_kept_of_another_portrait_is_refused(model: StableAvatarTransformer3DModel) -> None:
-    x, kept = inputs(), Kept()
-    run(model, **x, kept=kept)
+    x, cache = inputs(), ContextCache()
+    run(model, **x, context_cache=cache)
     with pytest.raises(ValueError, match="another prompt or portrait"):
-        run(model, **{**x, "encoder_hidden_states_image": x["encoder_hidden_states_image"] + 1}, kept=kept)
+        run(
+            model,
+            **{**x, "encoder_hidden_states_image": x["encoder_hidden_states_image"] + 1},
+            context_cache=cache,
+        )
     with pytest.raises(ValueError, match="no_grad"):
-        model(**x, kept=Kept())
+        model(**x, context_cache=ContextCache())
 
 
 def test_clip_level_audio_lets_all_frames_hear_everything(model: StableAvatarTransformer3DModel) -> None:

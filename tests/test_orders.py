@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stableavatar.sampling.engine import SamplingError, one_by_one, sample, sample_all
+from stableavatar.sampling.engine import Sampler, SamplingError, one_by_one, sample_all
 from stableavatar.sampling.noise import PositionalNoise
 from stableavatar.sampling.orders import ORDERS, Cell, fronts
 from stableavatar.sampling.trajectory import Trajectory
@@ -142,7 +142,7 @@ def test_causal_waits_for_no_more_speech_than_it_gives_out() -> None:
         asked.append(latents)
         return None if latents <= 60 else 60
 
-    parts = sample(GrowingPlan(9, 3, length), 4, NOISE, one_by_one(drift), order="causal")
+    parts = iter(Sampler(GrowingPlan(9, 3, length), 4, NOISE, one_by_one(drift), order="causal"))
     assert next(parts).shape[1] == 6
     assert asked == [9]
     assert next(parts).shape[1] == 6
@@ -170,7 +170,7 @@ def cells_until(plan: Plan, steps: int, order: str) -> int:
         nonlocal last
         last = next(counter)
 
-    next(sample(plan, steps, NOISE, one_by_one(drift), order=order, progress=count))
+    next(iter(Sampler(plan, steps, NOISE, one_by_one(drift), order=order, progress=count)))
     return last
 
 
@@ -214,7 +214,7 @@ def test_memory_does_not_grow_with_length(overlap: int) -> None:
 
 def test_finished_latents_are_given_out_once_and_in_order() -> None:
     plan = plan_windows(100, 9, 3)
-    parts = list(sample(plan, 3, NOISE, one_by_one(drift)))
+    parts = list(Sampler(plan, 3, NOISE, one_by_one(drift)))
     assert [part.shape[1] for part in parts[:-2]] == [6] * (len(parts) - 2)
     assert torch.equal(torch.cat(parts, dim=1), made(plan, 3, order="lockstep"))
 

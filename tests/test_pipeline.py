@@ -15,9 +15,10 @@ from stableavatar.media.image import read_picture
 from stableavatar.media.reading import probe, read_frames, read_metadata
 from stableavatar.media.segments import SegmentWriter
 from stableavatar.options import GenerateOptions, OutputOptions, SamplingDefaults, Settings
-from stableavatar.pipeline import AvatarPipeline, GeneratedVideo
+from stableavatar.pipeline import AvatarPipeline
 from stableavatar.sampling.engine import SamplingError
 from stableavatar.sampling.windows import Window
+from stableavatar.writing import GeneratedVideo
 from toy import toy_pipeline
 
 RATE = 16000

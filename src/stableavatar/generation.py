@@ -6,16 +6,15 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from stableavatar.conditioning.image import portrait_embeddings, reference_condition
 from stableavatar.conditioning.speech import WindowSpeech
 from stableavatar.conditioning.text import encode_prompts
-from stableavatar.journal import Saved
+from stableavatar.journal import SavedState
 from stableavatar.media.audio import SPEECH_RATE, Speech
 from stableavatar.media.live import LiveSpeech
+from stableavatar.media.reading import Frame
 from stableavatar.media.timing import frame_count
 from stableavatar.options import Settings
 from stableavatar.sampling.decoding import StreamDecoder
@@ -29,8 +28,6 @@ from stableavatar.sampling.windows import Plan, Window
 
 if TYPE_CHECKING:
     from stableavatar.pipeline import AvatarPipeline
-
-Frame = NDArray[np.uint8]
 
 
 @dataclass(frozen=True)
@@ -82,8 +79,8 @@ class Run:
     speech: Speech | LiveSpeech | None
     noise: Noise
     progress: ProgressCallback | None
-    between: Callable[["Work"], None] | None = None
-    saved: Saved | None = None
+    between: Callable[["RunParts"], None] | None = None
+    saved: SavedState | None = None
 
     def frames(self) -> Generator[Frame, None, None]:
         """The video's frames, uint8 `[height, width, 3]`, each as soon as the order makes its latents final.
@@ -94,26 +91,30 @@ class Run:
         try:
             yield from self._frames()
         finally:
-            if self.speech is not None:
-                self.speech.close()
+            self.close()
             self.pipeline.maybe_free_model_hooks()
+
+    def close(self) -> None:
+        """Let go of the recording; `frames` does so at its end."""
+        if self.speech is not None:
+            self.speech.close()
 
     def _frames(self) -> Iterator[Frame]:
         pace = _Pace()
-        work = self._work(pace)
+        parts = self._parts(pace)
         if self.saved is not None:
-            work.restore(self.saved)
-            pace.go_on(work.cells, work.frames)
+            parts.restore(self.saved)
+            pace.go_on(parts.sampler.cells, parts.frames)
         pace.begin()
-        for part in work.sampler:
+        for part in parts.sampler:
             for latent in part.unbind(1):
-                for frame in work.decoder.decode(latent):
-                    if work.frames == self._total():
+                for frame in parts.decoder.decode(latent):
+                    if parts.frames == self._total():
                         break
-                    work.frames += 1
+                    parts.frames += 1
                     if not torch.isfinite(frame).all():
                         raise SamplingError(
-                            f"frame {work.frames} came out of the autoencoder without finite numbers: try "
+                            f"frame {parts.frames} came out of the autoencoder without finite numbers: try "
                             "--dtype float32"
                         )
                     pixels = ((frame + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
@@ -123,11 +124,7 @@ class Run:
 
     def _total(self) -> int | None:
         """Frames of the video, None while its speech is arriving."""
-        if (
-            self.frame_count is None
-            and isinstance(self.speech, LiveSpeech)
-            and self.speech.length is not None
-        ):
+        if isinstance(self.speech, LiveSpeech) and self.speech.length is not None:
             return frame_count(self.speech.length, SPEECH_RATE, self.frame_rate)
         return self.frame_count
 
@@ -144,7 +141,7 @@ class Run:
         reference = reference_condition(pipeline.vae, picture, options.window)
         return Conditions(prompt[None], negative[None], portrait, reference)
 
-    def _work(self, pace: "_Pace") -> "Work":
+    def _parts(self, pace: "_Pace") -> "RunParts":
         pipeline, options = self.pipeline, self.options
         device = pipeline._execution_device
         conditions = self._conditions()
@@ -193,10 +190,10 @@ class Run:
             weights=options.overlap_weights,
             device=device,
             progress=ran,
-            between=lambda: self.between(work) if self.between is not None else None,
+            between=lambda: self.between(parts) if self.between is not None else None,
         )
-        work = Work(sampler, StreamDecoder(pipeline.vae, device), step_cache)
-        return work
+        parts = RunParts(sampler, StreamDecoder(pipeline.vae, device), step_cache)
+        return parts
 
     def _report(self, pace: "_Pace") -> None:
         if self.progress is None:
@@ -218,7 +215,7 @@ class Run:
 
 
 @dataclass
-class Work:
+class RunParts:
     """The parts of a run that have a state, and the frames that it has given out."""
 
     sampler: Sampler
@@ -226,12 +223,7 @@ class Work:
     step_cache: StepCache | None
     frames: int = 0
 
-    @property
-    def cells(self) -> int:
-        """Cells that have run; of batches that were not full too many."""
-        return self.sampler.done * self.sampler.batch_windows
-
-    def state(self) -> Saved:
+    def state(self) -> SavedState:
         """What `restore` goes on from, taken between cells."""
         latents, trajectory = self.sampler.trajectory.state()
         memory, decoder = self.decoder.state()
@@ -241,11 +233,12 @@ class Work:
             **{f"residual.{name}": tensor for name, tensor in self._residuals().items()},
         }
         rest = {
-            "done": self.sampler.done, "frames": self.frames, "trajectory": trajectory, "decoder": decoder,
+            "batches": self.sampler.batches, "cells": self.sampler.cells, "frames": self.frames,
+            "trajectory": trajectory, "decoder": decoder,
         }  # fmt: skip
-        return Saved(tensors, rest)
+        return SavedState(tensors, rest)
 
-    def restore(self, saved: Saved) -> None:
+    def restore(self, saved: SavedState) -> None:
         """Go on where `state` was taken."""
 
         def part(prefix: str) -> dict[str, torch.Tensor]:
@@ -256,7 +249,8 @@ class Work:
                 if name.startswith(prefix)
             }
 
-        self.sampler.done, self.frames = saved.rest["done"], saved.rest["frames"]
+        self.sampler.batches, self.sampler.cells = saved.rest["batches"], saved.rest["cells"]
+        self.frames = saved.rest["frames"]
         self.sampler.trajectory.restore(part("latents"), saved.rest["trajectory"])
         self.decoder.restore(part("decoder"), saved.rest["decoder"])
         if self.step_cache is not None:

@@ -21,9 +21,8 @@ from torch import nn
 
 from stableavatar.errors import InputError
 from stableavatar.media.audio import SPEECH_RATE, Speech
-from stableavatar.media.files import reason_of
+from stableavatar.media.files import cannot_write, hidden_name, reason_of, to_disk
 from stableavatar.media.segments import segment_name
-from stableavatar.media.video import cannot_write, hidden_name, to_disk
 
 FORMAT = 1
 _INDEX = "journal.json"
@@ -32,7 +31,7 @@ _HASHED_VALUES = 4096
 
 
 @dataclass(frozen=True)
-class Saved:
+class SavedState:
     """The state of a run: tensors, and the rest as JSON."""
 
     tensors: Mapping[str, torch.Tensor]
@@ -82,7 +81,7 @@ class Journal:
         """The settings of the run whose state is there."""
         return {} if self._index is None else self._index["identity"]["settings"]
 
-    def load(self, identity: Mapping[str, Any]) -> Saved | None:
+    def load(self, identity: Mapping[str, Any]) -> SavedState | None:
         """The state that was saved last, None if there is none.
 
         Raises:
@@ -99,7 +98,7 @@ class Journal:
                 "without --resume."
             )
         try:
-            for number in range(len(self._index["rest"].get("segments", []))):
+            for number in range(self._index["rest"]["segments"]):
                 (self.folder / segment_name(number)).stat()
             tensors = load_file(self.folder / self._index["state"])
         except (OSError, SafetensorError) as error:
@@ -109,14 +108,14 @@ class Journal:
             ) from error
         self._identity = dict(identity)
         self._count = self._index["count"]
-        return Saved(tensors, self._index["rest"])
+        return SavedState(tensors, self._index["rest"])
 
     def begin(self, identity: Mapping[str, Any]) -> None:
         """Begin anew: what was there is removed."""
         self.clear()
         self._index, self._identity, self._count = None, dict(identity), 0
 
-    def save(self, saved: Saved) -> None:
+    def save(self, saved: SavedState) -> None:
         """Put a state in the place of the one before; a kill at any moment leaves one of the two.
 
         Raises:
@@ -160,9 +159,9 @@ class Journal:
             elif path.name != "lock":
                 path.unlink()
 
-    def close(self, *, remove: bool) -> None:
-        """Let others have it; `remove` it where there is nothing to go on from any more."""
-        if remove:
+    def close(self) -> None:
+        """Let others have it; where there is nothing to go on from, it is removed."""
+        if not self.has_state:
             shutil.rmtree(self.folder, ignore_errors=True)
         self._lock.close()
 

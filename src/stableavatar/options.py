@@ -125,14 +125,14 @@ class GenerateOptions:
     )
     batch_windows: int = _option(
         1,
-        "Windows that are computed at once. More fill a GPU better and take more of its memory.",
+        "Windows that are computed at once: the same video but for rounding, in more memory. Meant for GPUs.",
         panel=SAMPLING,
         minimum=1,
     )
     step_cache: float = _option(
         0.0,
         "Leave out steps whose estimated change is below this (TeaCache), usually 0.05 to 0.1. Higher is "
-        "faster and blurs lips and teeth; 0 runs every step. Takes main memory for every window alive.",
+        "faster and less exact; 0 runs every step. Takes main memory for every window alive.",
         panel=SAMPLING,
         minimum=0,
         maximum=1,
@@ -208,7 +208,7 @@ class GenerateOptions:
 AUDIO_NATIVE_WEIGHTS = {"text_scale": 1.0, "audio_scale": 2.0}
 
 
-# Of the rescaling polynomial, highest power first, as published with TeaCache for Wan 2.1.
+# Of the rescaling polynomial, highest power first, for Wan 2.1 (spec 2, "Step caches").
 STEP_CACHE_COEFFICIENTS = {
     "1.3b": (-5.21862437e4, 9.23041404e3, -5.28275948e2, 1.36987616e1, -4.99875664e-2),
     "14b": (2.57151496e5, -3.54229917e4, 1.40286849e3, -1.35890334e1, 1.32517977e-1),

@@ -9,71 +9,50 @@ file.
 
 import contextlib
 import difflib
-import json
 import secrets
-import shutil
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, fields, replace
-from fractions import Fraction
-from functools import partial
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from diffusers import AutoencoderKLWan, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
-from numpy.typing import NDArray
-from PIL import Image
 from transformers import CLIPVisionModel, PreTrainedTokenizerBase, UMT5EncoderModel, Wav2Vec2Model
 
-from stableavatar import __version__
 from stableavatar.checkpoints import hub
 from stableavatar.checkpoints.layout import OWN_PARTS, detect_layout, find_published
 from stableavatar.checkpoints.own import check_own
 from stableavatar.checkpoints.published import load_published
 from stableavatar.conditioning.image import picture_tensor
-from stableavatar.errors import CheckpointError, InputError, StoppedError
-from stableavatar.generation import Frame, ProgressCallback, Run, Work
-from stableavatar.journal import (
-    Journal,
-    Saved,
-    refuse_unfinished,
-    speech_hash,
-    tensor_hash,
-    weights_fingerprint,
+from stableavatar.errors import CheckpointError, InputError
+from stableavatar.generation import ProgressCallback, Run
+from stableavatar.inputs import (
+    Portrait,
+    SpeechInput,
+    as_live,
+    open_sound,
+    open_speech,
+    plan_video,
+    read_portrait,
 )
-from stableavatar.media.audio import SPEECH_RATE, Sound, Speech
-from stableavatar.media.image import check_size, convert_picture, fit_picture, read_picture
+from stableavatar.journal import Journal, refuse_unfinished
+from stableavatar.media.audio import Speech
+from stableavatar.media.files import check_output
+from stableavatar.media.image import fit_picture
 from stableavatar.media.live import LiveRecording, LiveSound, LiveSpeech
-from stableavatar.media.segments import SegmentWriter
-from stableavatar.media.timing import frame_count
-from stableavatar.media.video import (
-    STANDARD_OUTPUT,
-    FrameWriter,
-    VideoWriter,
-    cannot_write,
-    check_output,
-    hidden_name,
-    to_disk,
-)
+from stableavatar.media.reading import Frame
+from stableavatar.media.video import STANDARD_OUTPUT
 from stableavatar.models.transformer import StableAvatarTransformer3DModel
 from stableavatar.options import GenerateOptions, OutputOptions, SamplingDefaults, Settings
 from stableavatar.placement.convolutions import avoid_slow_convolutions
 from stableavatar.placement.device import choose_device, choose_dtype
 from stableavatar.sampling.noise import GivenNoise, Noise, PositionalNoise
-from stableavatar.sampling.windows import GrowingPlan, Plan, WindowPlan, latent_frames_for, plan_windows
+from stableavatar.sampling.windows import WindowPlan
+from stableavatar.writing import GeneratedVideo, write_live, write_video
 
 HUB_ARGUMENTS = ("revision", "token", "cache_dir")
 
 TINY = Path(__file__).parent / "assets" / "tiny"
-
-Portrait = str | Path | Image.Image | Frame
-SpeechInput = str | Path | NDArray[np.float32] | LiveRecording | Iterable[NDArray[np.float32]]
-
-
-class _LiveStopError(Exception):
-    """A live run was asked to stop."""
 
 
 class AvatarStream(Iterator[Frame]):
@@ -86,8 +65,8 @@ class AvatarStream(Iterator[Frame]):
     """
 
     def __init__(self, run: Run) -> None:
+        self._run = run
         self._frames = run.frames()
-        self._recording = run.speech
         self.frame_count = run.frame_count
         self.frame_rate = run.frame_rate
         self.options = run.options
@@ -100,20 +79,7 @@ class AvatarStream(Iterator[Frame]):
     def close(self) -> None:
         """Stop, and give up the decoded recording; needed only where the frames are not taken to the end."""
         self._frames.close()
-        if self._recording is not None:
-            self._recording.close()
-
-
-@dataclass(frozen=True)
-class GeneratedVideo:
-    """What `generate` has made: the file, its length in frames, the options that repeat it, and the seconds
-    until the first frame was there."""
-
-    path: Path
-    frame_count: int
-    frame_rate: Fraction
-    options: Settings
-    first_frame_seconds: float
+        self._run.close()
 
 
 class AvatarPipeline(DiffusionPipeline):
@@ -247,8 +213,8 @@ class AvatarPipeline(DiffusionPipeline):
             InputError: a file or an option that cannot be used.
         """
         given = _options(options)
-        live = _live(speech, given)
-        if live is not speech and isinstance(live, LiveRecording):
+        live = as_live(speech, given)
+        if isinstance(live, LiveRecording) and live is not speech:
             live.sound.wanted = False  # frames alone are asked for
         return AvatarStream(self._open(portrait, live, given, latents, progress))
 
@@ -260,8 +226,8 @@ class AvatarPipeline(DiffusionPipeline):
         latents: torch.Tensor | None,
         progress: ProgressCallback | None,
     ) -> Run:
-        picture = _picture(portrait)
-        recording = _recording(speech, given)
+        picture = read_portrait(portrait)
+        recording = open_speech(speech, given)
         try:
             return self._run(given, picture, recording, latents, progress)
         except BaseException:
@@ -279,7 +245,7 @@ class AvatarPipeline(DiffusionPipeline):
     ) -> Run:
         options = self._resolve(given, picture)
         fps = options.frame_rate
-        frames, plan = _plan(recording, options)
+        frames, plan = plan_video(recording, options)
         ratio = self.vae.config.scale_factor_spatial
         shape = (self.vae.config.z_dim, options.height // ratio, options.width // ratio)
         if latents is None:
@@ -342,216 +308,27 @@ class AvatarPipeline(DiffusionPipeline):
         """
         encoding = output_options or OutputOptions()
         given = _options(options)
-        speech = _live(speech, given)
+        speech = as_live(speech, given)
         if encoding.live or isinstance(speech, LiveRecording) or str(output) == STANDARD_OUTPUT:
             if resume:
                 raise InputError("what is written or spoken live cannot be resumed: leave out --resume")
             run = self._open(portrait, speech, given, latents, progress)
-            return self._generate_live(run, speech, output, encoding, stop)
+            return write_live(run, open_sound(speech, given), output, encoding, stop)
         path = check_output(output)
         if resume is None:
             refuse_unfinished(path)
-        with contextlib.ExitStack() as stack:
-            journal = Journal(path, anew=resume is False)
-            stack.callback(lambda: journal.close(remove=not journal.has_state))
+        with contextlib.closing(Journal(path, anew=resume is False)) as journal:
             if resume and not journal.has_state and path.exists():
                 raise InputError(
-                    f"output {output}: is complete; there is nothing to go on with. Add --overwrite to make "
-                    "it anew."
+                    f"output {output}: is there, and no unfinished run of it. Add --overwrite to make it "
+                    "anew."
                 )
             if resume and given.seed is None and "seed" in journal.settings:
                 given = replace(given, seed=journal.settings["seed"])
             run = self._open(portrait, speech, given, latents, progress)
-            try:
-                return self._generate(run, speech, journal, encoding, resume=resume, stop=stop)
-            except InputError as error:
-                if not journal.has_state or "--resume" in str(error):
-                    raise
-                raise InputError(f"{error} Then the same command with --resume goes on.") from error
-            except KeyboardInterrupt:
-                if stop is None or not journal.has_state:
-                    raise
-                raise StoppedError(
-                    "Interrupted. The same command with --resume goes on from the state that was saved last."
-                ) from None
-
-    def _generate(
-        self,
-        run: Run,
-        speech: SpeechInput | None,
-        journal: Journal,
-        encoding: OutputOptions,
-        *,
-        resume: bool | None,
-        stop: Callable[[], bool] | None,
-    ) -> GeneratedVideo:
-        started, first_frame = time.monotonic(), 0.0
-        saved_at, save_seconds = started, 0.0
-        settings = self._settings(run, encoding)
-        identity = {**self._identity(run, settings), "frames folder": encoding.frames is not None}
-        saved = journal.load(identity) if resume else None
-        if saved is None:
-            journal.begin(identity)
-        rest: Mapping[str, Any] = {"segments": [], "frames": 0} if saved is None else saved.rest
-        video = SegmentWriter(
-            journal.folder,
-            run.options.width,
-            run.options.height,
-            run.frame_rate,
-            quality=encoding.quality,
-            preset=encoding.preset,
-            segments=rest["segments"],
-        )
-
-        kept = None
-        pictures: FrameWriter | None = None
-        if encoding.frames is not None:  # beside their folder, which may lie on another file system
-            folder = encoding.frames.expanduser().absolute()
-            kept = folder.with_name(hidden_name(folder.name, "pictures"))
-            pictures = FrameWriter(encoding.frames, partial=kept, done=rest["frames"])
-
-        def save(work: Work) -> None:
-            nonlocal saved_at, save_seconds
-            began = time.monotonic()
-            if pictures is not None:
-                pictures.sync()
-            state = work.state()
-            journal.save(Saved(state.tensors, {**state.rest, "segments": video.segments}))
-            saved_at = time.monotonic()
-            save_seconds = saved_at - began
-
-        def between(work: Work) -> None:
-            video.cut()
-            if stop is not None and stop():
-                save(work)
-                raise self._interrupted(run, speech, journal, video)
-            every = encoding.checkpoint_every
-            # The state may be large and the disk slow: saving takes at most a twentieth of the time.
-            if every == 0 or time.monotonic() - saved_at >= max(every, 20 * save_seconds):
-                save(work)
-
-        with contextlib.ExitStack() as stack:
-            stack.callback(video.abandon)
-            stream = stack.enter_context(
-                contextlib.closing(AvatarStream(replace(run, between=between, saved=saved)))
-            )
-            if kept is not None:
-                stack.callback(lambda: None if journal.has_state else shutil.rmtree(kept, ignore_errors=True))
-            if pictures is not None:  # before the video is joined, so that the folder gets its name after it
-                stack.enter_context(pictures)
-            for frame in stream:
-                first_frame = first_frame or time.monotonic() - started
-                video.write(frame)
-                if pictures is not None:
-                    pictures.write(frame)
-            video.cut()
-            metadata = {"stableavatar": json.dumps(settings, ensure_ascii=False)}
-            self._join(run, speech, journal, video, journal.output, metadata)
-        journal.finish()
-        return GeneratedVideo(journal.output, video.frames, run.frame_rate, run.options, first_frame)
-
-    def _interrupted(
-        self, run: Run, speech: SpeechInput | None, journal: Journal, video: SegmentWriter
-    ) -> StoppedError:
-        """What is there as a file that plays, and what to say of it."""
-        if not video.segments:
-            return StoppedError(
-                "Interrupted before the first frame. The same command with --resume goes on from here."
-            )
-        self._join(run, speech, journal, video, journal.unfinished, {})
-        seconds = float(video.frames / run.frame_rate)
-        return StoppedError(
-            f"Interrupted: {journal.unfinished} plays the {seconds:.1f} s that are finished. The same "
-            "command with --resume goes on from here."
-        )
-
-    def _join(
-        self,
-        run: Run,
-        speech: SpeechInput | None,
-        journal: Journal,
-        video: SegmentWriter,
-        target: Path,
-        metadata: Mapping[str, str],
-    ) -> None:
-        """The segments as a file that appears under its name when it is complete and on the disk."""
-        joined = journal.folder / "joined.mp4"
-        video.join(joined, sound=_sound(speech, run.options), metadata=metadata)
-        try:
-            joined.replace(target)
-            to_disk(target.parent)
-        except OSError as error:
-            raise cannot_write(target, error) from error
-
-    def _generate_live(
-        self,
-        run: Run,
-        speech: SpeechInput | None,
-        output: str | Path,
-        encoding: OutputOptions,
-        stop: Callable[[], bool] | None,
-    ) -> GeneratedVideo:
-        started, first_frame = time.monotonic(), 0.0
-
-        def between(_work: Work) -> None:
-            if stop is not None and stop():
-                raise _LiveStopError
-
-        metadata = {"stableavatar": json.dumps(self._settings(run, encoding), ensure_ascii=False)}
-        with contextlib.ExitStack() as stack:
-            stream = stack.enter_context(contextlib.closing(AvatarStream(replace(run, between=between))))
-            pictures = stack.enter_context(FrameWriter(encoding.frames)) if encoding.frames else None
-            video = stack.enter_context(
-                VideoWriter(
-                    output,
-                    stream.width,
-                    stream.height,
-                    stream.frame_rate,
-                    sound=_sound(speech, stream.options),
-                    quality=encoding.quality,
-                    preset=encoding.preset,
-                    metadata=metadata,
-                    live=encoding.live,
-                )
-            )
-            stopped = False
-            try:
-                for frame in stream:
-                    first_frame = first_frame or time.monotonic() - started
-                    video.write(frame)
-                    if pictures is not None:
-                        pictures.write(frame)
-            except _LiveStopError:
-                stopped = True
-                if not video.frames:
-                    raise StoppedError("Interrupted before the first frame.") from None
-        if stopped:
-            seconds = float(video.frames / stream.frame_rate)
-            raise StoppedError(f"Interrupted: {output} plays the {seconds:.1f} s that were made.")
-        return GeneratedVideo(Path(output), video.frames, stream.frame_rate, stream.options, first_frame)
-
-    def _settings(self, run: Run, encoding: OutputOptions) -> dict[str, Any]:
-        """Everything that repeats a video, as JSON."""
-        return {
-            "version": __version__,
-            **self.origin,
-            "dtype": str(self.transformer.dtype).removeprefix("torch."),
-            **{f.name: getattr(run.options, f.name) for f in fields(run.options)},
-            "quality": encoding.quality,
-            "preset": encoding.preset,
-        }
-
-    def _identity(self, run: Run, settings: Mapping[str, Any]) -> dict[str, Any]:
-        """What must be the same for a run to be gone on with."""
-        assert not isinstance(run.speech, LiveSpeech)
-        modules = {name: part for name, part in self.components.items() if isinstance(part, torch.nn.Module)}
-        return {
-            "settings": dict(settings),
-            "portrait": tensor_hash(run.picture),
-            "speech": speech_hash(run.speech),
-            "noise": tensor_hash(run.noise.latents) if isinstance(run.noise, GivenNoise) else None,
-            "weights": weights_fingerprint(modules),
-        }
+            sound = open_sound(speech, given)
+            assert not isinstance(sound, LiveSound)
+            return write_video(run, sound, journal, encoding, resume=bool(resume), stop=stop)
 
 
 def load(
@@ -585,62 +362,6 @@ def generate(
     return load(model).generate(portrait, speech, output, **options)
 
 
-def _picture(portrait: Portrait) -> Frame:
-    if isinstance(portrait, str | Path):
-        return read_picture(portrait)
-    if isinstance(portrait, Image.Image):
-        return convert_picture(portrait, "the portrait")
-    if portrait.ndim != 3 or portrait.shape[2] != 3 or portrait.dtype != np.uint8:
-        raise InputError(
-            "a portrait given as an array must be uint8 [H, W, 3], "
-            f"not {portrait.dtype} {list(portrait.shape)}"
-        )
-    check_size("the portrait", portrait.shape[1], portrait.shape[0])
-    return portrait
-
-
-def _live(speech: SpeechInput | None, options: GenerateOptions) -> SpeechInput | None:
-    """Speech that is still arriving as a recording; every other as it is."""
-    given = speech
-    if speech is None or isinstance(speech, str | Path | np.ndarray | LiveRecording):
-        live = isinstance(speech, LiveRecording)
-    else:
-        speech, live = LiveRecording(speech, duration=options.duration), True
-    if live and options.start:
-        raise InputError("start cannot be used with speech that is still arriving: leave it at 0")
-    if isinstance(given, LiveRecording) and options.duration is not None:
-        raise InputError("give the duration to the LiveRecording, where it is made")
-    return speech
-
-
-def _recording(speech: SpeechInput | None, options: GenerateOptions) -> Speech | LiveSpeech | None:
-    if speech is None:
-        return None
-    if isinstance(speech, LiveRecording):
-        return speech.speech
-    if isinstance(speech, str | Path):
-        return Speech.open(speech, SPEECH_RATE, start=options.start, duration=options.duration)
-    assert isinstance(speech, np.ndarray)
-    return Speech.from_array(_cut(speech, options), SPEECH_RATE)
-
-
-def _cut(samples: NDArray[np.float32], options: GenerateOptions) -> NDArray[np.float32]:
-    first = round(options.start * SPEECH_RATE)
-    last = None if options.duration is None else first + round(options.duration * SPEECH_RATE)
-    return samples[first:last]
-
-
-def _sound(speech: SpeechInput | None, options: GenerateOptions) -> Sound | LiveSound | None:
-    if speech is None:
-        return None
-    if isinstance(speech, LiveRecording):
-        return speech.sound
-    if isinstance(speech, str | Path):
-        return Sound(speech, options.start, options.duration)
-    assert isinstance(speech, np.ndarray)
-    return Sound.from_array(_cut(speech, options), SPEECH_RATE)
-
-
 def _options(values: dict[str, Any]) -> GenerateOptions:
     known = [f.name for f in fields(GenerateOptions)]
     for name in values:
@@ -648,56 +369,3 @@ def _options(values: dict[str, Any]) -> GenerateOptions:
             near = difflib.get_close_matches(name, known, n=1)
             raise InputError(f"there is no option {name}" + (f"; did you mean {near[0]}?" if near else ""))
     return GenerateOptions(**values)
-
-
-def _plan(recording: Speech | LiveSpeech | None, options: Settings) -> tuple[int | None, Plan]:
-    """Frames of the video, None while they are not known, and its windows."""
-    window = latent_frames_for(options.window)
-    if isinstance(recording, LiveSpeech):
-        if options.speech_normalisation == "recording":
-            raise InputError(
-                "the loudness of a whole recording is not known while it arrives: leave speech-normalisation "
-                "at window"
-            )
-        if options.compat is not None or options.order == "lockstep":
-            raise InputError(
-                "speech that is still arriving needs the order wavefront or causal, without compat"
-            )
-        return None, GrowingPlan(
-            window, options.overlap, partial(_live_latents, recording, options.frame_rate)
-        )
-    frames = _frames(recording, options)
-    if options.compat == "upstream":
-        frames = (frames - 1) // 4 * 4 + 1
-    return frames, plan_windows(latent_frames_for(frames), window, options.overlap, compat=options.compat)
-
-
-def _live_latents(speech: LiveSpeech, fps: Fraction, wanted: int) -> int | None:
-    """See `GrowingPlan`: waits for the first frame that needs so many latent frames."""
-    if speech.wait_frames(max(4 * (wanted - 2) + 2, 1), fps):
-        return None
-    assert speech.length is not None
-    frames = frame_count(speech.length, SPEECH_RATE, fps)
-    if frames < 1:
-        raise _too_short(f"the speech ({speech.length / SPEECH_RATE:.3f} s)", fps)
-    return latent_frames_for(frames)
-
-
-def _frames(recording: Speech | None, options: Settings) -> int:
-    """Frames of the video: of the duration that was asked for, else of the recording."""
-    fps = options.frame_rate
-    if recording is not None and Fraction(len(recording), SPEECH_RATE) * fps < 1:
-        what = f"the speech ({recording.seconds:.3f} s)"
-    elif options.duration is not None and Fraction(options.duration) * fps < 1:
-        what = f"a duration of {options.duration} s"
-    elif options.duration is not None:
-        return round(Fraction(options.duration) * fps)
-    elif recording is not None:
-        return frame_count(len(recording), SPEECH_RATE, fps)
-    else:
-        raise InputError("a video without speech needs a duration")
-    raise _too_short(what, fps)
-
-
-def _too_short(what: str, fps: Fraction) -> InputError:
-    return InputError(f"{what} is shorter than a frame ({float(1 / fps):.3f} s): give a longer one")

@@ -176,9 +176,10 @@ def generate(
     # What is wrong with the files should be said before a large model is loaded.
     from stableavatar.journal import refuse_unfinished
     from stableavatar.media.audio import Sound
+    from stableavatar.media.files import check_output
     from stableavatar.media.image import read_picture
     from stableavatar.media.live import LiveRecording, read_live
-    from stableavatar.media.video import STANDARD_OUTPUT, check_output
+    from stableavatar.media.video import STANDARD_OUTPUT
 
     to_stdout = str(output) == STANDARD_OUTPUT
     if resume and overwrite:

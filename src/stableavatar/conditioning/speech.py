@@ -112,12 +112,10 @@ class WindowSpeech:
         """First sample of a window's speech, and the one after its last."""
         first = 4 * window.start
         if self.plan.compat != "upstream":
-            stop = first + 4 * (window.length - 1) + 1
-        elif self.plan.window(window.index + 1) is not None or not isinstance(self.speech, Speech):
-            stop = first + 4 * window.length
-        else:
+            return self._position(first), self._position(first + 4 * (window.length - 1) + 1)
+        if isinstance(self.speech, Speech) and self.plan.window(window.index + 1) is None:
             return self._position(first), len(self.speech)
-        return self._position(first), self._position(stop)
+        return self._position(first), self._position(first + 4 * window.length)
 
     def _position(self, frame: int) -> int:
         return sample_position(frame, SPEECH_RATE, self.fps)

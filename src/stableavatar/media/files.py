@@ -1,5 +1,6 @@
-"""Opening what the user named: one place that says, in plain words, why a file cannot be read."""
+"""Opening and writing what the user named: one place that says, in plain words, why that cannot be."""
 
+import os
 from pathlib import Path
 
 import av
@@ -12,6 +13,7 @@ VIDEO_FORMATS = {
     "mov", "mp4", "matroska", "webm", "avi", "mpegts", "mpeg", "mpegvideo", "asf", "flv", "ogg", "mxf",
     "nut", "yuv4mpegpipe", "ivf", "h264", "hevc", "m4v", "rm", "dv", "wtv",
 }  # fmt: skip
+_LONGEST_NAME = 255
 
 
 def check_file(path: str | Path, role: str) -> Path:
@@ -56,3 +58,58 @@ def open_media(path: str | Path, role: str) -> "av.container.InputContainer":
 def reason_of(error: BaseException) -> str:
     """FFmpeg's or the system's own words for an error, without numbers and paths."""
     return str(getattr(error, "strerror", None) or error)
+
+
+def check_output(path: str | Path) -> Path:
+    """The absolute path of an MP4 that can be written; to be called before long work begins.
+
+    Raises InputError: the name does not end in .mp4, its folder is missing or cannot be written, or it is a
+    folder itself.
+    """
+    absolute = Path(path).expanduser().absolute()
+    if absolute.is_dir():
+        raise InputError(
+            f"output {path}: this is a folder. Name a file in it, such as {Path(path) / 'out.mp4'}."
+        )
+    if absolute.suffix.lower() != ".mp4":
+        raise InputError(f"output {path}: only MP4 is written. Let the name end in .mp4.")
+    check_parent(absolute, path)
+    return absolute
+
+
+def check_parent(absolute: Path, given: str | Path) -> None:
+    """Raise InputError, which names `given`, unless the folder of a path is there and can be written."""
+    folder = absolute.parent
+    if not folder.is_dir():
+        raise InputError(f"output {given}: there is no folder {folder}. Make it first.")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise InputError(f"output {given}: the folder {folder} cannot be written. Choose another one.")
+
+
+def partial_name(stem: str, suffix: str) -> str:
+    """`.STEM.PROCESS.SUFFIX`: two programs may write to one output at a time."""
+    return hidden_name(stem, f"{os.getpid()}.{suffix}")
+
+
+def hidden_name(stem: str, suffix: str) -> str:
+    """`.STEM.SUFFIX`; the stem is shortened where the name would be longer than file systems allow."""
+    room = _LONGEST_NAME - len(os.fsencode(suffix)) - 2
+    while len(os.fsencode(stem)) > room:
+        stem = stem[:-1]
+    return f".{stem}.{suffix}"
+
+
+def to_disk(path: Path) -> None:
+    """Wait until what a file or a folder holds is on the disk (of a folder: its names)."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def cannot_write(path: Path, error: BaseException) -> InputError:
+    """What to say of an output that could not be written."""
+    return InputError(
+        f"output {path}: cannot be written ({reason_of(error)}). Make room, or choose another folder."
+    )

@@ -30,6 +30,7 @@ class LiveRecording:
     Args:
         blocks: samples [n] or [n, channels], float32 in [-1, 1], of any n; asked for when they are needed.
         sample_rate: samples a second.
+        channels: 1 or 2; a block [n] stands for all of them.
         duration: seconds after which no more is taken; None: until the blocks end.
         name: of the source, for errors.
     """
@@ -43,14 +44,16 @@ class LiveRecording:
         duration: float | None = None,
         name: str = "speech",
     ) -> None:
+        if channels not in (1, 2):
+            raise InputError(f"{name}: sound of {channels} channels: give one or two")
         self._blocks = iter(blocks)
         self._left = None if duration is None else round(Fraction(duration) * sample_rate)
-        self._second = sample_rate
+        self._rate = sample_rate
         self._channels = channels
         self._name = name
         self._ended = False
         self.speech = LiveSpeech(self, sample_rate)
-        self.sound = LiveSound(self, sample_rate, min(channels, 2))
+        self.sound = LiveSound(self, sample_rate, channels)
 
     def pump(self) -> bool:
         """Take the next block for both uses; False after the last.
@@ -62,7 +65,7 @@ class LiveRecording:
             return False
         block = next(self._blocks, None)
         if block is None and self._left:  # a duration that was asked for: silence follows
-            block = np.zeros(min(self._left, self._second), dtype=np.float32)
+            block = np.zeros(min(self._left, self._rate), dtype=np.float32)
         if block is not None:
             block = block if self._left is None else block[: self._left]
             self._push(block)
@@ -112,7 +115,6 @@ class LiveSpeech:
         self._first = 0  # position of the first sample that is kept
         self._arrived = 0
         self._ended = False
-        self.sample_rate = SPEECH_RATE
 
     def push(self, block: Samples) -> None:
         """Take samples [n, 1] at the recording's rate."""
@@ -190,7 +192,7 @@ class LiveSound:
     def push(self, block: Samples) -> None:
         """Take samples [n, channels] at the recording's rate."""
         if self.wanted:
-            self._waiting.append(self._resampler.push(block[:, : self.channels]))
+            self._waiting.append(self._resampler.push(block))
 
     def finish(self) -> None:
         """There is no more."""

@@ -15,20 +15,22 @@ import av
 from stableavatar.errors import InputError
 from stableavatar.media.audio import Sound
 from stableavatar.media.encoding import SoundTrack, VideoTrack, open_mp4
-from stableavatar.media.live import LiveSound
+from stableavatar.media.files import cannot_write, to_disk
 from stableavatar.media.reading import Frame
-from stableavatar.media.video import cannot_write, to_disk
 
-# Frames by which x264 decodes ahead of what it shows, at every preset.
+# Frames by which x264 at most decodes ahead of what it shows, at any preset.
 _REORDERED = 2
 
 
 class SegmentWriter:
     """Frames into segments in a folder, and the segments into a file.
 
+    Attributes:
+        segments, frames: how many are closed, and how many frames have been written.
+
     Args:
         folder: where the segments lie, `segment-000000.mp4` and on.
-        segments: numbers of frames of those that are there already.
+        segments, frames: how many are there already.
     """
 
     def __init__(
@@ -40,20 +42,16 @@ class SegmentWriter:
         *,
         quality: int,
         preset: str,
-        segments: list[int] | None = None,
+        segments: int = 0,
+        frames: int = 0,
     ) -> None:
         self.folder = folder
-        self.segments = list(segments or [])
+        self.segments = segments
+        self.frames = frames
         self._width, self._height, self._fps = width, height, fps
         self._quality, self._preset = quality, preset
         self._container: Any = None
         self._track: VideoTrack | None = None
-        self._open_frames = 0
-
-    @property
-    def frames(self) -> int:
-        """Frames in closed segments."""
-        return sum(self.segments)
 
     def write(self, frame: Frame) -> None:
         """Take the next frame, uint8 [H, W, 3] sRGB. Raises InputError where it cannot be written."""
@@ -65,7 +63,7 @@ class SegmentWriter:
                     preset=self._preset,
                 )  # fmt: skip
             self._track.write(frame)
-            self._open_frames += 1
+            self.frames += 1
         except (av.FFmpegError, OSError) as error:
             raise cannot_write(self.folder, error) from error
 
@@ -77,11 +75,11 @@ class SegmentWriter:
             self._track.finish()
             self._container.close()
             to_disk(self._unfinished)
-            self._unfinished.replace(self._path(len(self.segments)))
+            self._unfinished.replace(self._path(self.segments))
         except (av.FFmpegError, OSError) as error:
             raise cannot_write(self.folder, error) from error
-        self.segments.append(self._open_frames)
-        self._container, self._track, self._open_frames = None, None, 0
+        self.segments += 1
+        self._container, self._track = None, None
 
     def abandon(self) -> None:
         """Give up the segment that is open."""
@@ -89,11 +87,9 @@ class SegmentWriter:
             with suppress(av.FFmpegError, OSError):  # the disk may be full
                 self._container.close()
             self._unfinished.unlink(missing_ok=True)
-        self._container, self._track, self._open_frames = None, None, 0
+        self._container, self._track = None, None
 
-    def join(
-        self, target: Path, *, sound: Sound | LiveSound | None, metadata: Mapping[str, str] | None = None
-    ) -> None:
+    def join(self, target: Path, *, sound: Sound | None, metadata: Mapping[str, str] | None = None) -> None:
         """All closed segments, one after the other, with the sound, as an MP4.
 
         Raises:
@@ -106,14 +102,13 @@ class SegmentWriter:
         except (av.FFmpegError, OSError) as error:
             raise cannot_write(target, error) from error
 
-    def _join(
-        self, target: Path, sound: Sound | LiveSound | None, metadata: Mapping[str, str] | None
-    ) -> None:
+    def _join(self, target: Path, sound: Sound | None, metadata: Mapping[str, str] | None) -> None:
         with open_mp4(target, sound=sound, metadata=metadata) as container:
             stream: Any = None
             audio: SoundTrack | None = None
-            first = index = 0
-            for number, frames in enumerate(self.segments):
+            index = 0  # of the packet, in the order of decoding
+            for number in range(self.segments):
+                first = index
                 with av.open(str(self._path(number))) as source:
                     template = source.streams.video[0]
                     if stream is None:
@@ -132,7 +127,6 @@ class SegmentWriter:
                         index += 1
                         if audio is not None:
                             audio.write_until(index)
-                first += frames
             if audio is not None:
                 audio.finish()
         to_disk(target)

@@ -3,11 +3,8 @@
 Neither appears under its final name before it is complete; after a failure nothing is left behind.
 """
 
-import logging
-import os
 import shutil
-import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from fractions import Fraction
 from pathlib import Path
@@ -22,7 +19,7 @@ from stableavatar.choices import Preset
 from stableavatar.errors import InputError
 from stableavatar.media.audio import Sound
 from stableavatar.media.encoding import SoundTrack, VideoTrack, open_mp4
-from stableavatar.media.files import reason_of
+from stableavatar.media.files import cannot_write, check_output, check_parent, partial_name, to_disk
 from stableavatar.media.live import LiveSound
 from stableavatar.media.reading import (
     Frame,
@@ -45,11 +42,8 @@ __all__ = [
     "read_metadata",
 ]
 
-logger = logging.getLogger(__name__)
-
 PRESETS = get_args(Preset)
 MAX_QUALITY = 51
-_LONGEST_NAME = 255
 STANDARD_OUTPUT = "-"
 
 
@@ -207,7 +201,6 @@ class VideoWriter:
         self._container.close()
         self._container = None
         if str(self._path) == STANDARD_OUTPUT:
-            sys.stdout.buffer.flush()
             return
         to_disk(self._partial)
         if not self._live:
@@ -232,8 +225,16 @@ class FrameWriter:
     They are written to `.NAME.PROCESS.partial` beside the folder, which is renamed when it is complete.
     """
 
-    def __init__(self, folder: str | Path, *, partial: Path | None = None, done: int = 0) -> None:
-        """`partial` is where the pictures lie until they are complete, `done` how many of them to keep there.
+    def __init__(
+        self,
+        folder: str | Path,
+        *,
+        partial: Path | None = None,
+        done: int = 0,
+        keep: Callable[[], bool] = lambda: False,
+    ) -> None:
+        """`partial` is where the pictures lie until they are complete, `done` how many of those there belong
+        to this run, and `keep` says after a failure whether they are to stay there.
 
         Raises InputError: the parent folder is missing or cannot be written, or `folder` is not empty.
         """
@@ -243,7 +244,7 @@ class FrameWriter:
             raise InputError(f"output {folder}: there is a file of this name. Name a folder for the frames.")
         if self._folder.is_dir() and any(self._folder.iterdir()):
             raise InputError(f"output {folder}: this folder is not empty. Name a new or an empty one.")
-        self._kept = partial is not None
+        self._keep = keep
         self._synced = done
         self._partial = partial or self._folder.with_name(partial_name(self._folder.name, "partial"))
         self._frames = done
@@ -308,61 +309,9 @@ class FrameWriter:
         self._synced = self._frames
 
     def _give_up(self) -> None:
-        if not self._kept:
+        if not self._keep():
             shutil.rmtree(self._partial, ignore_errors=True)
 
 
 def _picture_name(number: int) -> str:
     return f"frame_{number:06d}.png"
-
-
-def check_output(path: str | Path) -> Path:
-    """The absolute path of an MP4 that can be written; to be called before long work begins.
-
-    Raises InputError: the name does not end in .mp4, its folder is missing or cannot be written, or it is a
-    folder itself.
-    """
-    absolute = Path(path).expanduser().absolute()
-    if absolute.is_dir():
-        raise InputError(
-            f"output {path}: this is a folder. Name a file in it, such as {Path(path) / 'out.mp4'}."
-        )
-    if absolute.suffix.lower() != ".mp4":
-        raise InputError(f"output {path}: only MP4 is written. Let the name end in .mp4.")
-    check_parent(absolute, path)
-    return absolute
-
-
-def check_parent(absolute: Path, given: str | Path) -> None:
-    folder = absolute.parent
-    if not folder.is_dir():
-        raise InputError(f"output {given}: there is no folder {folder}. Make it first.")
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise InputError(f"output {given}: the folder {folder} cannot be written. Choose another one.")
-
-
-def partial_name(stem: str, suffix: str) -> str:
-    """`.STEM.PROCESS.SUFFIX`: two programs may write to one output at a time."""
-    return hidden_name(stem, f"{os.getpid()}.{suffix}")
-
-
-def hidden_name(stem: str, suffix: str) -> str:
-    """`.STEM.SUFFIX`; the stem is shortened where the name would be longer than file systems allow."""
-    room = _LONGEST_NAME - len(os.fsencode(suffix)) - 2
-    while len(os.fsencode(stem)) > room:
-        stem = stem[:-1]
-    return f".{stem}.{suffix}"
-
-
-def to_disk(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def cannot_write(path: Path, error: BaseException) -> InputError:
-    return InputError(
-        f"output {path}: cannot be written ({reason_of(error)}). Make room, or choose another folder."
-    )

@@ -68,20 +68,20 @@ class KeyValue(NamedTuple):
 
 
 @dataclass
-class KeptBlock:
+class BlockContext:
     """Keys and values of prompts and portrait in one block; None before they are first made."""
 
     prompt: KeyValue | None = None
     portrait: KeyValue | None = None
 
 
-class Kept:
+class ContextCache:
     """What a caller keeps between calls of the transformer with the same prompts and the same portrait: every
     block's keys and values of them, and rotary tables. Filled by the first call; never part of the model.
     """
 
     def __init__(self) -> None:
-        self.blocks: list[KeptBlock] = []
+        self.blocks: list[BlockContext] = []
         self.tables: dict[tuple[int, ...], RotaryTable] = {}
         self._owners: tuple[torch.Tensor, torch.Tensor] | None = None
 
@@ -93,9 +93,9 @@ class Kept:
             raise ValueError("kept keys and values cannot be trained through: use torch.no_grad()")
         if self._owners is None:
             self._owners = prompt, portrait
-            self.blocks = [KeptBlock() for _ in range(blocks)]
+            self.blocks = [BlockContext() for _ in range(blocks)]
         if self._owners[0] is not prompt or self._owners[1] is not portrait:
-            raise ValueError("kept keys and values belong to another prompt or portrait: make a new Kept")
+            raise ValueError("this context cache belongs to another prompt or portrait: make a new one")
 
 
 class CrossAttention(_Attention):

@@ -21,7 +21,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.models.normalization import FP32LayerNorm
 from torch import nn
 
-from stableavatar.models.attention import CrossAttention, Kept, KeptBlock, KeyValue, SelfAttention
+from stableavatar.models.attention import BlockContext, ContextCache, CrossAttention, KeyValue, SelfAttention
 from stableavatar.models.audio_adapter import AudioAdapter
 from stableavatar.models.rope import RotaryTable, float64_device, rotary_table
 
@@ -103,22 +103,22 @@ class StableAvatarTransformerBlock(nn.Module):
         table: RotaryTable,
         clip_level_audio: bool,
         prompt_rows: torch.Tensor | None = None,
-        kept: KeptBlock | None = None,
+        context: BlockContext | None = None,
     ) -> torch.Tensor:
         """`prompt_rows` [B] says which row of the prompts each row of the batch reads; keys and values are
-        taken from `kept`, or put there."""
+        taken from `context`, or put there."""
         m0, m1, m2, m3, m4, m5 = (self.scale_shift_table.float() + timestep_B6D).chunk(6, dim=1)  # [B, 1, D]
         x, dtype = x_BND, x_BND.dtype
 
         attended = self.attn1((self.norm1(x.float()) * (1 + m1) + m0).to(dtype), table)
         x = (x.float() + m2 * attended.float()).to(dtype)
 
-        prompt, portrait = (kept.prompt, kept.portrait) if kept is not None else (None, None)
+        prompt, portrait = (context.prompt, context.portrait) if context is not None else (None, None)
         if prompt is None or portrait is None:
             prompt = self.attn2.context_key_value(prompt_BLD)
             portrait = self.attn2.portrait_key_value(portrait_BPD)
-            if kept is not None:
-                kept.prompt, kept.portrait = prompt, portrait
+            if context is not None:
+                context.prompt, context.portrait = prompt, portrait
         if prompt_rows is not None:
             prompt = KeyValue(*(part[prompt_rows] for part in prompt))
         x = x + self.attn2(
@@ -221,7 +221,7 @@ class StableAvatarTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, 
         audio_rows: Sequence[int | None] | None = None,
         *,
         prompt_rows: Sequence[int] | None = None,
-        kept: Kept | None = None,
+        context_cache: ContextCache | None = None,
         residual: Residual | None = None,
         clip_level_audio: bool = False,
         padded_latent_frames: int | None = None,
@@ -243,8 +243,8 @@ class StableAvatarTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, 
                 speech share one run of the adapter, on the last such row's latents.
             prompt_rows: for each row of the batch, the row of `encoder_hidden_states` that it reads; by
                 default row b reads row b.
-            kept: keeps keys and values of prompts and portrait, and rotary tables, from call to call; for
-                inference with the same tensors every time.
+            context_cache: keeps keys and values of prompts and portrait, and rotary tables, from call to
+                call; for inference with the same tensors every time.
             residual: with a value, the blocks and the audio adapter are left out and it is added in their
                 place; without one, it is given what the blocks add.
             clip_level_audio: every token hears the audio of all latent frames.
@@ -256,7 +256,7 @@ class StableAvatarTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, 
 
         Raises:
             ValueError: the latent size is not a multiple of the patch size, `audio_rows` or `prompt_rows`
-                does not fit, or `kept` belongs to another prompt or portrait.
+                does not fit, or `context_cache` belongs to another prompt or portrait.
         """
         batch, _, frames, height, width = hidden_states.shape
         pt, ph, pw = self.config.patch_size
@@ -272,10 +272,10 @@ class StableAvatarTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, 
         x = torch.cat([hidden_states, condition.expand(batch, -1, -1, -1, -1)], dim=1)
         x = self.patch_embedding(x).flatten(2).transpose(1, 2)  # [B, N, D]
         x = nn.functional.pad(x, (0, 0, 0, (sequence_frames - grid[0]) * per_frame))
-        if kept is not None:
-            kept.open(encoder_hidden_states, encoder_hidden_states_image, len(self.blocks))
+        if context_cache is not None:
+            context_cache.open(encoder_hidden_states, encoder_hidden_states_image, len(self.blocks))
         chosen = _prompt_rows(prompt_rows, encoder_hidden_states, batch)
-        table = self._rotary_table(grid, x.shape[1], hidden_states.device, kept)
+        table = self._rotary_table(grid, x.shape[1], hidden_states.device, context_cache)
 
         embedding, projected = self.condition_embedder.embed_timestep(timestep)
         if residual is not None and residual.value is not None:
@@ -283,13 +283,13 @@ class StableAvatarTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, 
         else:
             before = x
             prompt, portrait = encoder_hidden_states, encoder_hidden_states_image
-            if kept is None or kept.blocks[-1].prompt is None:
+            if context_cache is None or context_cache.blocks[-1].prompt is None:
                 prompt = self.condition_embedder.text_embedder(encoder_hidden_states)
                 portrait = self.condition_embedder.image_embedder(encoder_hidden_states_image)
             audio = self._audio_tokens(x, rows, speech_features, projected, embedding, sequence_frames)
             for index, block in enumerate(self.blocks):
-                slot = None if kept is None else kept.blocks[index]
-                arguments = (x, projected, prompt, portrait, audio, table, clip_level_audio, chosen, slot)
+                context = None if context_cache is None else context_cache.blocks[index]
+                arguments = (x, projected, prompt, portrait, audio, table, clip_level_audio, chosen, context)
                 if torch.is_grad_enabled() and self.gradient_checkpointing:
                     x = self._gradient_checkpointing_func(block, *arguments)
                 else:
@@ -304,15 +304,18 @@ class StableAvatarTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, 
         return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
 
     def _rotary_table(
-        self, grid: tuple[int, int, int], tokens: int, device: torch.device, kept: Kept | None
+        self,
+        grid: tuple[int, int, int],
+        tokens: int,
+        device: torch.device,
+        context_cache: ContextCache | None,
     ) -> RotaryTable:
+        tables = {} if context_cache is None else context_cache.tables
         key = (*grid, tokens)
-        if kept is not None and key in kept.tables:
-            return kept.tables[key]
-        table = rotary_table(*grid, self.config.attention_head_dim, padded_tokens=tokens, device=device)
-        if kept is not None:
-            kept.tables[key] = table
-        return table
+        if key not in tables:
+            head_dim = self.config.attention_head_dim
+            tables[key] = rotary_table(*grid, head_dim, padded_tokens=tokens, device=device)
+        return tables[key]
 
     def _audio_tokens(
         self,

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
-from stableavatar.models.attention import Kept
+from stableavatar.models.attention import ContextCache
 from stableavatar.models.transformer import StableAvatarTransformer3DModel
 from stableavatar.sampling.guidance import Guidance
 from stableavatar.sampling.orders import Cell
@@ -88,9 +88,9 @@ class Denoiser:
         self.no_audio = no_audio
         self.step_cache = step_cache
         self.device = device
-        self._kept = Kept()
-        self._prompts: torch.Tensor | None = None
-        self._portrait: torch.Tensor | None = None
+        self._context_cache = ContextCache()
+        # Prompt and negative prompt, portrait, reference, as the transformer takes them.
+        self._shared: tuple[torch.Tensor, ...] | None = None
 
     @torch.no_grad()
     def __call__(self, cells: Sequence[Cell], latents: Sequence[torch.Tensor]) -> list[torch.Tensor]:
@@ -134,10 +134,11 @@ class Denoiser:
         features: Sequence[torch.Tensor | None],
     ) -> list[torch.Tensor]:
         dtype, device = self.transformer.dtype, self.device or self.transformer.device
-        if self._prompts is None or self._portrait is None:
-            both = torch.cat([self.conditions.prompt, self.conditions.negative_prompt])
-            self._prompts = both.to(device, dtype)
-            self._portrait = self.conditions.portrait.to(device, dtype)
+        if self._shared is None:
+            prompts = torch.cat([self.conditions.prompt, self.conditions.negative_prompt])
+            shared = prompts, self.conditions.portrait, self.conditions.reference
+            self._shared = tuple(tensor.to(device, dtype) for tensor in shared)
+        prompts, portrait, reference = self._shared
         branches, count = self.guidance.branches, len(cells)
         rows: list[int | None] = [None] * (count * len(branches))
         heard = None
@@ -157,14 +158,14 @@ class Denoiser:
         residual = None if self.step_cache is None else self.step_cache.residual(cells)
         velocity = self.transformer(
             torch.stack(list(latents)).to(device, dtype).repeat_interleave(len(branches), dim=0),
-            self.conditions.reference[:, :, : window.length].to(device, dtype),
+            reference[:, :, : window.length],
             timesteps.repeat_interleave(len(branches)),
-            self._prompts,
-            self._portrait,
+            prompts,
+            portrait,
             heard,
             rows,
             prompt_rows=[0 if branch.prompt else 1 for branch in branches] * count,
-            kept=self._kept,
+            context_cache=self._context_cache,
             residual=residual,
             padded_latent_frames=self.window_latents if window.length < self.window_latents else None,
             return_dict=False,

@@ -65,7 +65,7 @@ class Sampler:
         self.progress = progress
         self.between = between
         self.trajectory = Trajectory(plan, steps, noise, weights=weights, device=device)
-        self.done = 0  # batches that have run
+        self.batches = self.cells = 0  # that have run
 
     def __iter__(self) -> Iterator[torch.Tensor]:
         """Latents `[C, n, H, W]` in order, float32 (rounded to bfloat16 values under `compat="upstream"`).
@@ -73,34 +73,30 @@ class Sampler:
         Raises:
             SamplingError: a cell returned NaN or infinite latents.
         """
-        for cells in itertools.islice(self._batches(), self.done, None):
+        for cells in itertools.islice(self._order(), self.batches, None):
             results = self.denoise(cells, [self.trajectory.before(cell) for cell in cells])
             for cell, after in zip(cells, results, strict=True):
                 _check_finite(cell, self.steps, after)
                 self.trajectory.write(cell, after)
                 if self.progress is not None:
                     self.progress(cell)
-            self.done += 1
+            self.batches += 1
+            self.cells += len(cells)
             yield from self.trajectory.finished()
             if self.between is not None:
                 self.between()
         yield from self.trajectory.finished(end=True)
 
-    def _batches(self) -> Iterator[list[Cell]]:
+    def _order(self) -> Iterator[list[Cell]]:
         in_fronts = self.batch_windows > 1 and self.order == "wavefront"
         for front in (fronts if in_fronts else ORDERS[self.order])(self.plan, self.steps):
             for first in range(0, len(front), self.batch_windows):
                 yield front[first : first + self.batch_windows]
 
 
-def sample(*arguments: Any, **options: Any) -> Iterator[torch.Tensor]:
-    """Latents of a video as they become final; see `Sampler`."""
-    return iter(Sampler(*arguments, **options))
-
-
 def sample_all(*arguments: Any, **options: Any) -> torch.Tensor:
     """All latents `[C, L, H, W]` of a video at once; see `Sampler`."""
-    return torch.cat(list(sample(*arguments, **options)), dim=1)
+    return torch.cat(list(Sampler(*arguments, **options)), dim=1)
 
 
 def one_by_one(denoise: Callable[[Cell, torch.Tensor], torch.Tensor]) -> Denoise:

@@ -1,0 +1,141 @@
+"""Portrait and speech in every form in which they may be given, and the length and windows that follow."""
+
+from collections.abc import Iterable
+from fractions import Fraction
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from stableavatar.errors import InputError
+from stableavatar.media.audio import SPEECH_RATE, Sound, Speech
+from stableavatar.media.image import check_size, convert_picture, read_picture
+from stableavatar.media.live import LiveRecording, LiveSound, LiveSpeech
+from stableavatar.media.reading import Frame
+from stableavatar.media.timing import frame_count
+from stableavatar.options import GenerateOptions, Settings
+from stableavatar.sampling.windows import GrowingPlan, Plan, latent_frames_for, plan_windows
+
+Portrait = str | Path | Image.Image | Frame
+SpeechInput = str | Path | NDArray[np.float32] | LiveRecording | Iterable[NDArray[np.float32]]
+
+
+def read_portrait(portrait: Portrait) -> Frame:
+    """The picture, uint8 `[H, W, 3]`. Raises InputError where it cannot be read or used."""
+    if isinstance(portrait, str | Path):
+        return read_picture(portrait)
+    if isinstance(portrait, Image.Image):
+        return convert_picture(portrait, "the portrait")
+    if portrait.ndim != 3 or portrait.shape[2] != 3 or portrait.dtype != np.uint8:
+        raise InputError(
+            "a portrait given as an array must be uint8 [H, W, 3], "
+            f"not {portrait.dtype} {list(portrait.shape)}"
+        )
+    check_size("the portrait", portrait.shape[1], portrait.shape[0])
+    return portrait
+
+
+def as_live(speech: SpeechInput | None, options: GenerateOptions) -> SpeechInput | None:
+    """An iterator of samples as a `LiveRecording`; every other speech as it is.
+
+    Raises:
+        InputError: an option that speech that is still arriving cannot have.
+    """
+    if speech is None or isinstance(speech, str | Path | np.ndarray):
+        return speech
+    if options.start:
+        raise InputError("start cannot be used with speech that is still arriving: leave it at 0")
+    if not isinstance(speech, LiveRecording):
+        return LiveRecording(speech, duration=options.duration)
+    if options.duration is not None:
+        raise InputError("give the duration to the LiveRecording, where it is made")
+    return speech
+
+
+def open_speech(speech: SpeechInput | None, options: GenerateOptions) -> Speech | LiveSpeech | None:
+    """What the model hears; to be closed. Raises InputError where it cannot be read or used."""
+    if speech is None:
+        return None
+    if isinstance(speech, LiveRecording):
+        return speech.speech
+    if isinstance(speech, str | Path):
+        return Speech.open(speech, SPEECH_RATE, start=options.start, duration=options.duration)
+    assert isinstance(speech, np.ndarray)
+    return Speech.from_array(_cut(speech, options), SPEECH_RATE)
+
+
+def _cut(samples: NDArray[np.float32], options: GenerateOptions) -> NDArray[np.float32]:
+    first = round(options.start * SPEECH_RATE)
+    last = None if options.duration is None else first + round(options.duration * SPEECH_RATE)
+    return samples[first:last]
+
+
+def open_sound(speech: SpeechInput | None, options: GenerateOptions) -> Sound | LiveSound | None:
+    """What the output file has for sound, at its own rate."""
+    if speech is None:
+        return None
+    if isinstance(speech, LiveRecording):
+        return speech.sound
+    if isinstance(speech, str | Path):
+        return Sound(speech, options.start, options.duration)
+    assert isinstance(speech, np.ndarray)
+    return Sound.from_array(_cut(speech, options), SPEECH_RATE)
+
+
+def plan_video(recording: Speech | LiveSpeech | None, options: Settings) -> tuple[int | None, Plan]:
+    """Frames of the video, None while they are not known, and its windows.
+
+    Raises:
+        InputError: the video would have no frame, or speech that is still arriving cannot have these options.
+    """
+    window = latent_frames_for(options.window)
+    if isinstance(recording, LiveSpeech):
+        if options.speech_normalisation == "recording":
+            raise InputError(
+                "the loudness of a whole recording is not known while it arrives: leave speech-normalisation "
+                "at window"
+            )
+        if options.compat is not None or options.order == "lockstep":
+            raise InputError(
+                "speech that is still arriving needs the order wavefront or causal, without compat"
+            )
+        return None, GrowingPlan(
+            window, options.overlap, partial(_live_latents, recording, options.frame_rate)
+        )
+    frames = _frames(recording, options)
+    if options.compat == "upstream":
+        frames = (frames - 1) // 4 * 4 + 1
+    return frames, plan_windows(latent_frames_for(frames), window, options.overlap, compat=options.compat)
+
+
+def _live_latents(speech: LiveSpeech, fps: Fraction, wanted: int) -> int | None:
+    """See `GrowingPlan`: waits for the first frame that needs so many latent frames."""
+    if speech.wait_frames(max(4 * (wanted - 2) + 2, 1), fps):
+        return None
+    assert speech.length is not None
+    frames = frame_count(speech.length, SPEECH_RATE, fps)
+    if frames < 1:
+        raise _too_short(f"the speech ({speech.length / SPEECH_RATE:.3f} s)", fps)
+    return latent_frames_for(frames)
+
+
+def _frames(recording: Speech | None, options: Settings) -> int:
+    """Frames of the video: of the duration that was asked for, else of the recording."""
+    fps = options.frame_rate
+    if recording is not None and Fraction(len(recording), SPEECH_RATE) * fps < 1:
+        what = f"the speech ({recording.seconds:.3f} s)"
+    elif options.duration is not None and Fraction(options.duration) * fps < 1:
+        what = f"a duration of {options.duration} s"
+    elif options.duration is not None:
+        return round(Fraction(options.duration) * fps)
+    elif recording is not None:
+        return frame_count(len(recording), SPEECH_RATE, fps)
+    else:
+        raise InputError("a video without speech needs a duration")
+    raise _too_short(what, fps)
+
+
+def _too_short(what: str, fps: Fraction) -> InputError:
+    return InputError(f"{what} is shorter than a frame ({float(1 / fps):.3f} s): give a longer one")

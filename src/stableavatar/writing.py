@@ -1,0 +1,254 @@
+"""A run into a file: one that is complete under its name or not there, or one that plays while it grows."""
+
+import contextlib
+import json
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields, replace
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from stableavatar import __version__
+from stableavatar.errors import InputError, StoppedError
+from stableavatar.generation import Run, RunParts
+from stableavatar.journal import Journal, SavedState, speech_hash, tensor_hash, weights_fingerprint
+from stableavatar.media.audio import Sound
+from stableavatar.media.files import cannot_write, hidden_name, to_disk
+from stableavatar.media.live import LiveSound, LiveSpeech
+from stableavatar.media.segments import SegmentWriter
+from stableavatar.media.video import FrameWriter, VideoWriter
+from stableavatar.options import OutputOptions, Settings
+from stableavatar.sampling.noise import GivenNoise
+
+# Saving a state may take this share of the time: it can be large and the disk slow.
+_SAVING = 1 / 20
+
+Stop = Callable[[], bool]
+
+
+@dataclass(frozen=True)
+class GeneratedVideo:
+    """What `generate` has made: the file, its length in frames, the options that repeat it, and the seconds
+    until the first frame was there."""
+
+    path: Path
+    frame_count: int
+    frame_rate: Fraction
+    options: Settings
+    first_frame_seconds: float
+
+
+def write_video(
+    run: Run,
+    sound: Sound | None,
+    journal: Journal,
+    encoding: OutputOptions,
+    *,
+    resume: bool,
+    stop: Stop | None,
+) -> GeneratedVideo:
+    """Make the journal's video; see `AvatarPipeline.generate`.
+
+    Raises:
+        InputError: what was begun belongs to another run, or something cannot be written.
+        StoppedError: `stop` said so.
+    """
+    try:
+        return _VideoFile(run, sound, journal, encoding, stop).write(resume)
+    except InputError as error:
+        if not journal.has_state or "--resume" in str(error):
+            raise
+        raise InputError(f"{error} Then the same command with --resume goes on.") from error
+    except KeyboardInterrupt:
+        if stop is None or not journal.has_state:
+            raise
+        raise StoppedError(
+            "Interrupted. The same command with --resume goes on from the state that was saved last."
+        ) from None
+
+
+class _VideoFile:
+    """The file that a run becomes, by way of a journal: segments, pictures, and the state now and then."""
+
+    def __init__(
+        self, run: Run, sound: Sound | None, journal: Journal, encoding: OutputOptions, stop: Stop | None
+    ) -> None:
+        self.run = run
+        self.sound = sound
+        self.journal = journal
+        self.encoding = encoding
+        self.stop = stop
+        self._saved_at, self._save_seconds = time.monotonic(), 0.0
+
+    def write(self, resume: bool) -> GeneratedVideo:
+        """Make it, from its beginning or from what was saved."""
+        run, journal, encoding = self.run, self.journal, self.encoding
+        started, first_frame = time.monotonic(), 0.0
+        settings = settings_of(run, encoding)
+        identity = {**_identity(run, settings), "frames folder": encoding.frames is not None}
+        saved = journal.load(identity) if resume else None
+        if saved is None:
+            journal.begin(identity)
+        rest: Mapping[str, Any] = {"segments": 0, "frames": 0} if saved is None else saved.rest
+        self.video = SegmentWriter(
+            journal.folder,
+            run.options.width,
+            run.options.height,
+            run.frame_rate,
+            quality=encoding.quality,
+            preset=encoding.preset,
+            segments=rest["segments"],
+            frames=rest["frames"],
+        )
+        self.pictures = self._pictures(rest["frames"])
+        with contextlib.ExitStack() as stack:
+            stack.callback(self.video.abandon)
+            stack.callback(run.close)
+            frames = replace(run, between=self._between, saved=saved).frames()
+            stack.enter_context(contextlib.closing(frames))
+            if self.pictures is not None:  # before the video is joined: the folder gets its name after it
+                stack.enter_context(self.pictures)
+            for frame in frames:
+                first_frame = first_frame or time.monotonic() - started
+                self.video.write(frame)
+                if self.pictures is not None:
+                    self.pictures.write(frame)
+            self.video.cut()
+            self._join(journal.output, {"stableavatar": json.dumps(settings, ensure_ascii=False)})
+        journal.finish()
+        return GeneratedVideo(journal.output, self.video.frames, run.frame_rate, run.options, first_frame)
+
+    def _pictures(self, done: int) -> FrameWriter | None:
+        """Beside their own folder, which may lie on another file system than the video."""
+        if self.encoding.frames is None:
+            return None
+        folder = self.encoding.frames.expanduser().absolute()
+        partial = folder.with_name(hidden_name(folder.name, "pictures"))
+        return FrameWriter(
+            self.encoding.frames, partial=partial, done=done, keep=lambda: self.journal.has_state
+        )
+
+    def _between(self, parts: RunParts) -> None:
+        self.video.cut()
+        if self.stop is not None and self.stop():
+            self._save(parts)
+            raise self._stopped()
+        every = self.encoding.checkpoint_every
+        due = every == 0 or time.monotonic() - self._saved_at >= max(every, self._save_seconds / _SAVING)
+        if due:
+            self._save(parts)
+
+    def _save(self, parts: RunParts) -> None:
+        began = time.monotonic()
+        if self.pictures is not None:
+            self.pictures.sync()
+        state = parts.state()
+        self.journal.save(SavedState(state.tensors, {**state.rest, "segments": self.video.segments}))
+        self._saved_at = time.monotonic()
+        self._save_seconds = self._saved_at - began
+
+    def _stopped(self) -> StoppedError:
+        """What is there as a file that plays, and what to say of it."""
+        if not self.video.segments:
+            return StoppedError(
+                "Interrupted before the first frame. The same command with --resume goes on from here."
+            )
+        self._join(self.journal.unfinished, {})
+        seconds = float(self.video.frames / self.run.frame_rate)
+        return StoppedError(
+            f"Interrupted: {self.journal.unfinished} plays the {seconds:.1f} s that are finished. The same "
+            "command with --resume goes on from here."
+        )
+
+    def _join(self, target: Path, metadata: Mapping[str, str]) -> None:
+        """The segments as a file that appears under its name when it is complete and on the disk."""
+        joined = self.journal.folder / "joined.mp4"
+        self.video.join(joined, sound=self.sound, metadata=metadata)
+        try:
+            joined.replace(target)
+            to_disk(target.parent)
+        except OSError as error:
+            raise cannot_write(target, error) from error
+
+
+def write_live(
+    run: Run,
+    sound: Sound | LiveSound | None,
+    output: str | Path,
+    encoding: OutputOptions,
+    stop: Stop | None,
+) -> GeneratedVideo:
+    """Make a video whose speech or whose file is live; nothing is kept to go on from.
+
+    Raises:
+        InputError: the speech cannot be read, or the file cannot be written.
+        StoppedError: `stop` said so; the file ends there, and plays.
+    """
+    started, first_frame = time.monotonic(), 0.0
+    metadata = {"stableavatar": json.dumps(settings_of(run, encoding), ensure_ascii=False)}
+
+    def between(_parts: RunParts) -> None:
+        if stop is not None and stop():
+            raise StoppedError("Interrupted before the first frame.")
+
+    with contextlib.ExitStack() as stack:
+        stack.callback(run.close)
+        frames = stack.enter_context(contextlib.closing(replace(run, between=between).frames()))
+        pictures = stack.enter_context(FrameWriter(encoding.frames)) if encoding.frames else None
+        video = stack.enter_context(
+            VideoWriter(
+                output,
+                run.options.width,
+                run.options.height,
+                run.frame_rate,
+                sound=sound,
+                quality=encoding.quality,
+                preset=encoding.preset,
+                metadata=metadata,
+                live=encoding.live,
+            )
+        )
+        stopped: StoppedError | None = None
+        try:
+            for frame in frames:
+                first_frame = first_frame or time.monotonic() - started
+                video.write(frame)
+                if pictures is not None:
+                    pictures.write(frame)
+        except StoppedError:
+            if not video.frames:
+                raise
+            seconds = float(video.frames / run.frame_rate)
+            stopped = StoppedError(f"Interrupted: {output} plays the {seconds:.1f} s that were made.")
+    if stopped is not None:
+        raise stopped
+    return GeneratedVideo(Path(output), video.frames, run.frame_rate, run.options, first_frame)
+
+
+def settings_of(run: Run, encoding: OutputOptions) -> dict[str, Any]:
+    """Everything that repeats a video, as JSON can hold it."""
+    return {
+        "version": __version__,
+        **run.pipeline.origin,
+        "dtype": str(run.pipeline.transformer.dtype).removeprefix("torch."),
+        **{f.name: getattr(run.options, f.name) for f in fields(run.options)},
+        "quality": encoding.quality,
+        "preset": encoding.preset,
+    }
+
+
+def _identity(run: Run, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What must be the same for a run to be gone on with."""
+    assert not isinstance(run.speech, LiveSpeech)
+    parts = run.pipeline.components.items()
+    modules = {name: part for name, part in parts if isinstance(part, torch.nn.Module)}
+    return {
+        "settings": dict(settings),
+        "portrait": tensor_hash(run.picture),
+        "speech": speech_hash(run.speech),
+        "noise": tensor_hash(run.noise.latents) if isinstance(run.noise, GivenNoise) else None,
+        "weights": weights_fingerprint(modules),
+    }
