@@ -171,6 +171,15 @@ class TestResult:
         with pytest.raises(InputError, match="batch-windows"):
             frames(pipeline, samples, order="causal", batch_windows=2)
 
+    def test_batches_are_as_large_as_asked_for(self, pipeline: AvatarPipeline) -> None:
+        rows: list[int] = []
+        block = pipeline.transformer.blocks[0]
+        hook = block.register_forward_pre_hook(lambda _module, args: rows.append(args[0].shape[0]))
+        frames(pipeline, noise(70 * 640), steps=3, batch_windows=2, text_scale=1.0, audio_scale=1.0)
+        hook.remove()
+        assert max(rows) == 2
+        assert sum(rows) == 3 * 6
+
     @pytest.mark.parametrize(("order", "cells"), [("causal", 3), ("wavefront", 6), ("lockstep", 2 * 6 + 1)])
     def test_the_first_frame_does_not_wait_for_the_end(
         self, pipeline: AvatarPipeline, order: str, cells: int
