@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from stableavatar.sampling.engine import Sampler, SamplingError, one_by_one, sample_all
 from stableavatar.sampling.noise import PositionalNoise
-from stableavatar.sampling.orders import ORDERS, Cell, fronts
+from stableavatar.sampling.orders import ORDERS, Cell
 from stableavatar.sampling.trajectory import Trajectory
 from stableavatar.sampling.windows import GrowingPlan, Plan, WindowPlan, overlap_ramp, plan_windows
 
@@ -83,10 +83,10 @@ def test_wavefront_is_lockstep_to_the_bit(plan: WindowPlan, steps: int, weights:
     assert torch.equal(made(plan, steps, order="wavefront", weights=weights), expected)
 
 
-@pytest.mark.parametrize("order", ["wavefront", "lockstep"])
+@pytest.mark.parametrize("order", ["wavefront", "lockstep", "causal"])
 @settings(max_examples=80, deadline=None)
 @given(plan=st.one_of(plans, upstream_plans), steps=st.integers(1, 6), batch=st.integers(2, 5))
-def test_batches_are_lockstep(order: str, plan: WindowPlan, steps: int, batch: int) -> None:
+def test_batches_change_nothing(order: str, plan: WindowPlan, steps: int, batch: int) -> None:
     sizes = []
 
     def denoise(cells: list[Cell], latents: list[torch.Tensor]) -> list[torch.Tensor]:
@@ -94,7 +94,7 @@ def test_batches_are_lockstep(order: str, plan: WindowPlan, steps: int, batch: i
         return [drift(cell, before) for cell, before in zip(cells, latents, strict=True)]
 
     ours = sample_all(plan, steps, NOISE, denoise, order=order, batch_windows=batch)
-    assert torch.equal(ours, made(plan, steps, order="lockstep"))
+    assert torch.equal(ours, made(plan, steps, order=order if order == "causal" else "lockstep"))
     assert max(sizes) <= batch
     assert sum(sizes) == steps * len(plan)
     if len(plan) > (plan.reach + 1) * 2 and steps > 1:
@@ -150,10 +150,12 @@ def test_causal_waits_for_no_more_speech_than_it_gives_out() -> None:
 
 
 @settings(max_examples=60, deadline=None)
-@given(plans, st.integers(1, 6), st.sampled_from([*sorted(ORDERS), "fronts"]))
-def test_every_cell_runs_once_and_after_what_it_needs(plan: WindowPlan, steps: int, order: str) -> None:
+@given(plans, st.integers(1, 6), st.sampled_from(sorted(ORDERS)), st.integers(1, 7))
+def test_every_cell_runs_once_and_after_what_it_needs(
+    plan: WindowPlan, steps: int, order: str, at_once: int
+) -> None:
     done: set[tuple[int, int]] = set()
-    for batch in {**ORDERS, "fronts": fronts}[order](plan, steps):
+    for batch in ORDERS[order](plan, steps, at_once):
         for window, step in batch:
             last = window.index if order == "causal" else min(window.index + plan.reach, len(plan) - 1)
             assert step == 0 or all((heard, step - 1) in done for heard in range(window.index, last + 1))
@@ -192,6 +194,7 @@ def alive(plan: Plan, steps: int, batches: Iterator[list[Cell]]) -> int:
         before = [trajectory.before(cell) for cell in batch]
         for cell, latents in zip(batch, before, strict=True):
             trajectory.write(cell, drift(cell, latents))
+            trajectory.mark(cell)
         for _ in trajectory.finished():
             pass
         most = max(most, sum(piece.latents.shape[1] for video in trajectory.videos for piece in video))
@@ -201,15 +204,15 @@ def alive(plan: Plan, steps: int, batches: Iterator[list[Cell]]) -> int:
 @pytest.mark.parametrize("overlap", [3, 5, 7])
 def test_memory_does_not_grow_with_length(overlap: int) -> None:
     steps = 5
-    for order in (ORDERS["wavefront"], fronts, ORDERS["causal"]):
+    for order, at_once in itertools.product(("wavefront", "causal"), (1, 3)):
         short, long = (
-            alive(plan, steps, order(plan, steps))
+            alive(plan, steps, ORDERS[order](plan, steps, at_once))
             for plan in (plan_windows(9 + (9 - overlap) * windows, 9, overlap) for windows in (30, 150))
         )
         assert short == long
         assert long <= 9 * 4 * steps
     plan = plan_windows(300, 9, overlap)
-    assert alive(plan, steps, ORDERS["lockstep"](plan, steps)) >= 300
+    assert alive(plan, steps, ORDERS["lockstep"](plan, steps, 1)) >= 300
 
 
 def test_finished_latents_are_given_out_once_and_in_order() -> None:
@@ -223,15 +226,12 @@ def test_a_cell_that_comes_too_early_is_refused() -> None:
     plan = plan_windows(30, 9, 3)
     trajectory = Trajectory(plan, 2, NOISE)
     first, second = plan.windows[:2]
-    with pytest.raises(LookupError, match="before it is there"):
+    with pytest.raises(LookupError, match="before step 0 has made them"):
         trajectory.before(Cell(first, 1))
     with pytest.raises(LookupError, match="before its predecessor"):
-        trajectory.write(Cell(second, 0), NOISE.frames(second.start, second.stop))
-
-
-def test_causal_runs_one_window_at_a_time() -> None:
-    with pytest.raises(ValueError, match="causal"):
-        made(plan_windows(30, 9, 3), 2, order="causal", batch_windows=2)
+        trajectory.write(Cell(second, 1), NOISE.frames(second.start, second.stop))
+    with pytest.raises(LookupError, match="before its predecessor"):
+        trajectory.mark(Cell(second, 0))
 
 
 def test_the_beginning_does_not_depend_on_the_first_steps_of_a_longer_video() -> None:

@@ -15,3 +15,7 @@ class CheckpointError(StableAvatarError):
 
 class StoppedError(StableAvatarError):
     """A run was asked to stop, and has saved what it goes on from."""
+
+
+class ProcessError(StableAvatarError):
+    """Another of the processes that make a video together was lost, or has ended."""

@@ -1,28 +1,33 @@
 """One video being made: conditions, then cells and frames in turn."""
 
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import TYPE_CHECKING
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
+from stableavatar import __version__
 from stableavatar.conditioning.image import portrait_embeddings, reference_condition
 from stableavatar.conditioning.speech import WindowSpeech
 from stableavatar.conditioning.text import encode_prompts
-from stableavatar.journal import SavedState
+from stableavatar.errors import InputError, StoppedError
+from stableavatar.journal import SavedState, differences, speech_hash, tensor_hash, weights_fingerprint
 from stableavatar.media.audio import SPEECH_RATE, Speech
 from stableavatar.media.live import LiveSpeech
 from stableavatar.media.reading import Frame
 from stableavatar.media.timing import frame_count
 from stableavatar.options import Settings
+from stableavatar.placement.processes import Processes
 from stableavatar.sampling.decoding import StreamDecoder
 from stableavatar.sampling.denoiser import Conditions, Denoiser, Schedule
 from stableavatar.sampling.engine import Sampler, SamplingError
 from stableavatar.sampling.guidance import GUIDANCE_RULES
-from stableavatar.sampling.noise import Noise
+from stableavatar.sampling.noise import GivenNoise, Noise
 from stableavatar.sampling.orders import Cell
+from stableavatar.sampling.sharing import SharedWindows, Wish
 from stableavatar.sampling.step_cache import StepCache
 from stableavatar.sampling.windows import Plan, Window
 
@@ -53,6 +58,18 @@ class Progress:
 ProgressCallback = Callable[[Progress], None]
 
 
+class Keeper(Protocol):
+    """Who takes a run's frames, and may want its state."""
+
+    def wish(self) -> Wish:
+        """Asked when cells have run: what is to happen when their frames have been taken?"""
+        ...
+
+    def reached(self, state: SavedState | None) -> None:
+        """Those frames have been taken; the state, where it was wished. Raises what a stop is to raise."""
+        ...
+
+
 @dataclass(frozen=True)
 class Run:
     """One video being made.
@@ -66,8 +83,7 @@ class Run:
         speech: closed when the run ends; None for a video without speech.
         noise: what the latents start from.
         progress: called after every cell and every frame.
-        between: called when cells have run and the frames that they made final have been taken.
-        saved: what to go on from, in place of the beginning.
+        processes: which share the windows; only the first has frames.
     """
 
     pipeline: "AvatarPipeline"
@@ -79,17 +95,25 @@ class Run:
     speech: Speech | LiveSpeech | None
     noise: Noise
     progress: ProgressCallback | None
-    between: Callable[["RunParts"], None] | None = None
-    saved: SavedState | None = None
+    processes: Processes | None = None
 
-    def frames(self) -> Generator[Frame, None, None]:
+    def frames(
+        self, keeper: Keeper | None = None, saved: SavedState | None = None
+    ) -> Generator[Frame, None, None]:
         """The video's frames, uint8 `[height, width, 3]`, each as soon as the order makes its latents final.
+
+        Args:
+            keeper: asked between cells whether to save the state, or to stop.
+            saved: what to go on from, in place of the beginning.
 
         Raises:
             SamplingError: latents or a frame became NaN or infinite.
+            ProcessError: another process was lost, or has ended.
+            InputError: another process has other inputs or weights.
+            StoppedError: the first process was asked to stop.
         """
         try:
-            yield from self._frames()
+            yield from self._frames(keeper, saved)
         finally:
             self.close()
             self.pipeline.maybe_free_model_hooks()
@@ -99,14 +123,31 @@ class Run:
         if self.speech is not None:
             self.speech.close()
 
-    def _frames(self) -> Iterator[Frame]:
+    @cached_property
+    def inputs(self) -> Mapping[str, Any]:
+        """Hashes of what a run is made of beside its settings: portrait, speech, noise and weights."""
+        assert not isinstance(self.speech, LiveSpeech)
+        modules = {
+            name: part for name, part in self.pipeline.components.items() if isinstance(part, torch.nn.Module)
+        }
+        return {
+            "portrait": tensor_hash(self.picture),
+            "speech": speech_hash(self.speech),
+            "noise": tensor_hash(self.noise.latents) if isinstance(self.noise, GivenNoise) else None,
+            "weights": weights_fingerprint(modules),
+        }
+
+    def _frames(self, keeper: Keeper | None, saved: SavedState | None) -> Iterator[Frame]:
+        if self.processes is not None:
+            saved = self._agree(self.processes, saved)
         pace = _Pace()
-        parts = self._parts(pace)
-        if self.saved is not None:
-            parts.restore(self.saved)
+        parts = self._parts(pace, keeper)
+        if saved is not None:
+            parts.restore(saved)
             pace.go_on(parts.sampler.cells, parts.frames)
         pace.begin()
         for part in parts.sampler:
+            assert parts.decoder is not None
             for latent in part.unbind(1):
                 for frame in parts.decoder.decode(latent):
                     if parts.frames == self._total():
@@ -128,6 +169,31 @@ class Run:
             return frame_count(self.speech.length, SPEECH_RATE, self.frame_rate)
         return self.frame_count
 
+    def _agree(self, processes: Processes, saved: SavedState | None) -> SavedState | None:
+        """See to it that all processes make the same video; what they go on from, which the first has."""
+        settings = {"version": __version__, "dtype": str(self.pipeline.transformer.dtype)}
+        each = processes.gather({"settings": settings, **self.inputs})
+        refusal = None
+        for rank, theirs in enumerate(each or []):
+            different = differences(each[0], theirs) if each else []
+            if different:
+                refusal = f"process {rank} of {processes.size} has others: {'; '.join(different)}"
+                break
+        refusal, saved = processes.broadcast((refusal, saved))
+        if refusal is not None:
+            raise InputError(f"{refusal}. All processes need the same files and the same release.")
+        return saved
+
+    def _state(self, parts: "RunParts") -> SavedState | None:
+        """What to go on from, put together of all processes in the first."""
+        own = parts.state()
+        if self.processes is None:
+            return own
+        each = self.processes.gather({name: tensor.cpu().clone() for name, tensor in own.tensors.items()})
+        if each is None:
+            return None
+        return SavedState({name: tensor for tensors in each for name, tensor in tensors.items()}, own.rest)
+
     def _conditions(self) -> Conditions:
         pipeline, options = self.pipeline, self.options
         device = pipeline._execution_device
@@ -141,7 +207,7 @@ class Run:
         reference = reference_condition(pipeline.vae, picture, options.window)
         return Conditions(prompt[None], negative[None], portrait, reference)
 
-    def _parts(self, pace: "_Pace") -> "RunParts":
+    def _parts(self, pace: "_Pace", keeper: Keeper | None) -> "RunParts":
         pipeline, options = self.pipeline, self.options
         device = pipeline._execution_device
         conditions = self._conditions()
@@ -180,6 +246,16 @@ class Run:
             pace.cell(cell)
             self._report(pace)
 
+        def boundary(wish: Wish) -> None:
+            state = None if wish == Wish.GO_ON else self._state(parts)
+            if keeper is not None:
+                keeper.reached(state)
+            elif wish == Wish.STOP:
+                raise StoppedError("Interrupted.")
+
+        sharing = None
+        if self.processes is not None:
+            sharing = SharedWindows(self.processes, self.plan, len(schedule), options.order)
         sampler = Sampler(
             self.plan,
             len(schedule),
@@ -190,9 +266,12 @@ class Run:
             weights=options.overlap_weights,
             device=device,
             progress=ran,
-            between=lambda: self.between(parts) if self.between is not None else None,
+            sharing=sharing,
+            wish=keeper.wish if keeper is not None else lambda: Wish.GO_ON,
+            boundary=boundary,
         )
-        parts = RunParts(sampler, StreamDecoder(pipeline.vae, device), step_cache)
+        decoder = StreamDecoder(pipeline.vae, device) if sampler.sharing.leads else None
+        parts = RunParts(sampler, decoder, step_cache)
         return parts
 
     def _report(self, pace: "_Pace") -> None:
@@ -216,26 +295,24 @@ class Run:
 
 @dataclass
 class RunParts:
-    """The parts of a run that have a state, and the frames that it has given out."""
+    """The parts of a run that have a state, and the frames that it has given out; the decoder is the first
+    process's."""
 
     sampler: Sampler
-    decoder: StreamDecoder
+    decoder: StreamDecoder | None
     step_cache: StepCache | None
     frames: int = 0
 
     def state(self) -> SavedState:
-        """What `restore` goes on from, taken between cells."""
+        """What `restore` goes on from, taken at a boundary."""
         latents, trajectory = self.sampler.trajectory.state()
-        memory, decoder = self.decoder.state()
+        memory, decoder = self.decoder.state() if self.decoder is not None else ({}, {})
         tensors = {
             **{f"latents.{name}": tensor for name, tensor in latents.items()},
             **{f"decoder.{name}": tensor for name, tensor in memory.items()},
             **{f"residual.{name}": tensor for name, tensor in self._residuals().items()},
         }
-        rest = {
-            "batches": self.sampler.batches, "cells": self.sampler.cells, "frames": self.frames,
-            "trajectory": trajectory, "decoder": decoder,
-        }  # fmt: skip
+        rest = {"frames": self.frames, "trajectory": trajectory, "decoder": decoder}
         return SavedState(tensors, rest)
 
     def restore(self, saved: SavedState) -> None:
@@ -249,12 +326,14 @@ class RunParts:
                 if name.startswith(prefix)
             }
 
-        self.sampler.batches, self.sampler.cells = saved.rest["batches"], saved.rest["cells"]
         self.frames = saved.rest["frames"]
-        self.sampler.trajectory.restore(part("latents"), saved.rest["trajectory"])
-        self.decoder.restore(part("decoder"), saved.rest["decoder"])
+        self.sampler.restore(part("latents"), saved.rest["trajectory"])
+        if self.decoder is not None:
+            self.decoder.restore(part("decoder"), saved.rest["decoder"])
         if self.step_cache is not None:
-            self.step_cache.restore(part("residual"))
+            owns = self.sampler.sharing.owns
+            residuals = part("residual").items()
+            self.step_cache.restore({index: value for index, value in residuals if owns(int(index))})
 
     def _residuals(self) -> dict[str, torch.Tensor]:
         return {} if self.step_cache is None else self.step_cache.state()

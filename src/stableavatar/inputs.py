@@ -110,6 +110,18 @@ def plan_video(recording: Speech | LiveSpeech | None, options: Settings) -> tupl
     return frames, plan_windows(latent_frames_for(frames), window, options.overlap, compat=options.compat)
 
 
+def check_sharing(recording: Speech | LiveSpeech | None, options: Settings, processes: int) -> None:
+    """Raise InputError where so many processes cannot share a video."""
+    if isinstance(recording, LiveSpeech):
+        raise InputError("speech that is still arriving is spoken by one process: start it without torchrun")
+    if options.order == "lockstep":
+        raise InputError("processes share a video in wavefront order (the same frames), or in causal order")
+    if processes > options.steps:
+        raise InputError(
+            f"{options.steps} steps have work for {options.steps} processes at most; there are {processes}"
+        )
+
+
 def _live_latents(speech: LiveSpeech, fps: Fraction, wanted: int) -> int | None:
     """See `GrowingPlan`: waits for the first frame that needs so many latent frames."""
     if speech.wait_frames(max(4 * (wanted - 2) + 2, 1), fps):

@@ -24,7 +24,7 @@ from stableavatar.media.audio import SPEECH_RATE, Speech
 from stableavatar.media.files import cannot_write, hidden_name, reason_of, to_disk
 from stableavatar.media.segments import segment_name
 
-FORMAT = 1
+FORMAT = 2
 _INDEX = "journal.json"
 # Values of a tensor that are hashed, evenly spaced over it.
 _HASHED_VALUES = 4096
@@ -90,7 +90,7 @@ class Journal:
         if self._index is None:
             self.clear()
             return None
-        different = _differences(self._index["identity"], json.loads(json.dumps(identity)))
+        different = differences(self._index["identity"], json.loads(json.dumps(identity)))
         if different:
             raise InputError(
                 f"output {self.output}: what was begun there cannot be gone on with, since these differ: "
@@ -227,7 +227,7 @@ def speech_hash(speech: Speech | None) -> str | None:
     return digest.hexdigest()
 
 
-def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """What differs between two identities, in words."""
     words = []
     for name in sorted({*before, *now} - {"settings"}):

@@ -192,8 +192,6 @@ class GenerateOptions:
             raise InputError(
                 f"a window of {self.window} frames is not 4n+1; the nearest are {lower} and {lower + 4}"
             )
-        if self.batch_windows > 1 and self.order == "causal":
-            raise InputError("in causal order windows cannot be computed at once: leave batch-windows at 1")
         if self.window is not None and self.overlap is not None:
             check_overlap(self.window, self.overlap)
 

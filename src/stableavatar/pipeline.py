@@ -30,6 +30,7 @@ from stableavatar.inputs import (
     Portrait,
     SpeechInput,
     as_live,
+    check_sharing,
     open_sound,
     open_speech,
     plan_video,
@@ -46,6 +47,7 @@ from stableavatar.models.transformer import StableAvatarTransformer3DModel
 from stableavatar.options import GenerateOptions, OutputOptions, SamplingDefaults, Settings
 from stableavatar.placement.convolutions import avoid_slow_convolutions
 from stableavatar.placement.device import choose_device, choose_dtype
+from stableavatar.placement.processes import Processes
 from stableavatar.sampling.noise import GivenNoise, Noise, PositionalNoise
 from stableavatar.sampling.windows import WindowPlan
 from stableavatar.writing import GeneratedVideo, write_live, write_video
@@ -191,6 +193,7 @@ class AvatarPipeline(DiffusionPipeline):
         *,
         latents: torch.Tensor | None = None,
         progress: ProgressCallback | None = None,
+        processes: Processes | None = None,
         **options: Any,
     ) -> AvatarStream:
         """Frames of the portrait saying the speech.
@@ -203,6 +206,7 @@ class AvatarPipeline(DiffusionPipeline):
                 when a window needs it.
             latents: the starting noise `[C, L, H/8, W/8]`, in place of the seed's.
             progress: called after every cell and every frame.
+            processes: several that share the work; this is the first, the others call `assist`.
             options: fields of `GenerateOptions`.
 
         Returns:
@@ -216,7 +220,21 @@ class AvatarPipeline(DiffusionPipeline):
         live = as_live(speech, given)
         if isinstance(live, LiveRecording) and live is not speech:
             live.sound.wanted = False  # frames alone are asked for
-        return AvatarStream(self._open(portrait, live, given, latents, progress))
+        return AvatarStream(self._open(portrait, live, given, latents, progress, processes))
+
+    def assist(self, portrait: Portrait, speech: SpeechInput | None, processes: Processes) -> None:
+        """Share the windows of a video that the first of several processes makes, by `generate` or `stream`
+        with the same portrait and speech; options and seed are the first's. Returns at the end of the work.
+
+        Raises:
+            InputError: files are not the same.
+            ProcessError: another process was lost, or has ended; the group cannot be used any more.
+            StoppedError: the first process was asked to stop.
+        """
+        told: tuple[GenerateOptions, torch.Tensor | None] = processes.broadcast()
+        given, latents = told
+        for _ in self._open(portrait, speech, given, latents, None, processes).frames():
+            raise AssertionError("only the first process has frames")
 
     def _open(
         self,
@@ -225,11 +243,12 @@ class AvatarPipeline(DiffusionPipeline):
         given: GenerateOptions,
         latents: torch.Tensor | None,
         progress: ProgressCallback | None,
+        processes: Processes | None,
     ) -> Run:
         picture = read_portrait(portrait)
         recording = open_speech(speech, given)
         try:
-            return self._run(given, picture, recording, latents, progress)
+            return self._run(given, picture, recording, latents, progress, processes)
         except BaseException:
             if recording is not None:
                 recording.close()
@@ -242,8 +261,13 @@ class AvatarPipeline(DiffusionPipeline):
         recording: Speech | LiveSpeech | None,
         latents: torch.Tensor | None,
         progress: ProgressCallback | None,
+        processes: Processes | None,
     ) -> Run:
         options = self._resolve(given, picture)
+        if processes is not None:
+            check_sharing(recording, options, processes.size)
+            if processes.leads:
+                processes.broadcast((replace(given, seed=options.seed), latents))
         fps = options.frame_rate
         frames, plan = plan_video(recording, options)
         ratio = self.vae.config.scale_factor_spatial
@@ -258,7 +282,8 @@ class AvatarPipeline(DiffusionPipeline):
             wanted = (shape[0], plan.latent_frames, *shape[1:])
             raise InputError(f"latents of shape {tuple(latents.shape)} do not fit: {wanted} is needed")
         fitted = fit_picture(picture, options.width, options.height, options.fit)
-        return Run(self, options, plan, frames, fps, picture_tensor(fitted), recording, noise, progress)
+        picture_values = picture_tensor(fitted)
+        return Run(self, options, plan, frames, fps, picture_values, recording, noise, progress, processes)
 
     def _resolve(self, given: GenerateOptions, picture: Frame) -> Settings:
         """The options with the model's settings, a size and a seed in place of None."""
@@ -284,6 +309,7 @@ class AvatarPipeline(DiffusionPipeline):
         stop: Callable[[], bool] | None = None,
         latents: torch.Tensor | None = None,
         progress: ProgressCallback | None = None,
+        processes: Processes | None = None,
         **options: Any,
     ) -> GeneratedVideo:
         """Write the portrait saying the speech as an MP4 with sound.
@@ -299,11 +325,12 @@ class AvatarPipeline(DiffusionPipeline):
                 begins anew; None refuses where something was begun.
             stop: asked between cells; when it says so, the state is saved and what is finished is put beside
                 the output as `NAME.unfinished.mp4`.
-            portrait, speech, latents, progress, options: see `stream`.
+            portrait, speech, latents, progress, processes, options: see `stream`.
 
         Raises:
             InputError: a file or an option that cannot be used, an output that cannot be written, another
                 process that makes this video, or a journal of other inputs, settings or weights.
+            ProcessError: another process was lost, or has ended.
             StoppedError: `stop` said so.
         """
         encoding = output_options or OutputOptions()
@@ -312,7 +339,7 @@ class AvatarPipeline(DiffusionPipeline):
         if encoding.live or isinstance(speech, LiveRecording) or str(output) == STANDARD_OUTPUT:
             if resume:
                 raise InputError("what is written or spoken live cannot be resumed: leave out --resume")
-            run = self._open(portrait, speech, given, latents, progress)
+            run = self._open(portrait, speech, given, latents, progress, processes)
             return write_live(run, open_sound(speech, given), output, encoding, stop)
         path = check_output(output)
         if resume is None:
@@ -325,7 +352,7 @@ class AvatarPipeline(DiffusionPipeline):
                 )
             if resume and given.seed is None and "seed" in journal.settings:
                 given = replace(given, seed=journal.settings["seed"])
-            run = self._open(portrait, speech, given, latents, progress)
+            run = self._open(portrait, speech, given, latents, progress, processes)
             sound = open_sound(speech, given)
             assert not isinstance(sound, LiveSound)
             return write_video(run, sound, journal, encoding, resume=bool(resume), stop=stop)

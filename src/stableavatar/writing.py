@@ -4,24 +4,22 @@ import contextlib
 import json
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from stableavatar import __version__
-from stableavatar.errors import InputError, StoppedError
-from stableavatar.generation import Run, RunParts
-from stableavatar.journal import Journal, SavedState, speech_hash, tensor_hash, weights_fingerprint
+from stableavatar.errors import InputError, ProcessError, StoppedError
+from stableavatar.generation import Run
+from stableavatar.journal import Journal, SavedState
 from stableavatar.media.audio import Sound
 from stableavatar.media.files import cannot_write, hidden_name, to_disk
-from stableavatar.media.live import LiveSound, LiveSpeech
+from stableavatar.media.live import LiveSound
 from stableavatar.media.segments import SegmentWriter
 from stableavatar.media.video import FrameWriter, VideoWriter
 from stableavatar.options import OutputOptions, Settings
-from stableavatar.sampling.noise import GivenNoise
+from stableavatar.sampling.sharing import Wish
 
 # Saving a state may take this share of the time: it can be large and the disk slow.
 _SAVING = 1 / 20
@@ -54,6 +52,7 @@ def write_video(
 
     Raises:
         InputError: what was begun belongs to another run, or something cannot be written.
+        ProcessError: another process was lost, or has ended.
         StoppedError: `stop` said so.
     """
     try:
@@ -62,6 +61,12 @@ def write_video(
         if not journal.has_state or "--resume" in str(error):
             raise
         raise InputError(f"{error} Then the same command with --resume goes on.") from error
+    except ProcessError as error:
+        if not journal.has_state:
+            raise
+        raise ProcessError(
+            f"{error}. The same command with --resume goes on from the state that was saved last."
+        ) from error
     except KeyboardInterrupt:
         if stop is None or not journal.has_state:
             raise
@@ -82,13 +87,14 @@ class _VideoFile:
         self.encoding = encoding
         self.stop = stop
         self._saved_at, self._save_seconds = time.monotonic(), 0.0
+        self._wished = Wish.GO_ON
 
     def write(self, resume: bool) -> GeneratedVideo:
         """Make it, from its beginning or from what was saved."""
         run, journal, encoding = self.run, self.journal, self.encoding
         started, first_frame = time.monotonic(), 0.0
         settings = settings_of(run, encoding)
-        identity = {**_identity(run, settings), "frames folder": encoding.frames is not None}
+        identity = {"settings": settings, **run.inputs, "frames folder": encoding.frames is not None}
         saved = journal.load(identity) if resume else None
         if saved is None:
             journal.begin(identity)
@@ -107,7 +113,7 @@ class _VideoFile:
         with contextlib.ExitStack() as stack:
             stack.callback(self.video.abandon)
             stack.callback(run.close)
-            frames = replace(run, between=self._between, saved=saved).frames()
+            frames = run.frames(self, saved)
             stack.enter_context(contextlib.closing(frames))
             if self.pictures is not None:  # before the video is joined: the folder gets its name after it
                 stack.enter_context(self.pictures)
@@ -131,21 +137,28 @@ class _VideoFile:
             self.encoding.frames, partial=partial, done=done, keep=lambda: self.journal.has_state
         )
 
-    def _between(self, parts: RunParts) -> None:
-        self.video.cut()
-        if self.stop is not None and self.stop():
-            self._save(parts)
-            raise self._stopped()
+    def wish(self) -> Wish:
+        """See `Keeper`."""
         every = self.encoding.checkpoint_every
         due = every == 0 or time.monotonic() - self._saved_at >= max(every, self._save_seconds / _SAVING)
-        if due:
-            self._save(parts)
+        if self.stop is not None and self.stop():
+            self._wished = Wish.STOP
+        else:
+            self._wished = Wish.SAVE if due else Wish.GO_ON
+        return self._wished
 
-    def _save(self, parts: RunParts) -> None:
+    def reached(self, state: SavedState | None) -> None:
+        """See `Keeper`."""
+        self.video.cut()
+        if state is not None:
+            self._save(state)
+        if self._wished == Wish.STOP:
+            raise self._stopped()
+
+    def _save(self, state: SavedState) -> None:
         began = time.monotonic()
         if self.pictures is not None:
             self.pictures.sync()
-        state = parts.state()
         self.journal.save(SavedState(state.tensors, {**state.rest, "segments": self.video.segments}))
         self._saved_at = time.monotonic()
         self._save_seconds = self._saved_at - began
@@ -190,13 +203,9 @@ def write_live(
     started, first_frame = time.monotonic(), 0.0
     metadata = {"stableavatar": json.dumps(settings_of(run, encoding), ensure_ascii=False)}
 
-    def between(_parts: RunParts) -> None:
-        if stop is not None and stop():
-            raise StoppedError("Interrupted before the first frame.")
-
     with contextlib.ExitStack() as stack:
         stack.callback(run.close)
-        frames = stack.enter_context(contextlib.closing(replace(run, between=between).frames()))
+        frames = stack.enter_context(contextlib.closing(run.frames(_Stopper(stop))))
         pictures = stack.enter_context(FrameWriter(encoding.frames)) if encoding.frames else None
         video = stack.enter_context(
             VideoWriter(
@@ -228,6 +237,22 @@ def write_live(
     return GeneratedVideo(Path(output), video.frames, run.frame_rate, run.options, first_frame)
 
 
+class _Stopper:
+    """A keeper that keeps nothing."""
+
+    def __init__(self, stop: Stop | None) -> None:
+        self.stop = stop
+        self._stopped = False
+
+    def wish(self) -> Wish:
+        self._stopped = self.stop is not None and self.stop()
+        return Wish.STOP if self._stopped else Wish.GO_ON
+
+    def reached(self, state: SavedState | None) -> None:
+        if self._stopped:
+            raise StoppedError("Interrupted before the first frame.")
+
+
 def settings_of(run: Run, encoding: OutputOptions) -> dict[str, Any]:
     """Everything that repeats a video, as JSON can hold it."""
     return {
@@ -237,18 +262,4 @@ def settings_of(run: Run, encoding: OutputOptions) -> dict[str, Any]:
         **{f.name: getattr(run.options, f.name) for f in fields(run.options)},
         "quality": encoding.quality,
         "preset": encoding.preset,
-    }
-
-
-def _identity(run: Run, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """What must be the same for a run to be gone on with."""
-    assert not isinstance(run.speech, LiveSpeech)
-    parts = run.pipeline.components.items()
-    modules = {name: part for name, part in parts if isinstance(part, torch.nn.Module)}
-    return {
-        "settings": dict(settings),
-        "portrait": tensor_hash(run.picture),
-        "speech": speech_hash(run.speech),
-        "noise": tensor_hash(run.noise.latents) if isinstance(run.noise, GivenNoise) else None,
-        "weights": weights_fingerprint(modules),
     }

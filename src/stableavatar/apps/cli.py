@@ -8,7 +8,7 @@ import sys
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer.core import TyperGroup
@@ -17,15 +17,20 @@ from stableavatar import __version__
 from stableavatar.apps.command_options import parse_size, repeating_command, stored_settings, with_fields
 from stableavatar.apps.console import (
     end_on_terminate,
+    leads,
     log_to_stderr,
     plain_errors,
     quieten_libraries,
     stop_between_cells,
+    together,
 )
 from stableavatar.apps.progress import display, duration
 from stableavatar.choices import Dtype, ModelSize, StoredDtype, Variant
 from stableavatar.errors import InputError
 from stableavatar.options import FILE, PICTURE, TIME, GenerateOptions, OutputOptions
+
+if TYPE_CHECKING:
+    from stableavatar.pipeline import AvatarPipeline
 
 MODEL = "The model"
 STANDARD_INPUT = "-"
@@ -40,6 +45,8 @@ Examples:
   stableavatar download --output checkpoints
 
   stableavatar generate portrait.png speech.wav -o talk.mp4 --model checkpoints --size 512x512 --seed 7
+
+  torchrun --nproc-per-node 2 -m stableavatar generate portrait.png speech.wav -o talk.mp4
 
   stableavatar info talk.mp4
 """
@@ -169,42 +176,56 @@ def generate(
     ] = "auto",
     verbose: Verbose = 0,
 ) -> None:
-    """Make the person in PORTRAIT say what is heard in SPEECH."""
+    """Make the person in PORTRAIT say what is heard in SPEECH.
+
+    Several processes share the work where torchrun starts them.
+    """
     started = time.monotonic()
     log_to_stderr(verbose)
     generation = _with_size(generation, size)
-    # What is wrong with the files should be said before a large model is loaded.
-    from stableavatar.journal import refuse_unfinished
-    from stableavatar.media.audio import Sound
-    from stableavatar.media.files import check_output
-    from stableavatar.media.image import read_picture
-    from stableavatar.media.live import LiveRecording, read_live
-    from stableavatar.media.video import STANDARD_OUTPUT
 
-    to_stdout = str(output) == STANDARD_OUTPUT
-    if resume and overwrite:
-        raise InputError("give --resume to go on or --overwrite to begin anew, not both")
-    if not to_stdout and check_output(output).exists() and not (overwrite or resume):
-        raise InputError(f"output {output}: exists already. Choose another name, or add --overwrite.")
-    if not to_stdout and not (overwrite or resume):
-        refuse_unfinished(check_output(output))
-    picture = read_picture(portrait)
-    if str(speech) == STANDARD_INPUT:
-        pass
-    elif raw_rate is not None:
-        raise InputError("raw-rate says what standard input is like: name - as SPEECH, or leave it out")
-    else:
-        Sound(speech, generation.start, generation.duration)
-    with stop_between_cells() as stop, display() as show:
+    def load_model(device: str) -> "AvatarPipeline":
+        quieten_libraries(verbose)
+        from stableavatar.pipeline import load
+
+        return load(model, device=device, dtype=dtype, variant=variant, size=model_size)
+
+    if not leads():
+        with together(device) as (processes, device), stop_between_cells():
+            assert processes is not None
+            load_model(device).assist(portrait, speech, processes)
+        return
+    with together(device) as (processes, device), stop_between_cells() as stop, display() as show:
+        # What is wrong with the files should be said before a large model is loaded.
+        from stableavatar.journal import refuse_unfinished
+        from stableavatar.media.audio import Sound
+        from stableavatar.media.files import check_output
+        from stableavatar.media.image import read_picture
+        from stableavatar.media.live import LiveRecording, read_live
+        from stableavatar.media.video import STANDARD_OUTPUT
+
+        to_stdout = str(output) == STANDARD_OUTPUT
+        if resume and overwrite:
+            raise InputError("give --resume to go on or --overwrite to begin anew, not both")
+        if not to_stdout and check_output(output).exists() and not (overwrite or resume):
+            raise InputError(f"output {output}: exists already. Choose another name, or add --overwrite.")
+        if not to_stdout and not (overwrite or resume):
+            refuse_unfinished(check_output(output))
+        if processes is not None and str(speech) == STANDARD_INPUT:
+            raise InputError("standard input is read by one process: start it without torchrun")
+        picture = read_picture(portrait)
+        if str(speech) == STANDARD_INPUT:
+            pass
+        elif raw_rate is not None:
+            raise InputError("raw-rate says what standard input is like: name - as SPEECH, or leave it out")
+        else:
+            Sound(speech, generation.start, generation.duration)
         said: Path | LiveRecording = speech
         if str(speech) == STANDARD_INPUT:
             said = read_live(sys.stdin.buffer, raw_rate=raw_rate, duration=generation.duration, stop=stop)
             generation = replace(generation, duration=None)
         show.stage(f"loading {model}")
-        quieten_libraries(verbose)
-        from stableavatar.pipeline import load
-
-        pipeline = load(model, device=device, dtype=dtype, variant=variant, size=model_size)
+        pipeline = load_model(device)
         show.stage("reading portrait, speech and prompt")
         video = pipeline.generate(
             picture,
@@ -214,6 +235,7 @@ def generate(
             resume=True if resume else (False if overwrite else None),
             stop=stop,
             progress=show,
+            processes=processes,
             **asdict(generation),
         )
     made = video.options

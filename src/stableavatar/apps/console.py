@@ -5,15 +5,19 @@ import os
 import signal
 import sys
 import threading
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import TextIO
+from typing import TYPE_CHECKING, TextIO
 
 import typer
 
-from stableavatar.errors import StableAvatarError, StoppedError
+from stableavatar.errors import ProcessError, StableAvatarError, StoppedError
+
+if TYPE_CHECKING:
+    from stableavatar.placement.processes import Processes
 
 FAULT = 2
 INTERRUPTED = 130
@@ -32,8 +36,13 @@ def plain_errors() -> Iterator[None]:
     try:
         yield
     except StoppedError as error:
-        typer.secho(str(error), err=True, fg="yellow")
+        if leads():
+            typer.secho(str(error), err=True, fg="yellow")
         raise typer.Exit(INTERRUPTED) from None
+    except ProcessError as error:
+        _say(str(error))
+        sys.stdout.flush()
+        os._exit(FAULT)  # torch would wait for the process that is lost
     except StableAvatarError as error:
         _fail(str(error), FAULT)
     except KeyboardInterrupt:
@@ -55,14 +64,46 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError) or any(words in text for words in _OUT_OF_MEMORY)
 
 
+def one_of_several() -> bool:
+    """Whether torchrun has started this process as one of several."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def leads() -> bool:
+    """Whether this process is the first of several, or alone."""
+    return not one_of_several() or os.environ.get("RANK", "0") == "0"
+
+
+@contextmanager
+def together(device: str) -> Iterator[tuple["Processes | None", str]]:
+    """The processes that torchrun has started, if it has, and the device that is this one's."""
+    if not one_of_several():
+        yield None, device
+        return
+    from stableavatar.placement.processes import joined, local_device
+
+    with joined(device) as processes:
+        yield processes, local_device(device)
+
+
 @contextmanager
 def stop_between_cells() -> Iterator[Callable[[], bool]]:
-    """Whether Ctrl-C was pressed; it is heard between steps, pressed again it ends the program at once."""
+    """Whether Ctrl-C was pressed; it is heard between steps, pressed again it ends the program at once.
+
+    Of several processes the first listens; torchrun passes on what the terminal has sent already, which is
+    not pressed again.
+    """
     pressed = threading.Event()
+    at = 0.0
 
     def press(_signal: int, _frame: FrameType | None) -> None:
+        nonlocal at
+        if not leads() or (one_of_several() and pressed.is_set() and time.monotonic() - at < 1):
+            return
+        if pressed.is_set():
+            raise KeyboardInterrupt
         pressed.set()
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        at = time.monotonic()
         typer.echo("Stopping after this step; Ctrl-C again ends at once.", err=True)
 
     before = (
@@ -131,5 +172,10 @@ class _StandardError(logging.StreamHandler[TextIO]):
 
 
 def _fail(text: str, status: int) -> None:
-    typer.echo(typer.style("Error:", fg="red", bold=True) + f" {text}", err=True)
+    _say(text)
     raise typer.Exit(status) from None
+
+
+def _say(text: str) -> None:
+    who = "Error:" if leads() else f"Error (process {os.environ['RANK']}):"
+    typer.echo(typer.style(who, fg="red", bold=True) + f" {text}", err=True)

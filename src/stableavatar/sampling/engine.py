@@ -1,16 +1,16 @@
 """The sampler: runs the cells of a plan in an order, and gives out latents as they become final (spec 2)."""
 
-import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 
 from stableavatar.choices import Order, OverlapWeights
-from stableavatar.errors import StableAvatarError
+from stableavatar.errors import ProcessError, StableAvatarError
 from stableavatar.sampling.noise import Noise
-from stableavatar.sampling.orders import ORDERS, Cell, fronts
-from stableavatar.sampling.trajectory import Trajectory
+from stableavatar.sampling.orders import ORDERS, Cell
+from stableavatar.sampling.sharing import Alone, Pace, Sharing, Stopwatch, Wish
+from stableavatar.sampling.trajectory import Trajectory, piece_of
 from stableavatar.sampling.windows import Plan
 
 
@@ -33,12 +33,11 @@ class Sampler:
         batch_windows: so many independent cells go to `denoise` at once; the result is the same but for
             rounding.
         device: where latents are kept between cells.
-        progress: called after each cell.
-        between: called when a batch of cells has run and what it made final has been taken: the state can be
-            saved then, or an exception raised.
-
-    Raises:
-        ValueError: several windows at once in an order that has none that are independent.
+        progress: called after each cell, those of other processes too.
+        sharing: this process's part, where several share the windows; only the first gives out latents.
+        wish: asked when cells have run: what is to happen at the next boundary?
+        boundary: told what was wished (in the first process, if there are several) when everything that has
+            become final has been taken: the state can be saved then, or an exception raised.
     """
 
     def __init__(
@@ -53,45 +52,85 @@ class Sampler:
         weights: OverlapWeights = "uniform",
         device: torch.device | str = "cpu",
         progress: CellCallback | None = None,
-        between: Callable[[], None] | None = None,
+        sharing: Sharing | None = None,
+        wish: Callable[[], Wish] = lambda: Wish.GO_ON,
+        boundary: Callable[[Wish], None] = lambda _wish: None,
     ) -> None:
-        if batch_windows > 1 and order == "causal":
-            raise ValueError(f"in causal order {batch_windows} windows cannot run at once")
         self.plan = plan
         self.steps = steps
         self.denoise = denoise
         self.order: Order = order
         self.batch_windows = batch_windows
         self.progress = progress
-        self.between = between
+        self.sharing = sharing or Alone()
+        self.wish = wish
+        self.boundary = boundary
         self.trajectory = Trajectory(plan, steps, noise, weights=weights, device=device)
-        self.batches = self.cells = 0  # that have run
+
+    @property
+    def cells(self) -> int:
+        """How many have run."""
+        return sum(self.trajectory.done)
 
     def __iter__(self) -> Iterator[torch.Tensor]:
         """Latents `[C, n, H, W]` in order, float32 (rounded to bfloat16 values under `compat="upstream"`).
 
         Raises:
             SamplingError: a cell returned NaN or infinite latents.
+            ProcessError: another process was lost, or has ended.
         """
-        for cells in itertools.islice(self._order(), self.batches, None):
-            results = self.denoise(cells, [self.trajectory.before(cell) for cell in cells])
-            for cell, after in zip(cells, results, strict=True):
-                _check_finite(cell, self.steps, after)
-                self.trajectory.write(cell, after)
+        try:
+            yield from self._latents()
+        except ProcessError:
+            raise
+        except BaseException:
+            self.sharing.fail()
+            raise
+
+    def restore(self, tensors: Mapping[str, torch.Tensor], rest: Mapping[str, Any]) -> None:
+        """Go on where `trajectory.state()` was taken, of all processes if there were several."""
+        windows = {window for _, window, _ in map(piece_of, tensors)}
+        windows.update(range(rest["done"][-1], rest["done"][0]))
+        self.sharing.adopt(windows)
+        self.trajectory.restore(tensors, rest, owns=self.sharing.owns)
+
+    def _latents(self) -> Iterator[torch.Tensor]:
+        watch = Stopwatch()
+        for cells in self._turns():
+            other_seconds = watch.lap()
+            mine = self.sharing.take(cells)
+            for batch in _parts(mine, self.batch_windows):
+                self._run(batch)
+            wish = self.sharing.agree(self.wish(), Pace(watch.lap(), len(mine), other_seconds))
+            self.sharing.exchange(cells, self.trajectory)
+            for cell in cells:
+                self.trajectory.mark(cell)
                 if self.progress is not None:
                     self.progress(cell)
-            self.batches += 1
-            self.cells += len(cells)
-            yield from self.trajectory.finished()
-            if self.between is not None:
-                self.between()
-        yield from self.trajectory.finished(end=True)
+            watch.lap()
+            yield from self._finished()
+            self.boundary(wish)
+        yield from self._finished(end=True)
 
-    def _order(self) -> Iterator[list[Cell]]:
-        in_fronts = self.batch_windows > 1 and self.order == "wavefront"
-        for front in (fronts if in_fronts else ORDERS[self.order])(self.plan, self.steps):
-            for first in range(0, len(front), self.batch_windows):
-                yield front[first : first + self.batch_windows]
+    def _turns(self) -> Iterator[list[Cell]]:
+        """What runs between two boundaries, without what an earlier run has done: of one process a batch, of
+        several a front."""
+        at_once = self.sharing.size * self.batch_windows
+        for front in ORDERS[self.order](self.plan, self.steps, at_once):
+            left = [cell for cell in front if not self.trajectory.has_run(cell)]
+            yield from _parts(left, self.batch_windows if self.sharing.size == 1 else max(len(left), 1))
+
+    def _run(self, cells: list[Cell]) -> None:
+        results = self.denoise(cells, [self.trajectory.before(cell) for cell in cells])
+        for cell, after in zip(cells, results, strict=True):
+            _check_finite(cell, self.steps, after)
+            self.trajectory.write(cell, after)
+
+    def _finished(self, *, end: bool = False) -> Iterator[torch.Tensor]:
+        if self.sharing.leads:
+            yield from self.trajectory.finished(end=end)
+        else:
+            self.trajectory.forget()
 
 
 def sample_all(*arguments: Any, **options: Any) -> torch.Tensor:
@@ -106,6 +145,11 @@ def one_by_one(denoise: Callable[[Cell, torch.Tensor], torch.Tensor]) -> Denoise
         return [denoise(cell, before) for cell, before in zip(cells, latents, strict=True)]
 
     return each
+
+
+def _parts(cells: list[Cell], size: int) -> Iterator[list[Cell]]:
+    for first in range(0, len(cells), size):
+        yield cells[first : first + size]
 
 
 def _check_finite(cell: Cell, steps: int, latents: torch.Tensor) -> None:
