@@ -37,6 +37,10 @@ class Block:
     runs: bool
 
 
+# Options of torchrun that the README names.
+TORCHRUN = {"--standalone", "--nproc-per-node"}
+
+
 def blocks() -> Iterator[Block]:
     pattern = r"(<!-- needs: [^>]+ -->\n)?```(\w*)\n(.*?)```"
     for marker, language, text in re.findall(pattern, README, re.DOTALL):
@@ -44,9 +48,10 @@ def blocks() -> Iterator[Block]:
 
 
 def commands(text: str) -> list[list[str]]:
-    """The commands of a block, those of a pipe one by one."""
+    """The commands of a block, those of a pipe one by one; of torchrun's, what it runs."""
     parts = (part for line in text.replace("\\\n", " ").splitlines() for part in line.split(" | "))
-    return [words for part in parts if (words := shlex.split(part, comments=True))]
+    found = [words for part in parts if (words := shlex.split(part, comments=True))]
+    return [words[words.index("-m") + 1 :] if words[0] == "torchrun" else words for words in found]
 
 
 @pytest.fixture
@@ -111,7 +116,7 @@ def test_options_that_are_named_exist() -> None:
     known = {option for command in COMMANDS.values() for p in command.params for option in p.opts}
     named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", README))
     assert len(named) > 10
-    assert named <= known | {"--help"}
+    assert named <= known | {"--help", *TORCHRUN}
 
 
 def test_files_that_are_named_exist() -> None:
@@ -124,9 +129,7 @@ def test_files_that_are_named_exist() -> None:
 def test_examples_of_the_help_are_commands() -> None:
     lines = [line for line in cli.EXAMPLES.splitlines() if line.startswith("  ")]
     assert len(lines) > 3
-    for words in map(shlex.split, lines):
-        if words[0] == "torchrun":
-            words = words[words.index("-m") + 1 :]
+    for words in commands("\n".join(lines)):
         assert words[0] == "stableavatar"
         COMMANDS[words[1]].make_context(words[1], words[2:])
 
