@@ -372,7 +372,7 @@ def _check_values(options: Any) -> None:
         value = getattr(options, f.name)
         if value is None:
             continue
-        kinds = [kind for kind in (int, float, str, Path) if kind in _members(types[f.name])]
+        kinds = [kind for kind in (bool, int, float, str, Path) if kind in _members(types[f.name])]
         if kinds and not _is_a(value, kinds):
             label = f.name.replace("_", " ")
             raise InputError(
@@ -392,7 +392,7 @@ def _members(hint: Any) -> tuple[Any, ...]:
 
 def _is_a(value: Any, kinds: list[type[Any]]) -> bool:
     if isinstance(value, bool):
-        return False
+        return bool in kinds
     accepted: list[type[Any]] = [
         *kinds,
         *([int] if float in kinds else []),
