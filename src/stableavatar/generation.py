@@ -17,6 +17,7 @@ from stableavatar.media.live import LiveSpeech
 from stableavatar.media.reading import Frame
 from stableavatar.media.timing import frame_count
 from stableavatar.options import Settings
+from stableavatar.placement.autoencoder import bring_autoencoder, decoder_device
 from stableavatar.sampling.decoding import StreamDecoder
 from stableavatar.sampling.denoiser import Conditions, Denoiser, Schedule
 from stableavatar.sampling.engine import Sampler, SamplingError
@@ -136,10 +137,15 @@ class Run:
         prompt, negative = encode_prompts(
             pipeline.tokenizer, pipeline.text_encoder, prompts, text_length, device
         )
-        picture = self.picture.to(device)
-        portrait = portrait_embeddings(pipeline.image_encoder, picture)
-        reference = reference_condition(pipeline.vae, picture, options.window)
-        return Conditions(prompt[None], negative[None], portrait, reference)
+        portrait = portrait_embeddings(pipeline.image_encoder, self.picture.to(device))
+        bring_autoencoder(pipeline.vae, self._decoder_device)
+        reference = reference_condition(pipeline.vae, self.picture.to(self._decoder_device), options.window)
+        return Conditions(prompt[None], negative[None], portrait, reference.to(device))
+
+    @property
+    def _decoder_device(self) -> torch.device:
+        chosen = decoder_device(self.pipeline.vae, self.options.decoder_device)
+        return chosen or self.pipeline._execution_device
 
     def _parts(self, pace: "_Pace") -> "RunParts":
         pipeline, options = self.pipeline, self.options
@@ -192,7 +198,8 @@ class Run:
             progress=ran,
             between=lambda: self.between(parts) if self.between is not None else None,
         )
-        parts = RunParts(sampler, StreamDecoder(pipeline.vae, device), step_cache)
+        decoder = StreamDecoder(pipeline.vae, self._decoder_device, tiling=options.decoder_tiling)
+        parts = RunParts(sampler, decoder, step_cache)
         return parts
 
     def _report(self, pace: "_Pace") -> None:

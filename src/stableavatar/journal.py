@@ -24,7 +24,7 @@ from stableavatar.media.audio import SPEECH_RATE, Speech
 from stableavatar.media.files import cannot_write, hidden_name, reason_of, to_disk
 from stableavatar.media.segments import segment_name
 
-FORMAT = 1
+FORMAT = 2
 _INDEX = "journal.json"
 # Values of a tensor that are hashed, evenly spaced over it.
 _HASHED_VALUES = 4096

@@ -44,6 +44,7 @@ from stableavatar.media.reading import Frame
 from stableavatar.media.video import STANDARD_OUTPUT
 from stableavatar.models.transformer import StableAvatarTransformer3DModel
 from stableavatar.options import GenerateOptions, OutputOptions, SamplingDefaults, Settings
+from stableavatar.placement.autoencoder import decoder_device
 from stableavatar.placement.convolutions import avoid_slow_convolutions
 from stableavatar.placement.device import choose_device, choose_dtype
 from stableavatar.sampling.noise import GivenNoise, Noise, PositionalNoise
@@ -127,6 +128,11 @@ class AvatarPipeline(DiffusionPipeline):
         self.origin: dict[str, str] = {}  # what it was loaded from, for the metadata of videos
         self.defaults = SamplingDefaults(**(sampling_defaults or {}))
         self.register_to_config(sampling_defaults=asdict(self.defaults))
+
+    @property
+    def device(self) -> torch.device:
+        """Where the transformer lies; a video may have put the autoencoder elsewhere."""
+        return self.transformer.device
 
     @classmethod
     def from_pretrained(
@@ -244,6 +250,7 @@ class AvatarPipeline(DiffusionPipeline):
         progress: ProgressCallback | None,
     ) -> Run:
         options = self._resolve(given, picture)
+        decoder_device(self.vae, options.decoder_device)  # refused now, not after the sampling
         fps = options.frame_rate
         frames, plan = plan_video(recording, options)
         ratio = self.vae.config.scale_factor_spatial

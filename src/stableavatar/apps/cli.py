@@ -203,7 +203,10 @@ def generate(
         show.stage(f"loading {model}")
         quieten_libraries(verbose)
         from stableavatar.pipeline import load
+        from stableavatar.placement.device import choose_device
 
+        if generation.decoder_device is not None:
+            choose_device(generation.decoder_device)
         pipeline = load(model, device=device, dtype=dtype, variant=variant, size=model_size)
         show.stage("reading portrait, speech and prompt")
         video = pipeline.generate(
