@@ -48,6 +48,8 @@ GENERATION = {
     "order": "lockstep",
     "batch_windows": 2,
     "step_cache": 0.05,
+    "decoder_device": "cpu",
+    "decoder_tiling": True,
     "seed": 11,
     "fps": 20.0,
     "start": 0.1,
@@ -94,7 +96,8 @@ def test_every_option_reaches_the_pipeline(files: tuple[Path, Path, Path]) -> No
     for field in fields(GenerateOptions):
         if field.name != "aspect":
             assert GENERATION[field.name] != field.default
-            arguments += [flag_of(field), str(GENERATION[field.name])]
+            value = GENERATION[field.name]
+            arguments += [flag_of(field)] if value is True else [flag_of(field), str(value)]
     result = run(
         *["generate", picture, recording, "-o", output, "--model", toy_model(), *arguments],
         *["--quality", "33", "--preset", "superfast", "--frames-folder", output.with_name("frames")],
@@ -110,6 +113,14 @@ def test_every_option_reaches_the_pipeline(files: tuple[Path, Path, Path]) -> No
     encoder = output.read_bytes()  # x264 writes its settings into the stream
     assert b"crf=33.0" in encoder
     assert b"subme=1 " in encoder  # of superfast
+
+
+def test_a_decoder_device_is_refused_before_a_model_is_looked_for(files: tuple[Path, Path, Path]) -> None:
+    picture, recording, output = files
+    arguments = ["-o", output, "--model", "./nowhere", "--decoder-device", "meta"]
+    result = run("generate", picture, recording, *arguments)
+    assert result.exit_code == 2
+    assert "'meta' cannot be used here" in " ".join(result.stderr.split())
 
 
 def test_aspect_takes_the_size_of_the_model(files: tuple[Path, Path, Path]) -> None:
@@ -166,6 +177,8 @@ def test_defaults_are_left_out_of_the_repeating_command() -> None:
     settings = {"version": "1", "prompt": "The protagonist is talking", "width": 32, "height": 48, "seed": 3}
     command = repeating_command({**settings, "fps": 25.0, "compat": None})
     assert command == "stableavatar generate PORTRAIT SPEECH -o OUT.mp4 --size 32x48 --seed 3"
+    assert repeating_command({"decoder_tiling": True}).endswith(" --decoder-tiling")
+    assert repeating_command({"decoder_tiling": False}).endswith(" OUT.mp4")
     model = {"model": "a b", "variant": "rec-vec", "model_size": "1.3b", "dtype": "float32"}
     command = repeating_command({**model, "seed": 3, "quality": 18, "preset": "slow"})
     assert command.endswith(

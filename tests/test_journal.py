@@ -32,7 +32,10 @@ EVERY = OutputOptions(checkpoint_every=0, preset="ultrafast")
 
 @pytest.fixture(scope="module")
 def pipeline() -> AvatarPipeline:
-    return toy_pipeline()
+    made = toy_pipeline()
+    made.vae.tile_sample_min_height = made.vae.tile_sample_min_width = 16
+    made.vae.tile_sample_stride_height = made.vae.tile_sample_stride_width = 8
+    return made
 
 
 class Stop:
@@ -63,6 +66,7 @@ def decoded(path: Path) -> np.ndarray:
         {"order": "lockstep"},
         {"batch_windows": 3},
         {"step_cache": 0.5},
+        {"decoder_tiling": True},
         {"compat": "upstream"},
         {"overlap": 3, "overlap_weights": "log"},
     ],
@@ -154,6 +158,7 @@ def test_the_seed_is_the_first_runs(pipeline: AvatarPipeline, tmp_path: Path) ->
     [
         ({"prompt": "someone sings"}, r"prompt \(was .* is 'someone sings'\)"),
         ({"seed": 4}, r"seed \(was 3, is 4\)"),
+        ({"decoder_tiling": True}, r"decoder-tiling \(was False, is True\)"),
         ({"output_options": OutputOptions(quality=30)}, "quality"),
     ],
 )

@@ -8,7 +8,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from stableavatar.errors import InputError
-from stableavatar.sampling.decoding import denormalise_latents, normalise_latents, stream_decode
 from stableavatar.sampling.denoiser import Conditions, Denoiser, Schedule
 from stableavatar.sampling.guidance import Branch, audio_native, three_branch
 from stableavatar.sampling.noise import GivenNoise, PositionalNoise
@@ -20,7 +19,7 @@ from stableavatar.sampling.windows import (
     overlap_ramp,
     plan_windows,
 )
-from toy import toy_transformer, toy_vae
+from toy import toy_transformer
 
 plans = st.tuples(st.integers(1, 60), st.integers(3, 21)).flatmap(
     lambda lf: st.builds(plan_windows, st.just(lf[0]), st.just(lf[1]), st.integers(2, lf[1] - 1))
@@ -221,43 +220,3 @@ class TestDenoiser:
         for cell, before, after in zip(cells, latents, together, strict=True):
             (alone,) = denoiser([cell], [before])
             torch.testing.assert_close(after, alone, atol=1e-5, rtol=0)
-
-
-class TestDecoding:
-    def test_latent_after_latent_equals_all_at_once(self) -> None:
-        vae = toy_vae()
-        latents = torch.randn(1, 16, 6, 4, 3, generator=torch.Generator().manual_seed(0))
-        with torch.no_grad():
-            whole = vae.decode(denormalise_latents(vae, latents)).sample[0]
-        streamed = torch.stack(list(stream_decode(vae, latents[0].unbind(1))), dim=1)
-        assert streamed.shape == (3, 21, 32, 24)
-        torch.testing.assert_close(streamed, whole, atol=1e-5, rtol=0)
-
-    def test_two_videos_decoded_in_turn_do_not_mix(self) -> None:
-        vae = toy_vae()
-        first, second = torch.randn(2, 16, 3, 2, 2, generator=torch.Generator().manual_seed(0))
-        alone = torch.stack(list(stream_decode(vae, first.unbind(1))))
-        a, b = stream_decode(vae, first.unbind(1)), stream_decode(vae, second.unbind(1))
-        frames = [frame for pair in zip(a, b, strict=True) for frame in pair][::2]
-        assert torch.equal(torch.stack(frames), alone)
-
-    def test_latents_are_taken_as_frames_are_asked_for(self) -> None:
-        vae, taken = toy_vae(), []
-
-        def latents() -> object:
-            for index in range(1000):
-                taken.append(index)
-                yield torch.zeros(16, 2, 2)
-
-        frames = stream_decode(vae, latents())
-        for _ in range(6):
-            next(frames)
-        assert taken == [0, 1, 2]
-
-    def test_normalisation(self) -> None:
-        vae = toy_vae()
-        raw = torch.randn(1, 16, 2, 2, 2, generator=torch.Generator().manual_seed(0))
-        normal = normalise_latents(vae, raw)
-        mean, std = vae.config.latents_mean[3], vae.config.latents_std[3]
-        torch.testing.assert_close(normal[:, 3], (raw[:, 3] - mean) / std)
-        torch.testing.assert_close(denormalise_latents(vae, normal), raw)

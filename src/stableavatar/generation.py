@@ -20,6 +20,7 @@ from stableavatar.media.live import LiveSpeech
 from stableavatar.media.reading import Frame
 from stableavatar.media.timing import frame_count
 from stableavatar.options import Settings
+from stableavatar.placement.autoencoder import bring_autoencoder, decoder_device
 from stableavatar.placement.processes import Processes
 from stableavatar.sampling.decoding import StreamDecoder
 from stableavatar.sampling.denoiser import Conditions, Denoiser, Schedule
@@ -202,10 +203,15 @@ class Run:
         prompt, negative = encode_prompts(
             pipeline.tokenizer, pipeline.text_encoder, prompts, text_length, device
         )
-        picture = self.picture.to(device)
-        portrait = portrait_embeddings(pipeline.image_encoder, picture)
-        reference = reference_condition(pipeline.vae, picture, options.window)
-        return Conditions(prompt[None], negative[None], portrait, reference)
+        portrait = portrait_embeddings(pipeline.image_encoder, self.picture.to(device))
+        bring_autoencoder(pipeline.vae, self._decoder_device)
+        reference = reference_condition(pipeline.vae, self.picture.to(self._decoder_device), options.window)
+        return Conditions(prompt[None], negative[None], portrait, reference.to(device))
+
+    @property
+    def _decoder_device(self) -> torch.device:
+        chosen = decoder_device(self.pipeline.vae, self.options.decoder_device)
+        return chosen or self.pipeline._execution_device
 
     def _parts(self, pace: "_Pace", keeper: Keeper | None) -> "RunParts":
         pipeline, options = self.pipeline, self.options
@@ -270,7 +276,9 @@ class Run:
             wish=keeper.wish if keeper is not None else lambda: Wish.GO_ON,
             boundary=boundary,
         )
-        decoder = StreamDecoder(pipeline.vae, device) if sampler.sharing.leads else None
+        decoder = None
+        if sampler.sharing.leads:
+            decoder = StreamDecoder(pipeline.vae, self._decoder_device, tiling=options.decoder_tiling)
         parts = RunParts(sampler, decoder, step_cache)
         return parts
 

@@ -137,6 +137,18 @@ class GenerateOptions:
         minimum=0,
         maximum=1,
     )
+    decoder_device: str | None = _option(
+        None,
+        "Where the autoencoder computes, such as cpu or cuda:1; by default where the transformer does. The "
+        "cpu leaves a GPU's memory to the transformer, and is slow.",
+        panel=SAMPLING,
+    )
+    decoder_tiling: bool = _option(
+        False,
+        "Decode large pictures in overlapping tiles with blended seams, for a GPU that a tile fits into and "
+        "the picture does not. Slower and not quite the same; takes more main memory.",
+        panel=SAMPLING,
+    )
     seed: int | None = _option(
         None,
         "The number that the noise grows from; the same seed repeats a video. By default a new one.",
@@ -370,7 +382,7 @@ def _check_values(options: Any) -> None:
         value = getattr(options, f.name)
         if value is None:
             continue
-        kinds = [kind for kind in (int, float, str, Path) if kind in _members(types[f.name])]
+        kinds = [kind for kind in (bool, int, float, str, Path) if kind in _members(types[f.name])]
         if kinds and not _is_a(value, kinds):
             label = f.name.replace("_", " ")
             raise InputError(
@@ -390,7 +402,7 @@ def _members(hint: Any) -> tuple[Any, ...]:
 
 def _is_a(value: Any, kinds: list[type[Any]]) -> bool:
     if isinstance(value, bool):
-        return False
+        return bool in kinds
     accepted: list[type[Any]] = [
         *kinds,
         *([int] if float in kinds else []),

@@ -45,6 +45,7 @@ from stableavatar.media.reading import Frame
 from stableavatar.media.video import STANDARD_OUTPUT
 from stableavatar.models.transformer import StableAvatarTransformer3DModel
 from stableavatar.options import GenerateOptions, OutputOptions, SamplingDefaults, Settings
+from stableavatar.placement.autoencoder import decoder_device
 from stableavatar.placement.convolutions import avoid_slow_convolutions
 from stableavatar.placement.device import choose_device, choose_dtype
 from stableavatar.placement.processes import Processes
@@ -129,6 +130,11 @@ class AvatarPipeline(DiffusionPipeline):
         self.origin: dict[str, str] = {}  # what it was loaded from, for the metadata of videos
         self.defaults = SamplingDefaults(**(sampling_defaults or {}))
         self.register_to_config(sampling_defaults=asdict(self.defaults))
+
+    @property
+    def device(self) -> torch.device:
+        """Where the transformer lies; a video may have put the autoencoder elsewhere."""
+        return self.transformer.device
 
     @classmethod
     def from_pretrained(
@@ -264,6 +270,7 @@ class AvatarPipeline(DiffusionPipeline):
         processes: Processes | None,
     ) -> Run:
         options = self._resolve(given, picture)
+        decoder_device(self.vae, options.decoder_device)  # refused now, not after the sampling
         if processes is not None:
             check_sharing(recording, options, processes.size)
             if processes.leads:

@@ -187,7 +187,10 @@ def generate(
     def load_model(device: str) -> "AvatarPipeline":
         quieten_libraries(verbose)
         from stableavatar.pipeline import load
+        from stableavatar.placement.device import choose_device
 
+        if generation.decoder_device is not None:
+            choose_device(generation.decoder_device)
         return load(model, device=device, dtype=dtype, variant=variant, size=model_size)
 
     if not leads():

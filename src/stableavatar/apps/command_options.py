@@ -106,7 +106,7 @@ def repeating_command(settings: Mapping[str, Any]) -> str:
     for field in (*fields(GenerateOptions), *fields(OutputOptions)):
         value = settings.get(field.name)
         if field.name not in ("width", "height") and value is not None and value != field.default:
-            words += [flag_of(field), str(value)]
+            words += [flag_of(field)] if value is True else [flag_of(field), str(value)]
     return shlex.join(words)
 
 

@@ -6,22 +6,21 @@ from stableavatar.errors import InputError
 
 
 def choose_device(device: str) -> torch.device:
-    """The device that a name means.
+    """The device that a name means, with its number where there are several: cuda is cuda:0.
 
     Raises:
         InputError: there is no such device here.
     """
     if device == "auto":
-        if torch.cuda.is_available():
-            return torch.device("cuda")
-        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+        device = "mps" if torch.backends.mps.is_available() else "cpu"
+        device = "cuda" if torch.cuda.is_available() else device
     try:
-        chosen = torch.device(device)
-        torch.empty(0, device=chosen)
+        place = torch.empty(0, device=device)
+        place.cpu()  # fails on meta, which holds no numbers
     except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
         reason = str(error).splitlines()[0]
         raise InputError(f"device {device!r} cannot be used here ({reason}): choose cpu, or auto") from error
-    return chosen
+    return place.device
 
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
