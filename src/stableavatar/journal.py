@@ -25,6 +25,8 @@ from stableavatar.media.files import cannot_write, hidden_name, reason_of, to_di
 from stableavatar.media.segments import segment_name
 
 FORMAT = 2
+# The model is a path; its weights have a hash. Where a decoder ran out of memory, another device may go on.
+_MAY_CHANGE = {"model", "decoder_device"}
 _INDEX = "journal.json"
 # Values of a tensor that are hashed, evenly spaced over it.
 _HASHED_VALUES = 4096
@@ -234,7 +236,7 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
         if before.get(name) != now.get(name):
             words.append(f"the {name}")
     old, new = before["settings"], now["settings"]
-    for name in sorted({*old, *new} - {"model"}):  # a path; the weights have a hash
+    for name in sorted({*old, *new} - _MAY_CHANGE):
         if old.get(name) != new.get(name):
             words.append(f"{name.replace('_', '-')} (was {old.get(name)!r}, is {new.get(name)!r})")
     return words

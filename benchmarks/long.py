@@ -1,0 +1,133 @@
+"""A long video by `tiny`: its memory, and whether lips and person are at its end what they were at its start.
+
+    python -m benchmarks.long --seconds 60 600 --orders wavefront causal
+
+A puppet that nothing was trained on says recordings that nothing was trained on. Every video is made in a
+process of its own, whose peak memory is read; then the mouths of its first and last minute are measured
+against the opening that the speech calls for, and its pictures against the puppet's truth outside mouth and
+eyes. Videos are kept in --folder; one that is there is not made again.
+"""
+
+import argparse
+import json
+import multiprocessing
+import resource
+import time
+from collections.abc import Iterator
+from itertools import cycle, islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from stableavatar.data.puppets import EVALUATION_SEED, Identity, Renderer, articulate, make_motion
+from stableavatar.data.puppets.recordings import EVALUATION_RECORDINGS, evaluation_recording
+from stableavatar.evaluation.lips import lip_score
+from stableavatar.evaluation.meter import shipped_meter
+from stableavatar.evaluation.observation import Frames
+from stableavatar.evaluation.pictures import structural_similarity
+from stableavatar.evaluation.regions import puppet_regions
+from stableavatar.media.reading import read_frames
+
+RATE, FPS, SIZE = 16_000, 25, 128
+STRETCH = 60.0
+"""Seconds at the start and at the end that are measured."""
+
+
+def long_speech(seconds: float) -> NDArray[np.float32]:
+    """Recordings one after the other, over and over, at 16 kHz."""
+    wanted, parts, length = round(seconds * RATE), [], 0
+    for index in cycle(range(EVALUATION_RECORDINGS)):
+        parts.append(evaluation_recording(index))
+        length += len(parts[-1])
+        if length >= wanted:
+            return np.concatenate(parts)[:wanted]
+    raise AssertionError("there are recordings")
+
+
+class Truth:
+    """The puppet that says the speech, drawn frame by frame."""
+
+    def __init__(self, seed: int, speech: NDArray[np.float32]) -> None:
+        self.articulation = articulate(speech, RATE, FPS)
+        self._motion = make_motion(seed, self.articulation, "neutral", FPS)
+        self._renderer = Renderer(Identity.from_seed(seed), SIZE)
+
+    def frames(self, start: int, stop: int) -> Frames:
+        """Frames `[start, stop)`."""
+        drawn = (self._renderer.draw(self.articulation, self._motion, k) for k in range(start, stop))
+        return np.stack([picture for picture, _face, _lips in drawn])
+
+
+def make(output: Path, seed: int, seconds: float, order: str, steps: int | None, threads: int) -> None:
+    """Make a video, and write beside it what it took."""
+    torch.set_num_threads(threads)
+    import stableavatar
+
+    speech = long_speech(seconds)
+    portrait = Truth(seed, speech[: RATE * 2]).frames(0, 1)[0]
+    began = time.monotonic()
+    video = stableavatar.generate(portrait, speech, output, order=order, steps=steps, seed=1, resume=False)
+    took = time.monotonic() - began
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    figures = {"peak": peak, "took": took, "first_frame": video.first_frame_seconds}
+    output.with_suffix(".json").write_text(json.dumps(figures), encoding="utf-8")
+
+
+def measure(path: Path, seed: int, seconds: float) -> Iterator[dict[str, float]]:
+    """Lip correlation and likeness of the first and of the last stretch."""
+    speech = long_speech(seconds)
+    truth = Truth(seed, speech)
+    around = puppet_regions(Identity.from_seed(seed), SIZE).surroundings
+    total, length = round(seconds * FPS), round(min(STRETCH, seconds / 2) * FPS)
+    for start in (0, total - length):
+        frames = np.stack(list(islice(read_frames(path), start, start + length)))
+        opening = shipped_meter().measure(frames).opening
+        score = lip_score(opening, truth.articulation.opening[start : start + length])
+        first = min(4 * FPS, length - FPS) if start == 0 else length - FPS
+        second = slice(first, first + FPS)
+        where = range(start, start + length)[second]
+        true = truth.frames(where.start, where.stop)
+        likeness = structural_similarity(frames[second], true, around).mean()
+        yield {"lips": score.correlation, "lag": score.lag, "likeness": float(likeness)}
+
+
+def main() -> None:
+    """Make what is missing, and print a table."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--folder", type=Path, default=Path("out/long"))
+    parser.add_argument("--seconds", type=float, nargs="+", default=[60.0, 600.0])
+    parser.add_argument("--orders", nargs="+", default=["wavefront", "causal"])
+    parser.add_argument("--steps", type=int, help="by default the model's own")
+    parser.add_argument("--puppet", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=1)
+    given = parser.parse_args()
+    given.folder.mkdir(parents=True, exist_ok=True)
+    seed = EVALUATION_SEED + given.puppet
+    print("| order | seconds | peak MiB | first frame s | lips start | lips end | SSIM start | SSIM end |")
+    print("|---|---|---|---|---|---|---|---|")
+    for order in given.orders:
+        for seconds in given.seconds:
+            name = f"{order}_{seconds:g}s_{given.steps or 'default'}_puppet{given.puppet}"
+            output = given.folder / f"{name}.mp4"
+            if not output.with_suffix(".json").exists():
+                arguments = (output, seed, seconds, order, given.steps, given.threads)
+                child = multiprocessing.get_context("spawn").Process(target=make, args=arguments)
+                child.start()
+                child.join()
+                if child.exitcode:
+                    raise SystemExit(f"{output} was not made")
+            figures: dict[str, Any] = json.loads(output.with_suffix(".json").read_text(encoding="utf-8"))
+            start, end = measure(output, seed, seconds)
+            lips = f"{start['lips']:.2f} | {end['lips']:.2f}"
+            likeness = f"{start['likeness']:.3f} | {end['likeness']:.3f}"
+            made = f"{figures['peak']:.1f} | {figures['first_frame']:.2f}"
+            print(f"| {order} | {seconds:g} | {made} | {lips} | {likeness} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
