@@ -8,18 +8,19 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import diffusers
 import transformers
 
 MEGABYTE = 2**20
-_SHOWN_OF_A_FAILURE = 15  # last lines of what a failed process said
+Key = TypeVar("Key", bound=Hashable)
+_SHOWN_OF_A_FAILURE = 10  # first and last lines of what a failed process said
 
 
 class BenchmarkError(Exception):
@@ -44,8 +45,8 @@ class Times:
 
 
 def interleaved(
-    calls: Mapping[str, Callable[[], object]], rounds: int, *, warm_up: bool = True
-) -> dict[str, Times]:
+    calls: Mapping[Key, Callable[[], object]], rounds: int, *, warm_up: bool = True
+) -> dict[Key, Times]:
     """Times of calls that take turns (A, B, A, B, ...), so that the machine's drift hits all alike.
 
     Args:
@@ -54,7 +55,7 @@ def interleaved(
     if warm_up:
         for call in calls.values():
             call()
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    seconds: dict[Key, list[float]] = {name: [] for name in calls}
     for _ in range(rounds):
         for name, call in calls.items():
             begun = time.perf_counter()
@@ -114,12 +115,14 @@ def run_command(command: Sequence[str], threads: int) -> str:
     """What a command prints, run with so many threads.
 
     Raises:
-        BenchmarkError: it failed; with the last lines of what it said.
+        BenchmarkError: it failed; with the first and the last lines of what it said.
     """
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
-        said = (done.stdout + done.stderr).strip().splitlines()[-_SHOWN_OF_A_FAILURE:]
+        said = (done.stdout + done.stderr).strip().splitlines()
+        if len(said) > 2 * _SHOWN_OF_A_FAILURE:
+            said = [*said[:_SHOWN_OF_A_FAILURE], "...", *said[-_SHOWN_OF_A_FAILURE:]]
         shown = " ".join(["python", *command[1:]])
         raise BenchmarkError("\n".join([f"failed with status {done.returncode}: {shown}", *said]))
     return done.stdout

@@ -100,11 +100,11 @@ def measure(sizes: Sizes, threads: int) -> str:
         "attention, counted from the shapes that run. Attainable is the time in which the machine does so "
         "many at the best rate that it reaches at one of the model's own shapes, for products and attention "
         f"each; shapes with less than {_SHARE:.0%} of the operations are not measured alone. Calls and "
-        f"shapes take turns; median of {sizes.rounds} rounds, blocks: {sizes.blocks}, "
+        f"shapes take turns; median of {sizes.rounds} rounds, blocks: {sizes.blocks[1]}, "
         f"{sizes.latent_frames} x {sizes.latent_size} x {sizes.latent_size} latents."
     ]
     for name, dtype in DTYPES.items():
-        made = calls(Pair.of(sizes.blocks, dtype), sizes, dtype)
+        made = calls(Pair.of(sizes.blocks[1], dtype), sizes, dtype)
         counted = {call: _count(do) for call, do in made.items()}
         alone = {work: work.call(dtype) for work in _large(counted)}
         timed = interleaved({**made, **{work.title: do for work, do in alone.items()}}, sizes.rounds)

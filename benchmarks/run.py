@@ -66,7 +66,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     unknown = [name for name in options["parts"] if name not in PARTS]
     if unknown:
         parser.error(f"there is no part {', '.join(unknown)}: choose of {', '.join(PARTS)}")
-    sizes, threads = _sizes(options), options["threads"]
+    try:
+        sizes, threads = _sizes(options), options["threads"]
+    except InputError as error:
+        parser.error(str(error))
     torch.set_num_threads(threads)
     show_no_progress()
     for name in options["parts"]:
