@@ -11,8 +11,10 @@ DEMO   := src/stableavatar/assets/demo
 WORK   ?= $(if $(XDG_CACHE_HOME),$(XDG_CACHE_HOME),$(HOME)/.cache)/stableavatar/train
 STORE  ?= $(WORK)/puppets
 CLIPS  ?= 3000
+# What `make bench` measures, by default all: transformer peak decode generate processes.
+PARTS  ?=
 
-.PHONY: help demo test lint parity tiny evaluate-tiny format clean
+.PHONY: help demo test lint parity tiny evaluate-tiny bench format clean
 help:            ## what can be made
 	@grep -E '^[a-z-]+: .*##|^[a-z-]+:  +##' $(MAKEFILE_LIST) | sed 's/:.*##/:/' | column -t -s:
 
@@ -44,6 +46,9 @@ parity: $(STAMP) ## every parity case under PARITY=folder against our model
 evaluate-tiny: $(STAMP) ## the embedded model against its bars (QUICK=1: a subset in two minutes)
 	$(BIN)/python -m stableavatar.evaluation.tiny --model $(MODEL) \
 	    $(if $(QUICK),--quick,--out docs/tiny.md $(if $(wildcard $(WORK)),--curves $(WORK)))
+
+bench: $(STAMP)  ## speed and memory beside diffusers, into docs/performance.md (QUICK=1 prints small sizes)
+	$(BIN)/python -m benchmarks.run $(if $(QUICK),--quick) $(PARTS)
 
 tiny: $(STAMP)   ## train the embedded model anew, from puppets to weights (many hours on two cores)
 	$(BIN)/python -m stableavatar.data.puppets store --folder $(STORE) --clips $(CLIPS)

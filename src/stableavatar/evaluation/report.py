@@ -75,7 +75,7 @@ def write_report(
     if curves is not None:
         gather_curves(curves, folder)
     lines += _draw_curves(folder)
-    _insert(document, "\n".join(lines))
+    put_between(document, "\n".join(lines), START, END, title="What `tiny` shows")
     logger.info("written to %s", document)
 
 
@@ -116,18 +116,26 @@ def _draw_curves(folder: Path) -> list[str]:
     return ["Training:", "", *lines] if lines else []
 
 
-def _insert(document: Path, text: str) -> None:
-    block = f"{START}\n\n{text.strip()}\n\n{END}\n"
+def put_between(document: Path, text: str, start: str, end: str, *, title: str) -> None:
+    """Puts `text` between two markers of a document, at its end where it has none yet; all else stays.
+
+    Args:
+        document: a Markdown file, made with the heading `title` when missing.
+
+    Raises:
+        InputError: the document has one marker without the other.
+    """
+    block = f"{start}\n\n{text.strip()}\n\n{end}\n"
     if not document.exists():
-        document.write_text(f"# What `tiny` shows\n\n{block}", encoding="utf-8")
+        document.write_text(f"# {title}\n\n{block}", encoding="utf-8")
         return
     old = document.read_text(encoding="utf-8")
-    if (START in old) != (END in old):
+    if (start in old) != (end in old):
         raise InputError(
             f"{document} has only one of the two markers around the figures; put both back, or neither."
         )
-    if START in old:
-        before, rest = old.split(START, 1)
-        document.write_text(before + block.rstrip("\n") + rest.split(END, 1)[1], encoding="utf-8")
+    if start in old:
+        before, rest = old.split(start, 1)
+        document.write_text(before + block.rstrip("\n") + rest.split(end, 1)[1], encoding="utf-8")
     else:
         document.write_text(old.rstrip("\n") + "\n\n" + block, encoding="utf-8")

@@ -270,7 +270,8 @@ class StableAvatarTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, 
         sequence_frames = max(grid[0], padded_latent_frames or 0)
 
         x = torch.cat([hidden_states, condition.expand(batch, -1, -1, -1, -1)], dim=1)
-        x = self.patch_embedding(x).flatten(2).transpose(1, 2)  # [B, N, D]
+        # [B, N, D]; in memory too, or every sum and norm of the blocks would go across the rows.
+        x = self.patch_embedding(x).flatten(2).transpose(1, 2).contiguous()
         x = nn.functional.pad(x, (0, 0, 0, (sequence_frames - grid[0]) * per_frame))
         if context_cache is not None:
             context_cache.open(encoder_hidden_states, encoder_hidden_states_image, len(self.blocks))
