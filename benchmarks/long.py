@@ -11,7 +11,6 @@ eyes. Videos are kept in --folder; one that is there is not made again.
 import argparse
 import json
 import multiprocessing
-import resource
 import time
 from collections.abc import Iterator
 from itertools import cycle, islice
@@ -22,6 +21,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from benchmarks.measuring import MEGABYTE, memory
 from stableavatar.data.puppets import EVALUATION_SEED, Identity, Renderer, articulate, make_motion
 from stableavatar.data.puppets.recordings import EVALUATION_RECORDINGS, evaluation_recording
 from stableavatar.evaluation.lips import lip_score
@@ -71,7 +71,7 @@ def make(output: Path, seed: int, seconds: float, order: str, steps: int | None,
     began = time.monotonic()
     video = stableavatar.generate(portrait, speech, output, order=order, steps=steps, seed=1, resume=False)
     took = time.monotonic() - began
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    peak = memory(peak=True) / MEGABYTE
     figures = {"peak": peak, "took": took, "first_frame": video.first_frame_seconds}
     output.with_suffix(".json").write_text(json.dumps(figures), encoding="utf-8")
 

@@ -26,6 +26,11 @@ def test_it_is_small() -> None:
     assert 10 * 2**20 < sum(file.stat().st_size for file in TINY.rglob("*") if file.is_file()) <= MAX_BYTES
 
 
+def test_it_names_no_folder_of_the_machine_that_made_it() -> None:
+    for config in TINY.rglob("*.json"):
+        assert "_name_or_path" not in config.read_text(encoding="utf-8"), config
+
+
 def test_an_unseen_puppet_talks(tiny: AvatarPipeline) -> None:
     truth = make_clip(EVALUATION_SEED + 1, 3.0)
     frames = np.stack(list(tiny.stream(truth.portrait, truth.samples, prompt=truth.prompt, seed=0)))

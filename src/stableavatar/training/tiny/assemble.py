@@ -6,6 +6,7 @@ The weights are stored in bfloat16, the folder is in diffusers' layout like ever
 """
 
 import argparse
+import json
 import logging
 from pathlib import Path
 
@@ -60,6 +61,10 @@ def assemble(autoencoder: Path, speech_encoder: Path, avatar: Path, out: Path) -
         sampling_defaults=SAMPLING_DEFAULTS,
     )
     pipeline.to(torch.bfloat16).save_pretrained(out)
+    for config in out.rglob("config.json"):  # diffusers writes where it was loaded from
+        settings = json.loads(config.read_text(encoding="utf-8"))
+        settings.pop("_name_or_path", None)
+        config.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
     if size > MAX_BYTES:
         raise InputError(
