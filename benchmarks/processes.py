@@ -33,7 +33,7 @@ def measure(sizes: Sizes, threads: int) -> str:
         for seconds in lengths:
             write_speech(folder / f"{seconds}.wav", seconds)
             for launch in LAUNCHES:
-                command = _command(folder, launch, seconds, sizes.steps)
+                command = _command(folder, launch, seconds, sizes.process_steps)
                 calls[_key(launch, seconds)] = partial(run_command, command, _THREADS)
         times = interleaved(calls, sizes.rounds, warm_up=False)
         frames = {seconds: _same_frames(folder, seconds) for seconds in lengths}
@@ -53,7 +53,7 @@ def measure(sizes: Sizes, threads: int) -> str:
     ]  # fmt: skip
     return "\n\n".join(
         [
-            f"`stableavatar generate` with tiny at {sizes.steps} steps, one thread a process, from the start "
+            f"`stableavatar generate` with tiny at {sizes.process_steps} steps, one thread a process, from the start "
             f"of the command to its end; median of {sizes.rounds} rounds. What the "
             f"{added} s between the two lengths take is the rate: starting and loading do not count. All "
             f"{sum(frames.values()):,} frames of the two are identical.",

@@ -16,7 +16,8 @@ class Sizes:
             the released 30, all alike, is reckoned.
         decoded: lengths to decode, in latent frames.
         speech: lengths to generate, in seconds. steps: of a generation; tiny's own are 10.
-        short_speech, long_speech: in seconds, for the comparison of processes.
+        short_speech, long_speech, process_steps: seconds and steps, for the comparison of processes. With few
+            steps most of the work is decoding, which is the first process's alone.
     """
 
     rounds: int = 5
@@ -28,6 +29,7 @@ class Sizes:
     steps: int = 4
     short_speech: int = 10
     long_speech: int = 60
+    process_steps: int = 10
 
     def __post_init__(self) -> None:
         if len(self.blocks) != 2 or not 0 < self.blocks[0] < self.blocks[1]:
@@ -45,4 +47,5 @@ QUICK = Sizes(
     steps=2,
     short_speech=2,
     long_speech=6,
+    process_steps=4,
 )
