@@ -53,8 +53,8 @@ def measure(sizes: Sizes, threads: int) -> str:
     ]  # fmt: skip
     return "\n\n".join(
         [
-            f"`stableavatar generate` with tiny at {sizes.process_steps} steps, one thread a process, from the start "
-            f"of the command to its end; median of {sizes.rounds} rounds. What the "
+            f"`stableavatar generate` with tiny at {sizes.process_steps} steps, one thread a process, from "
+            f"the start of the command to its end; median of {sizes.rounds} rounds. What the "
             f"{added} s between the two lengths take is the rate: starting and loading do not count. All "
             f"{sum(frames.values()):,} frames of the two are identical.",
             table(headings, rows),
