@@ -76,7 +76,7 @@ class Nursery:
     SCRIPT = """
 import os, sys, json
 import stableavatar.pipeline, stableavatar.placement.processes
-from stableavatar.apps.cli import app
+from stableavatar.apps.cli import main
 for line in sys.stdin:
     children = []
     for job in json.loads(line):
@@ -89,7 +89,7 @@ for line in sys.stdin:
             sys.argv = ["stableavatar", *job["arguments"]]
             status = 1
             try:
-                app()
+                main()
             except SystemExit as end:
                 status = end.code or 0
             finally:

@@ -191,6 +191,7 @@ def test_what_arriving_speech_cannot_have(pipeline: AvatarPipeline) -> None:
     for options, what in (
         ({"order": "lockstep"}, "wavefront or causal"),
         ({"compat": "upstream"}, "without compat"),
+        ({"order": "causal", "batch_windows": 2}, "batch-windows"),
         ({"start": 1.0}, "start"),
         ({"speech_normalisation": "recording"}, "loudness"),
     ):

@@ -12,7 +12,10 @@ import numpy as np
 import pytest
 
 from command_line import Nursery, free_port, portrait, run, speech, toy_model
+from stableavatar.errors import ProcessError
 from stableavatar.media.reading import read_frames
+from stableavatar.placement.processes import joined
+from toy import toy_pipeline
 
 OPTIONS = [
     "--steps",
@@ -119,9 +122,7 @@ def test_ctrl_c_saves_what_all_have(nursery: Nursery, folder: Path, of_one: np.n
     output = folder / "stopped.mp4"
     processes = nursery.start_several([command(folder, output, "--checkpoint-every", "1000")] * 2)
     until(lambda: any((folder / ".stopped.journal").glob("segment-*")))
-    for process in processes:  # a terminal sends it to all of them, and torchrun once more
-        os.kill(process, signal.SIGINT)
-    for process in processes:
+    for process in processes:  # a terminal sends it to all of them, and so does torchrun
         os.kill(process, signal.SIGINT)
     statuses, said = nursery.wait_for_all()
     assert statuses == [130, 130], said
@@ -135,34 +136,67 @@ def test_ctrl_c_saves_what_all_have(nursery: Nursery, folder: Path, of_one: np.n
     assert np.array_equal(decoded(output), of_one)
 
 
-def test_a_process_that_shows_no_sign_of_life_is_lost() -> None:
+def test_a_process_that_is_told_to_end_ends_the_others(nursery: Nursery, folder: Path) -> None:
+    output = folder / "told.mp4"
+    processes = nursery.start_several([command(folder, output)] * 3)
+    until((folder / ".told.journal" / "journal.json").exists)
+    os.kill(processes[1], signal.SIGTERM)
+    told = time.monotonic()
+    statuses, said = nursery.wait_for_all()
+    assert time.monotonic() - told < 5
+    assert statuses == [2, 143, 2], said
+    assert "--resume" in said[0]
+    assert "process 1 of 3" in said[2] or "lost" in said[2]
+    assert not output.exists()
+
+
+@pytest.fixture
+def scripts() -> Iterator[Callable[[str], "list[subprocess.Popen[str]]"]]:
+    """Starts two processes with one of the functions at the end of this file."""
+    started: list[subprocess.Popen[str]] = []
+
+    def start(name: str) -> "list[subprocess.Popen[str]]":
+        port = free_port()
+        for rank in (0, 1):
+            environment = {
+                "RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+                "OMP_NUM_THREADS": "1",
+            }  # fmt: skip
+            started.append(
+                subprocess.Popen(
+                    [sys.executable, "-u", __file__, name],
+                    stdout=subprocess.PIPE,
+                    text=True,
+                    env={**os.environ, **environment},
+                )
+            )
+        return started
+
+    yield start
+    for process in started:
+        process.kill()
+
+
+def test_a_process_that_shows_no_sign_of_life_is_lost(
+    scripts: Callable[[str], "list[subprocess.Popen[str]]"],
+) -> None:
     """One that is stopped closes no connection, as one whose machine has lost its power."""
-    port = free_port()
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-u", __file__],
-            stdout=subprocess.PIPE,
-            text=True,
-            env={**os.environ, "RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
-                 "MASTER_PORT": str(port)},
-        )
-        for rank in (0, 1)
-    ]  # fmt: skip
-    try:
-        for process in processes:
-            assert process.stdout is not None
-            assert process.stdout.readline() == "together\n"
-        processes[1].send_signal(signal.SIGSTOP)
-        stopped = time.monotonic()
-        assert (
-            processes[0]
-            .communicate(timeout=30)[0]
-            .endswith("process 1 of 2 is lost: it shows no sign of life\n")
-        )
-        assert 2 < time.monotonic() - stopped < 10
-    finally:
-        for process in processes:
-            process.kill()
+    processes = scripts("wait")
+    for process in processes:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "together\n"
+    processes[1].send_signal(signal.SIGSTOP)
+    stopped = time.monotonic()
+    said = processes[0].communicate(timeout=30)[0]
+    assert said.endswith("process 1 of 2 is lost: it shows no sign of life\n")
+    assert 2 < time.monotonic() - stopped < 10
+
+
+def test_who_takes_no_more_frames_ends_the_others(
+    scripts: Callable[[str], "list[subprocess.Popen[str]]"],
+) -> None:
+    said = [process.communicate(timeout=60)[0] for process in scripts("take_one")]
+    assert said == ["(32, 32, 3)\n", "process 0 of 2 has ended: no more frames are taken\n"]
 
 
 @pytest.mark.parametrize(
@@ -196,10 +230,7 @@ def test_other_files_in_one_process_are_refused(nursery: Nursery, folder: Path) 
     assert not output.exists()
 
 
-def _wait_for_the_other() -> None:
-    from stableavatar.errors import ProcessError
-    from stableavatar.placement.processes import joined
-
+def wait() -> None:
     with joined(lost_after=3) as processes:
         print("together", flush=True)
         try:
@@ -211,5 +242,21 @@ def _wait_for_the_other() -> None:
             os._exit(0)
 
 
+def take_one() -> None:
+    pipeline = toy_pipeline()
+    picture = np.zeros((32, 32, 3), dtype=np.uint8)
+    with joined() as processes:
+        if processes.leads:
+            stream = pipeline.stream(picture, None, duration=4.0, seed=1, processes=processes)
+            print(next(stream).shape, flush=True)
+            stream.close()
+        else:
+            try:
+                pipeline.assist(picture, None, processes)
+            except ProcessError as error:
+                print(error, flush=True)
+                os._exit(0)
+
+
 if __name__ == "__main__":
-    _wait_for_the_other()
+    {"wait": wait, "take_one": take_one}[sys.argv[1]]()

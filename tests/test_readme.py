@@ -38,7 +38,7 @@ class Block:
 
 
 # Options of torchrun that the README names.
-TORCHRUN = {"--standalone", "--nproc-per-node"}
+TORCHRUN = {"--standalone", "--nproc-per-node", "--shutdown-timeout"}
 
 
 def blocks() -> Iterator[Block]:

@@ -115,6 +115,10 @@ class Run:
         """
         try:
             yield from self._frames(keeper, saved)
+        except BaseException as error:
+            if self.processes is not None and not isinstance(error, StoppedError):
+                self.processes.fail(str(error) or "no more frames are taken")
+            raise
         finally:
             self.close()
             self.pipeline.maybe_free_model_hooks()
@@ -180,17 +184,24 @@ class Run:
             if different:
                 refusal = f"process {rank} of {processes.size} has others: {'; '.join(different)}"
                 break
-        refusal, saved = processes.broadcast((refusal, saved))
+        told = None
+        if saved is not None:  # the decoder's memory, which is large, is the first process's alone
+            tensors = {name: it for name, it in saved.tensors.items() if not name.startswith("decoder.")}
+            told = SavedState(tensors, saved.rest)
+        refusal, told = processes.broadcast((refusal, told))
         if refusal is not None:
             raise InputError(f"{refusal}. All processes need the same files and the same release.")
-        return saved
+        return saved if processes.leads else told
 
     def _state(self, parts: "RunParts") -> SavedState | None:
         """What to go on from, put together of all processes in the first."""
         own = parts.state()
         if self.processes is None:
             return own
-        each = self.processes.gather({name: tensor.cpu().clone() for name, tensor in own.tensors.items()})
+        mine = own.tensors
+        if not self.processes.leads:  # a part of a tensor would take all of it along
+            mine = {name: tensor.cpu().clone() for name, tensor in mine.items()}
+        each = self.processes.gather(mine)
         if each is None:
             return None
         return SavedState({name: tensor for tensors in each for name, tensor in tensors.items()}, own.rest)

@@ -101,6 +101,11 @@ def plan_video(recording: Speech | LiveSpeech | None, options: Settings) -> tupl
             raise InputError(
                 "speech that is still arriving needs the order wavefront or causal, without compat"
             )
+        if options.order == "causal" and options.batch_windows > 1:
+            raise InputError(
+                "in causal order several windows at once would wait for the speech of all of them: leave "
+                "batch-windows at 1 while it is arriving"
+            )
         return None, GrowingPlan(
             window, options.overlap, partial(_live_latents, recording, options.frame_rate)
         )

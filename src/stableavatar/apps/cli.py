@@ -21,6 +21,7 @@ from stableavatar.apps.console import (
     log_to_stderr,
     plain_errors,
     quieten_libraries,
+    run_to_the_end,
     stop_between_cells,
     together,
 )
@@ -366,7 +367,7 @@ def export(
 def main() -> None:
     """Run the command line, and end the process with its exit status."""
     end_on_terminate()
-    app()
+    run_to_the_end(app)
 
 
 def _with_size(options: GenerateOptions, size: str | None) -> GenerateOptions:

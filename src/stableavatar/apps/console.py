@@ -5,7 +5,7 @@ import os
 import signal
 import sys
 import threading
-import time
+import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, TextIO
 
 import typer
 
-from stableavatar.errors import ProcessError, StableAvatarError, StoppedError
+from stableavatar.errors import StableAvatarError, StoppedError
 
 if TYPE_CHECKING:
     from stableavatar.placement.processes import Processes
@@ -39,10 +39,6 @@ def plain_errors() -> Iterator[None]:
         if leads():
             typer.secho(str(error), err=True, fg="yellow")
         raise typer.Exit(INTERRUPTED) from None
-    except ProcessError as error:
-        _say(str(error))
-        sys.stdout.flush()
-        os._exit(FAULT)  # torch would wait for the process that is lost
     except StableAvatarError as error:
         _fail(str(error), FAULT)
     except KeyboardInterrupt:
@@ -90,20 +86,15 @@ def together(device: str) -> Iterator[tuple["Processes | None", str]]:
 def stop_between_cells() -> Iterator[Callable[[], bool]]:
     """Whether Ctrl-C was pressed; it is heard between steps, pressed again it ends the program at once.
 
-    Of several processes the first listens; torchrun passes on what the terminal has sent already, which is
-    not pressed again.
+    Of several processes the first listens, and the others do as it does.
     """
     pressed = threading.Event()
-    at = 0.0
 
     def press(_signal: int, _frame: FrameType | None) -> None:
-        nonlocal at
-        if not leads() or (one_of_several() and pressed.is_set() and time.monotonic() - at < 1):
+        if not leads():
             return
-        if pressed.is_set():
-            raise KeyboardInterrupt
         pressed.set()
-        at = time.monotonic()
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         typer.echo("Stopping after this step; Ctrl-C again ends at once.", err=True)
 
     before = (
@@ -114,6 +105,24 @@ def stop_between_cells() -> Iterator[Callable[[], bool]]:
     finally:
         if before is not None:
             signal.signal(signal.SIGINT, before)
+
+
+def run_to_the_end(command: Callable[[], None]) -> None:
+    """Run a command that ends the process; one of several ends at once, since torch would wait for those that
+    are lost."""
+    if not one_of_several():
+        command()
+        return
+    status = 1
+    try:
+        command()
+    except SystemExit as end:
+        status = end.code if isinstance(end.code, int) else int(end.code is not None)
+    except BaseException:
+        traceback.print_exc()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def end_on_terminate() -> None:

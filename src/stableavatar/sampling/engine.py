@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from stableavatar.choices import Order, OverlapWeights
-from stableavatar.errors import ProcessError, StableAvatarError
+from stableavatar.errors import StableAvatarError
 from stableavatar.sampling.noise import Noise
 from stableavatar.sampling.orders import ORDERS, Cell
 from stableavatar.sampling.sharing import Alone, Pace, Sharing, Stopwatch, Wish
@@ -79,22 +79,6 @@ class Sampler:
             SamplingError: a cell returned NaN or infinite latents.
             ProcessError: another process was lost, or has ended.
         """
-        try:
-            yield from self._latents()
-        except ProcessError:
-            raise
-        except BaseException:
-            self.sharing.fail()
-            raise
-
-    def restore(self, tensors: Mapping[str, torch.Tensor], rest: Mapping[str, Any]) -> None:
-        """Go on where `trajectory.state()` was taken, of all processes if there were several."""
-        windows = {window for _, window, _ in map(piece_of, tensors)}
-        windows.update(range(rest["done"][-1], rest["done"][0]))
-        self.sharing.adopt(windows)
-        self.trajectory.restore(tensors, rest, owns=self.sharing.owns)
-
-    def _latents(self) -> Iterator[torch.Tensor]:
         watch = Stopwatch()
         for cells in self._turns():
             other_seconds = watch.lap()
@@ -111,6 +95,13 @@ class Sampler:
             yield from self._finished()
             self.boundary(wish)
         yield from self._finished(end=True)
+
+    def restore(self, tensors: Mapping[str, torch.Tensor], rest: Mapping[str, Any]) -> None:
+        """Go on where `trajectory.state()` was taken, of all processes if there were several."""
+        windows = {window for _, window, _ in map(piece_of, tensors)}
+        windows.update(range(rest["done"][-1], rest["done"][0]))
+        self.sharing.adopt(windows)
+        self.trajectory.restore(tensors, rest, owns=self.sharing.owns)
 
     def _turns(self) -> Iterator[list[Cell]]:
         """What runs between two boundaries, without what an earlier run has done: of one process a batch, of

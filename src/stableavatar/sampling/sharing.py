@@ -9,14 +9,12 @@ Every process knows the plan and who has which window, so that all of them know 
 import time
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from enum import IntEnum
 from typing import NamedTuple, Protocol
 
 import torch
 
 from stableavatar.choices import Order
-from stableavatar.errors import ProcessError
 from stableavatar.sampling.orders import Cell
 from stableavatar.sampling.trajectory import Piece, Trajectory
 from stableavatar.sampling.windows import Plan, Window
@@ -31,7 +29,6 @@ class Wish(IntEnum):
     GO_ON = 0
     SAVE = 1
     STOP = 2  # after saving
-    FAILED = 3  # in one process: the others end too
 
 
 class Peers(Protocol):
@@ -81,10 +78,6 @@ class Sharing(Protocol):
         """Give and get what the front has made."""
         ...
 
-    def fail(self) -> None:
-        """This process ends before the video does: let the others know."""
-        ...
-
 
 class Pace(NamedTuple):
     """What a front took a process: seconds for so many cells, and seconds for anything else before it."""
@@ -113,9 +106,6 @@ class Alone:
         return wish
 
     def exchange(self, front: Sequence[Cell], trajectory: Trajectory) -> None:
-        pass
-
-    def fail(self) -> None:
         pass
 
 
@@ -153,7 +143,7 @@ class SharedWindows:
         self.owners: dict[int, int] = {}  # in wavefront order, of every window that is alive or still read
         self._cell_seconds: list[float | None] = [None] * peers.size
         self._other_seconds = [0.0] * peers.size
-        self._over = False
+        self._latent_shape: tuple[int, int, int, int] | None = None
 
     def take(self, front: Sequence[Cell]) -> list[Cell]:
         if self.order == "wavefront":
@@ -185,12 +175,7 @@ class SharedWindows:
             if cells:
                 self._cell_seconds[rank] = _smoothed(self._cell_seconds[rank], cell_seconds / cells)
             self._other_seconds[rank] = _smoothed(self._other_seconds[rank], other_seconds)
-        agreed = Wish(int(figures[0][0]))
-        failed = [rank for rank, values in enumerate(figures) if values[0] == Wish.FAILED]
-        self._over = agreed == Wish.STOP or bool(failed)
-        if failed and wish != Wish.FAILED:
-            raise ProcessError(f"process {failed[0]} of {self.size} ended: see what it says")
-        return agreed
+        return Wish(int(figures[0][0]))
 
     def exchange(self, front: Sequence[Cell], trajectory: Trajectory) -> None:
         rank = self.peers.rank
@@ -206,25 +191,20 @@ class SharedWindows:
             target: torch.cat([trajectory.read(p.step, p.start, p.stop).flatten() for p in parcels])
             for target, parcels in outgoing.items()
         }
-        channels, _, *size = trajectory.noise.frames(0, 1).shape if incoming else (0, 0)
+        channels, _, height, width = self._shape(trajectory)
         sizes = {
-            source: [channels * (p.stop - p.start) * size[0] * size[1] for p in parcels]
+            source: [channels * (p.stop - p.start) * height * width for p in parcels]
             for source, parcels in incoming.items()
         }
         got = {source: torch.empty(sum(each), device=trajectory.device) for source, each in sizes.items()}
         self.peers.exchange(sent, got)
         for source, parcels in incoming.items():
             for parcel, values in zip(parcels, got[source].split(sizes[source]), strict=True):
-                latents = values.view(channels, parcel.stop - parcel.start, *size)
+                latents = values.view(channels, parcel.stop - parcel.start, height, width)
                 trajectory.put(parcel.step, Piece(parcel.window, parcel.start, latents, copy=True))
         for cell in front:
             if cell.step == self.steps - 1:
                 self.owners.pop(cell.window.index - self.plan.reach - 1, None)
-
-    def fail(self) -> None:
-        if not self._over:
-            with suppress(ProcessError):
-                self.agree(Wish.FAILED, Pace(0, 0, 0))
 
     def parcels(self, front: Sequence[Cell]) -> Iterator[Parcel]:
         """Everything that is sent after a front, in the same order in every process."""
@@ -238,11 +218,19 @@ class SharedWindows:
             elif self.order == "wavefront":
                 for target, stop in self._earlier_readers(window).items():
                     yield Parcel(owner, target, step, window.index, window.write_start, min(stop, end))
-            if step < self.steps - 1:
-                yield from self._read_back(cell)
+            if step < self.steps - 1 and window.start < window.write_start:  # the last one, moved back
+                source = self.owner(window.index - 1)
+                yield Parcel(source, owner, step, window.index - 1, window.start, window.write_start)
             if step > 0 and successor is not None:
                 stop = end + self.plan.overlap
                 yield Parcel(owner, self.owner(successor.index), step, window.index, end, stop)
+
+    def _shape(self, trajectory: Trajectory) -> tuple[int, int, int, int]:
+        """Of a latent frame, `[C, 1, H, W]`."""
+        if self._latent_shape is None:
+            channels, frames, height, width = trajectory.noise.frames(0, 1).shape
+            self._latent_shape = channels, frames, height, width
+        return self._latent_shape
 
     def _earlier_readers(self, window: Window) -> dict[int, int]:
         """Processes whose windows before this one read what it writes, and up to where."""
@@ -253,18 +241,6 @@ class SharedWindows:
                 owner = self.owner(index)
                 readers[owner] = max(readers.get(owner, 0), earlier.stop)
         return readers
-
-    def _read_back(self, cell: Cell) -> Iterator[Parcel]:
-        """What a last window, which is moved back, reads of its predecessors."""
-        window, step = cell
-        stop = window.write_start
-        for index in range(window.index - 1, -1, -1):
-            earlier = self.plan.window(index)
-            if earlier is None or stop <= window.start:
-                return
-            start = max(earlier.write_start, window.start)
-            yield Parcel(self.owner(index), self.owner(window.index), step, index, start, stop)
-            stop = start
 
     def _ready_first(self, loads: Mapping[int, int]) -> int:
         """The process that would have run its cells of a front first if it took one more."""
