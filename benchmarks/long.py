@@ -1,6 +1,6 @@
 """A long video by `tiny`: its memory, and whether lips and person are at its end what they were at its start.
 
-    python -m benchmarks.long --seconds 60 600 --orders wavefront causal
+    python -m benchmarks.long --seconds 60 600 --orders wavefront causal --out docs/performance.md
 
 A puppet that nothing was trained on says recordings that nothing was trained on. Every video is made in a
 process of its own, whose peak memory is read; then the mouths of its first and last minute are measured
@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from benchmarks.measuring import MEGABYTE, memory
+from benchmarks.measuring import MEGABYTE, circumstances, memory, table
 from stableavatar.data.puppets import EVALUATION_SEED, Identity, Renderer, articulate, make_motion
 from stableavatar.data.puppets.recordings import EVALUATION_RECORDINGS, evaluation_recording
 from stableavatar.evaluation.lips import lip_score
@@ -29,9 +29,14 @@ from stableavatar.evaluation.meter import shipped_meter
 from stableavatar.evaluation.observation import Frames
 from stableavatar.evaluation.pictures import structural_similarity
 from stableavatar.evaluation.regions import puppet_regions
+from stableavatar.evaluation.report import put_between
 from stableavatar.media.reading import read_frames
+from stableavatar.training.tiny.assemble import SAMPLING_DEFAULTS
 
 RATE, FPS, SIZE = 16_000, 25, 128
+HEADINGS = (
+    "order", "speech", "peak MiB", "first frame, s", "lips, start", "lips, end", "SSIM, start", "SSIM, end",
+)  # fmt: skip
 STRETCH = 60.0
 """Seconds at the start and at the end that are measured."""
 
@@ -94,8 +99,26 @@ def measure(path: Path, seed: int, seconds: float) -> Iterator[dict[str, float]]
         yield {"lips": score.correlation, "lag": score.lag, "likeness": float(likeness)}
 
 
+def row(folder: Path, seed: int, seconds: float, order: str, steps: int | None, threads: int) -> list[str]:
+    """A row of the table; the video is made if it is not there."""
+    output = folder / f"{order}_{seconds:g}s_{steps or 'default'}_puppet{seed - EVALUATION_SEED}.mp4"
+    if not output.with_suffix(".json").exists():
+        arguments = (output, seed, seconds, order, steps, threads)
+        child = multiprocessing.get_context("spawn").Process(target=make, args=arguments)
+        child.start()
+        child.join()
+        if child.exitcode:
+            raise SystemExit(f"{output} was not made")
+    figures: dict[str, Any] = json.loads(output.with_suffix(".json").read_text(encoding="utf-8"))
+    start, end = measure(output, seed, seconds)
+    return [
+        order, f"{seconds:g} s", f"{figures['peak']:.1f}", f"{figures['first_frame']:.1f}",
+        f"{start['lips']:.2f}", f"{end['lips']:.2f}", f"{start['likeness']:.3f}", f"{end['likeness']:.3f}",
+    ]  # fmt: skip
+
+
 def main() -> None:
-    """Make what is missing, and print a table."""
+    """Make what is missing, print a table, and put it into the document."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -105,28 +128,28 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help="by default the model's own")
     parser.add_argument("--puppet", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--out", type=Path, help="a document to put the table into")
     given = parser.parse_args()
     given.folder.mkdir(parents=True, exist_ok=True)
     seed = EVALUATION_SEED + given.puppet
-    print("| order | seconds | peak MiB | first frame s | lips start | lips end | SSIM start | SSIM end |")
-    print("|---|---|---|---|---|---|---|---|")
-    for order in given.orders:
-        for seconds in given.seconds:
-            name = f"{order}_{seconds:g}s_{given.steps or 'default'}_puppet{given.puppet}"
-            output = given.folder / f"{name}.mp4"
-            if not output.with_suffix(".json").exists():
-                arguments = (output, seed, seconds, order, given.steps, given.threads)
-                child = multiprocessing.get_context("spawn").Process(target=make, args=arguments)
-                child.start()
-                child.join()
-                if child.exitcode:
-                    raise SystemExit(f"{output} was not made")
-            figures: dict[str, Any] = json.loads(output.with_suffix(".json").read_text(encoding="utf-8"))
-            start, end = measure(output, seed, seconds)
-            lips = f"{start['lips']:.2f} | {end['lips']:.2f}"
-            likeness = f"{start['likeness']:.3f} | {end['likeness']:.3f}"
-            made = f"{figures['peak']:.1f} | {figures['first_frame']:.2f}"
-            print(f"| {order} | {seconds:g} | {made} | {lips} | {likeness} |", flush=True)
+    rows = [
+        row(given.folder, seed, seconds, order, given.steps, given.threads)
+        for order in given.orders
+        for seconds in given.seconds
+    ]
+    steps = given.steps or SAMPLING_DEFAULTS["steps"]
+    text = "\n\n".join(
+        [
+            f"tiny at {steps} steps, puppet {given.puppet}; lips: correlation over the first and the last "
+            f"{STRETCH:g} s (or half of it); SSIM: second 5 and the last one.",
+            table(HEADINGS, rows),
+            circumstances(given.threads, "float32"),
+        ]
+    )
+    print(text)
+    if given.out is not None:
+        start, end = "<!-- long: written by benchmarks.long -->", "<!-- end of long -->"
+        put_between(given.out, text, start, end, title="Speed and memory")
 
 
 if __name__ == "__main__":
