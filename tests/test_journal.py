@@ -172,6 +172,15 @@ def test_other_settings_are_refused(
     make(pipeline, tmp_path / "out.mp4", resume=True)  # and it is still there
 
 
+def test_another_decoder_device_may_go_on(pipeline: AvatarPipeline, tmp_path: Path) -> None:
+    """Where memory did not suffice for decoding, the CPU's may."""
+    whole = decoded(make(pipeline, tmp_path / "whole.mp4").path)
+    with pytest.raises(StoppedError):
+        make(pipeline, tmp_path / "out.mp4", stop=Stop(5))
+    make(pipeline, tmp_path / "out.mp4", resume=True, decoder_device="cpu")
+    assert np.array_equal(decoded(tmp_path / "out.mp4"), whole)
+
+
 def test_other_inputs_and_weights_are_refused(pipeline: AvatarPipeline, tmp_path: Path) -> None:
     output = tmp_path / "out.mp4"
     with pytest.raises(StoppedError):
