@@ -333,7 +333,7 @@ def test_only_the_autoencoder_computes_on_the_decoders_device(elsewhere: AvatarP
     assert set(seen) == {CPU}
     for part in (conditions.reference, conditions.portrait, conditions.prompt):
         assert part.device == META
-    parts = run._parts(_Pace())
+    parts = run._parts(_Pace(), None)
     assert parts.sampler.trajectory.device == META
     assert parts.decoder.device == pipeline.vae.device == CPU
     assert torch.isfinite(parts.decoder.decode(random_latents(1, 4, 4)[:, 0])[0]).all()
@@ -343,7 +343,7 @@ def test_by_default_it_is_with_the_transformer(elsewhere: AvatarPipeline) -> Non
     """Also after a video for which it was elsewhere."""
     pipeline = elsewhere
     run = pipeline.stream(PORTRAIT, SPEECH, steps=1, width=32, height=32)._run
-    assert run._parts(_Pace()).decoder.device == META
+    assert run._parts(_Pace(), None).decoder.device == META
     assert pipeline.vae.device == META
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from command_line import Nursery, free_port, portrait, run, speech, toy_model
+from command_line import Nursery, free_port, portrait, speech, toy_model
 from stableavatar.errors import ProcessError
 from stableavatar.media.reading import read_frames
 from stableavatar.placement.processes import joined
@@ -65,9 +65,10 @@ def nursery() -> Iterator[Nursery]:
 
 
 @pytest.fixture(scope="module")
-def of_one(folder: Path) -> np.ndarray:
-    """The frames that one process makes."""
-    assert run(*command(folder, folder / "one.mp4")).exit_code == 0
+def of_one(nursery: Nursery, folder: Path) -> np.ndarray:
+    """The frames that one process makes, of one thread as the others: with more, sums round otherwise."""
+    nursery.start(*command(folder, folder / "one.mp4"))
+    assert nursery.wait() == 0
     return decoded(folder / "one.mp4")
 
 
@@ -78,7 +79,7 @@ def test_torchrun_makes_the_video_of_one_process(folder: Path, of_one: np.ndarra
             sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
             "-m", "stableavatar", *map(str, command(folder, output)),
         ],
-        check=False, capture_output=True, text=True, timeout=200,
+        check=False, capture_output=True, text=True, timeout=200, env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "seed 5" in done.stdout
@@ -87,7 +88,8 @@ def test_torchrun_makes_the_video_of_one_process(folder: Path, of_one: np.ndarra
 
 
 def test_three_processes_in_causal_order(nursery: Nursery, folder: Path) -> None:
-    assert run(*command(folder, folder / "causal1.mp4", "--order", "causal")).exit_code == 0
+    nursery.start(*command(folder, folder / "causal1.mp4", "--order", "causal"))
+    assert nursery.wait() == 0
     nursery.start_several([command(folder, folder / "causal3.mp4", "--order", "causal")] * 3)
     statuses, said = nursery.wait_for_all()
     assert statuses == [0, 0, 0], said
