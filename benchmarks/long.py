@@ -42,7 +42,7 @@ STRETCH = 60.0
 
 
 def long_speech(seconds: float) -> NDArray[np.float32]:
-    """Recordings one after the other, over and over, at 16 kHz; the end has the words of the start, since some
+    """Recordings one after the other, over and over, at 16 kHz; the end has the words of the start, as some
     are harder than others."""
     wanted, ends = round(seconds * RATE), round(stretch(seconds) * RATE)
     parts, length = [], 0
