@@ -13,7 +13,7 @@ import json
 import multiprocessing
 import time
 from collections.abc import Iterator
-from itertools import cycle, islice
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from benchmarks.measuring import MEGABYTE, circumstances, memory, table
 from stableavatar.data.puppets import EVALUATION_SEED, Identity, Renderer, articulate, make_motion
-from stableavatar.data.puppets.recordings import EVALUATION_RECORDINGS, evaluation_recording
+from stableavatar.data.puppets.recordings import evaluation_speech
 from stableavatar.evaluation.lips import lip_score
 from stableavatar.evaluation.meter import shipped_meter
 from stableavatar.evaluation.observation import Frames
@@ -44,15 +44,9 @@ STRETCH = 60.0
 def long_speech(seconds: float) -> NDArray[np.float32]:
     """Recordings one after the other, over and over, at 16 kHz; the end has the words of the start, as some
     are harder than others."""
-    wanted, ends = round(seconds * RATE), round(stretch(seconds) * RATE)
-    parts, length = [], 0
-    for index in cycle(range(EVALUATION_RECORDINGS)):
-        if length >= wanted:
-            break
-        parts.append(evaluation_recording(index))
-        length += len(parts[-1])
-    speech = np.concatenate(parts)[:wanted]
-    speech[wanted - ends :] = speech[:ends]
+    speech = evaluation_speech(0, seconds)
+    ends = round(stretch(seconds) * RATE)
+    speech[len(speech) - ends :] = speech[:ends]
     return speech
 
 

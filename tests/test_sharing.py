@@ -12,31 +12,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from plans import NOISE, drift, plans, upstream_plans
 from stableavatar.errors import ProcessError, StoppedError
 from stableavatar.sampling.engine import Sampler, one_by_one, sample_all
-from stableavatar.sampling.noise import PositionalNoise
 from stableavatar.sampling.orders import Cell, wavefront
 from stableavatar.sampling.sharing import Pace, SharedWindows, Wish
 from stableavatar.sampling.windows import Plan, plan_windows
 
-NOISE = PositionalNoise(1, 2, 1, 2)
 T = TypeVar("T")
 
-plans = st.tuples(st.integers(1, 60), st.integers(3, 21)).flatmap(
-    lambda lf: st.builds(plan_windows, st.just(lf[0]), st.just(lf[1]), st.integers(2, lf[1] - 1))
-)
-upstream_plans = st.tuples(st.integers(1, 40), st.integers(3, 21)).flatmap(
-    lambda mf: st.builds(
-        lambda overlap: plan_windows(sum(mf), mf[1], overlap, compat="upstream"), st.integers(2, mf[1] - 1)
-    )
-)
 orders = st.sampled_from(["wavefront", "causal"])
-
-
-def drift(cell: Cell, latents: torch.Tensor) -> torch.Tensor:
-    window, step = cell
-    mixed = latents + 0.1 * latents.mean(dim=1, keepdim=True) + 0.01 * (window.index + 1) * (step + 1)
-    return mixed + 0.05 * torch.arange(window.length).view(1, -1, 1, 1).sin()
 
 
 class Threads:
@@ -174,7 +159,7 @@ def test_what_some_began_others_go_on_with(
 
 def test_the_work_is_shared_and_only_overlaps_travel() -> None:
     plan, steps, size = plan_windows(603, 9, 3), 6, 3
-    ran = [0] * size
+    ran, most = [0] * size, [0] * size  # cells, and pieces in memory
 
     def work(peers: ThreadPeers) -> None:
         def denoise(cell: Cell, latents: torch.Tensor) -> torch.Tensor:
@@ -182,8 +167,12 @@ def test_the_work_is_shared_and_only_overlaps_travel() -> None:
             time.sleep(0.002)
             return latents
 
+        def boundary(_wish: Wish) -> None:
+            most[peers.rank] = max(most[peers.rank], sum(map(len, sampler.trajectory.videos)))
+
         sharing = SharedWindows(peers, plan, steps, "wavefront")
-        for _ in Sampler(plan, steps, NOISE, one_by_one(denoise), sharing=sharing):
+        sampler = Sampler(plan, steps, NOISE, one_by_one(denoise), sharing=sharing, boundary=boundary)
+        for _ in sampler:
             pass
         assert len(sharing.owners) <= plan.reach + 2
 
@@ -191,10 +180,11 @@ def test_the_work_is_shared_and_only_overlaps_travel() -> None:
     assert results == [None] * size
     assert sum(ran) == steps * len(plan)
     assert min(ran) > sum(ran) / size / 2
+    assert max(most) <= 3 * 2 * steps  # of a hundred windows, those that are alive
     windows = len(plan)
     # An overlap forth and back for every step but the first and the last, and what is final once.
-    most = windows * (2 * plan.overlap * (steps - 1) + 6) * 4
-    assert threads.sent <= most
+    bound = windows * (2 * plan.overlap * (steps - 1) + 6) * 4
+    assert threads.sent <= bound
 
 
 def test_who_is_slow_or_decodes_gets_fewer_windows() -> None:

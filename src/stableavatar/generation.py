@@ -1,6 +1,5 @@
 """One video being made: conditions, then cells and frames in turn."""
 
-import time
 from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
@@ -28,7 +27,7 @@ from stableavatar.sampling.engine import Sampler, SamplingError
 from stableavatar.sampling.guidance import GUIDANCE_RULES
 from stableavatar.sampling.noise import GivenNoise, Noise
 from stableavatar.sampling.orders import Cell
-from stableavatar.sampling.sharing import SharedWindows, Wish
+from stableavatar.sampling.sharing import SharedWindows, Stopwatch, Wish
 from stableavatar.sampling.step_cache import StepCache
 from stableavatar.sampling.windows import Plan, Window
 
@@ -369,7 +368,7 @@ class _Pace:
         self._earlier_cells = self._earlier_frames = 0
         self.last: Cell | None = None
         self._cell_seconds = self._frame_seconds = self._share = 0.0
-        self._event = time.monotonic()
+        self._watch = Stopwatch()
 
     def go_on(self, cells: int, frames: int) -> None:
         """So many were done by an earlier run."""
@@ -378,18 +377,18 @@ class _Pace:
 
     def begin(self) -> None:
         """The conditions are there; the next event's time begins now."""
-        self._event = time.monotonic()
+        self._watch.lap()
 
     def cell(self, cell: Cell) -> None:
         """A cell has run."""
         self.last = cell
         self.cells_done += 1
-        self._cell_seconds += self._since()
+        self._cell_seconds += self._watch.lap()
 
     def frame(self) -> None:
         """A frame is decoded."""
         self.frames_done += 1
-        self._frame_seconds += self._since()
+        self._frame_seconds += self._watch.lap()
 
     def seconds_left(self, cells: int | None, frames: int | None) -> float | None:
         """Of cells and frames that are to come; frames count once one has been seen."""
@@ -410,11 +409,6 @@ class _Pace:
         done = self._cell_seconds + self._frame_seconds
         self._share = max(self._share, min(done / max(done + left, 1e-9), 0.99))
         return self._share
-
-    def _since(self) -> float:
-        now = time.monotonic()
-        passed, self._event = now - self._event, now
-        return passed
 
 
 def _no_speech(_window: Window) -> None:

@@ -140,13 +140,13 @@ class GenerateOptions:
     decoder_device: str | None = _option(
         None,
         "Where the autoencoder computes, such as cpu or cuda:1; by default where the transformer does. The "
-        "cpu leaves a GPU's memory to the transformer, and is slow.",
+        "cpu leaves a GPU's memory to the transformer.",
         panel=SAMPLING,
     )
     decoder_tiling: bool = _option(
         False,
         "Decode large pictures in overlapping tiles with blended seams, for a GPU that a tile fits into and "
-        "the picture does not. Slower and not quite the same; takes more main memory.",
+        "the picture does not. Not quite the same pictures; takes more main memory.",
         panel=SAMPLING,
     )
     seed: int | None = _option(
