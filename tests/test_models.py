@@ -273,6 +273,20 @@ def test_rotation_of_a_pair_depends_on_the_distance_alone() -> None:
     assert abs(product[0, 15] - product[0, 30]) > 1e-3
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_compiled_model_rotates_to_the_same_numbers(dtype: torch.dtype) -> None:
+    """Compiled code and eager code each have a form that is fast there."""
+    table = rotary_table(4, 3, 5, 32)
+    x = torch.randn(2, 60, 3, 32, generator=torch.Generator().manual_seed(0)).to(dtype)
+    found = []
+    for function in (rotate, torch.compile(rotate, backend="aot_eager", fullgraph=True)):
+        leaf = x.clone().requires_grad_()
+        turned = function(leaf, table)
+        turned.float().square().sum().backward()
+        found.append((turned.detach(), leaf.grad))
+    torch.testing.assert_close(found[1], found[0], rtol=0, atol=1e-6)
+
+
 def test_tokens_after_the_grid_are_not_rotated() -> None:
     table = rotary_table(1, 2, 2, 16, padded_tokens=6)
     x = torch.randn(1, 6, 1, 16, generator=torch.Generator().manual_seed(0))
