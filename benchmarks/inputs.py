@@ -4,6 +4,7 @@ import wave
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 import stableavatar
 from stableavatar.media.audio import SPEECH_RATE, Speech
@@ -15,7 +16,11 @@ PORTRAIT = _DEMO / "portrait.png"
 def write_speech(path: Path, seconds: int) -> None:
     """The demo's recording, repeated to so many seconds, as WAV."""
     with Speech.open(_DEMO / "speech.flac", SPEECH_RATE) as speech:
-        samples = np.resize(speech.samples(0, len(speech)), seconds * SPEECH_RATE)
+        write_wav(path, np.resize(speech.samples(0, len(speech)), seconds * SPEECH_RATE))
+
+
+def write_wav(path: Path, samples: NDArray[np.float32]) -> None:
+    """Samples at 16 kHz as WAV of 16 bits."""
     with wave.open(str(path), "wb") as file:
         file.setnchannels(1)
         file.setsampwidth(2)

@@ -15,13 +15,17 @@ import time
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 
+import stableavatar
+from benchmarks.inputs import write_wav
 from benchmarks.measuring import MEGABYTE, circumstances, memory, table
+from stableavatar.choices import Order
 from stableavatar.data.puppets import EVALUATION_SEED, Identity, Renderer, articulate, make_motion
 from stableavatar.data.puppets.recordings import evaluation_speech
 from stableavatar.evaluation.lips import lip_score
@@ -69,19 +73,22 @@ class Truth:
         return np.stack([picture for picture, _face, _lips in drawn])
 
 
-def make(output: Path, seed: int, seconds: float, order: str, steps: int | None, threads: int) -> None:
+def make(portrait: Path, speech: Path, output: Path, order: Order, steps: int | None, threads: int) -> None:
     """Make a video, and write beside it what it took."""
     torch.set_num_threads(threads)
-    import stableavatar
-
-    speech = long_speech(seconds)
-    portrait = Truth(seed, speech[: RATE * 2]).frames(0, 1)[0]
     began = time.monotonic()
     video = stableavatar.generate(portrait, speech, output, order=order, steps=steps, seed=1, resume=False)
     took = time.monotonic() - began
     peak = memory(peak=True) / MEGABYTE
     figures = {"peak": peak, "took": took, "first_frame": video.first_frame_seconds}
     output.with_suffix(".json").write_text(json.dumps(figures), encoding="utf-8")
+
+
+def write_inputs(seed: int, seconds: float, portrait: Path, speech: Path) -> None:
+    """Puppet and speech as files: as samples in memory, speech would count as memory of the generation."""
+    samples = long_speech(seconds)
+    Image.fromarray(Truth(seed, samples[: RATE * 2]).frames(0, 1)[0]).save(portrait)
+    write_wav(speech, samples)
 
 
 def measure(path: Path, seed: int, seconds: float) -> Iterator[dict[str, float]]:
@@ -100,11 +107,13 @@ def measure(path: Path, seed: int, seconds: float) -> Iterator[dict[str, float]]
         yield {"lips": score.correlation, "lag": score.lag, "likeness": float(likeness)}
 
 
-def row(folder: Path, seed: int, seconds: float, order: str, steps: int | None, threads: int) -> list[str]:
+def row(folder: Path, seed: int, seconds: float, order: Order, steps: int | None, threads: int) -> list[str]:
     """A row of the table; the video is made if it is not there."""
     output = folder / f"{order}_{seconds:g}s_{steps or 'default'}_puppet{seed - EVALUATION_SEED}.mp4"
     if not output.with_suffix(".json").exists():
-        arguments = (output, seed, seconds, order, steps, threads)
+        portrait, speech = folder / f"puppet{seed - EVALUATION_SEED}.png", folder / f"{seconds:g}s.wav"
+        write_inputs(seed, seconds, portrait, speech)
+        arguments = (portrait, speech, output, order, steps, threads)
         child = multiprocessing.get_context("spawn").Process(target=make, args=arguments)
         child.start()
         child.join()
@@ -125,7 +134,7 @@ def main() -> None:
     )
     parser.add_argument("--folder", type=Path, default=Path("out/long"))
     parser.add_argument("--seconds", type=float, nargs="+", default=[60.0, 600.0])
-    parser.add_argument("--orders", nargs="+", default=["wavefront", "causal"])
+    parser.add_argument("--orders", nargs="+", choices=get_args(Order), default=["wavefront", "causal"])
     parser.add_argument("--steps", type=int, help="by default the model's own")
     parser.add_argument("--puppet", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
