@@ -187,50 +187,29 @@ def test_the_work_is_shared_and_only_overlaps_travel() -> None:
     assert threads.sent <= bound
 
 
-def shares(steps: int, *, other_seconds: Sequence[float], latent_seconds: float) -> list[float]:
-    """The part of every front's cells that the first of two processes is given, when each cell takes a second.
-
-    Args:
-        other_seconds: what the first needs for other things, of each front; for later ones as of the last.
-    """
-    plan = plan_windows(1203, 9, 3)
-    counts = [0, 0]
-    found: list[float] = []
+def test_who_is_slow_or_decodes_gets_fewer_windows() -> None:
+    plan, steps = plan_windows(1203, 9, 3), 8
 
     class Known:
+        """Two processes, of which the first needs half of a front's time for decoding."""
+
         rank, size = 0, 2
 
         def numbers(self, values: Sequence[float]) -> list[list[float]]:
-            others = other_seconds[min(len(found), len(other_seconds) - 1)], 0.0
             return [
-                [Wish.GO_ON, 1.0 * count, count, other] for count, other in zip(counts, others, strict=True)
+                [Wish.GO_ON, counts[0] * 1.0, counts[0], 2.0],
+                [Wish.GO_ON, counts[1] * 1.0, counts[1], 0.0],
             ]
 
         def exchange(self, outgoing: Any, incoming: Any) -> None: ...
 
-    sharing = SharedWindows(Known(), plan, steps, "wavefront", latent_seconds=latent_seconds)
+    counts = [0, 0]
+    total = [0, 0]
+    sharing = SharedWindows(Known(), plan, steps, "wavefront")
     for front in wavefront(plan, steps, 2):
         sharing.take(front)
         counts = [sum(sharing.owners[cell.window.index] == rank for cell in front) for rank in (0, 1)]
-        found.append(counts[0] / len(front))
+        total = [a + b for a, b in zip(total, counts, strict=True)]
         sharing.agree(Wish.GO_ON, Pace(0, 0, 0))
-    return found
-
-
-def test_who_is_slow_or_decodes_gets_fewer_windows() -> None:
-    found = shares(8, other_seconds=[2.0], latent_seconds=0.0)
     # 3 cells and decoding take as long as 5 cells.
-    assert sum(found[50:]) / len(found[50:]) == pytest.approx(3 / 8, abs=0.02)
-
-
-def test_windows_are_dealt_for_decoding_before_it_begins() -> None:
-    steps, stride = 8, 6
-    before = 2 * (steps - 1)  # fronts; windows live for so many more
-    other_seconds = [*[0.0] * (before + 1), 2.0]
-    early = slice(before, 2 * before)
-    known = shares(steps, other_seconds=other_seconds, latent_seconds=2.0 / stride)[early]
-    unknown = shares(steps, other_seconds=other_seconds, latent_seconds=0.0)[early]
-    # The slowest front, in seconds: the better half of 8 cells and 2 seconds is 5.
-    assert max(8 * share + 2 for share in unknown) == 6
-    assert sum(8 * share + 2 for share in known) / before <= 5.3
-    assert sum(known) < sum(unknown)
+    assert total[0] / sum(total) == pytest.approx(3 / 8, abs=0.02)

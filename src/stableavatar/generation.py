@@ -21,7 +21,7 @@ from stableavatar.media.timing import frame_count
 from stableavatar.options import Settings
 from stableavatar.placement.autoencoder import bring_autoencoder, decoder_device
 from stableavatar.placement.processes import Processes
-from stableavatar.sampling.decoding import StreamDecoder, latent_seconds
+from stableavatar.sampling.decoding import StreamDecoder
 from stableavatar.sampling.denoiser import Conditions, Denoiser, Schedule
 from stableavatar.sampling.engine import Sampler, SamplingError
 from stableavatar.sampling.guidance import GUIDANCE_RULES
@@ -271,13 +271,7 @@ class Run:
 
         sharing = None
         if self.processes is not None:
-            sharing = SharedWindows(
-                self.processes,
-                self.plan,
-                len(schedule),
-                options.order,
-                latent_seconds=self._latent_seconds(self.processes),
-            )
+            sharing = SharedWindows(self.processes, self.plan, len(schedule), options.order)
         sampler = Sampler(
             self.plan,
             len(schedule),
@@ -297,19 +291,6 @@ class Run:
             decoder = StreamDecoder(pipeline.vae, self._decoder_device, tiling=options.decoder_tiling)
         parts = RunParts(sampler, decoder, step_cache)
         return parts
-
-    def _latent_seconds(self, processes: Processes) -> float:
-        """Seconds that the first process takes to decode a latent frame, known to all of them."""
-        seconds = None
-        if processes.leads and self.options.order == "wavefront":  # no other order asks for it
-            channels, _, height, width = self.noise.frames(0, 1).shape
-            seconds = latent_seconds(
-                self.pipeline.vae,
-                (channels, height, width),
-                self._decoder_device,
-                tiling=self.options.decoder_tiling,
-            )
-        return processes.broadcast(seconds) or 0.0
 
     def _report(self, pace: "_Pace") -> None:
         if self.progress is None:

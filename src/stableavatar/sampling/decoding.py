@@ -15,7 +15,6 @@ from diffusers.models.autoencoders.autoencoder_kl_wan import unpatchify
 
 from stableavatar.errors import InputError
 from stableavatar.placement.autoencoder import bring_autoencoder
-from stableavatar.sampling.sharing import Stopwatch
 
 
 def normalise_latents(vae: AutoencoderKLWan, latents: torch.Tensor) -> torch.Tensor:
@@ -189,21 +188,6 @@ class StreamDecoder:
         for name, part in {**tensors, **rest["marks"]}.items():
             number, index = map(int, name.split("."))
             self._memory(number)[index] = part
-
-
-def latent_seconds(
-    vae: AutoencoderKLWan, shape: tuple[int, int, int], device: torch.device | None = None, *, tiling: bool
-) -> float:
-    """Seconds that decoding a latent frame `[C, H, W]` of this shape takes, found by decoding a few; see
-    `StreamDecoder`."""
-    decoder = StreamDecoder(vae, device, tiling=tiling)
-    taken = []
-    for _ in range(4):  # the first is one frame, and the next one meets shapes that are new to the kernels
-        watch = Stopwatch()
-        for frame in decoder.decode(torch.zeros(shape)):
-            frame.cpu()  # a device's work is done only then
-        taken.append(watch.lap())
-    return min(taken[2:])
 
 
 def _blend(before: torch.Tensor, tile: torch.Tensor, shared: int, *, dim: int) -> None:

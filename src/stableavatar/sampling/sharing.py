@@ -131,13 +131,9 @@ class SharedWindows:
     Args:
         plan: of a known length.
         order: wavefront or causal.
-        latent_seconds: what decoding a latent frame is likely to take, the same in every process. Windows
-            that begin before decoding does, but are still alive then, are dealt by it.
     """
 
-    def __init__(
-        self, peers: Peers, plan: Plan, steps: int, order: Order, *, latent_seconds: float = 0.0
-    ) -> None:
+    def __init__(self, peers: Peers, plan: Plan, steps: int, order: Order) -> None:
         self.peers = peers
         self.size = peers.size
         self.plan = plan
@@ -146,10 +142,7 @@ class SharedWindows:
         self.leads = peers.rank == 0
         self.owners: dict[int, int] = {}  # in wavefront order, of every window that is alive or still read
         self._cell_seconds: list[float | None] = [None] * peers.size
-        # Each front but the first ones makes a window's stride final, which the first process decodes.
-        self._other_seconds = [plan.stride * latent_seconds, *[0.0] * (peers.size - 1)]
-        self._fronts_before_decoding = (plan.reach + 1) * (steps - 1)
-        self._newest = 0  # window; one begins with every front
+        self._other_seconds = [0.0] * peers.size
         self._latent_shape: tuple[int, int, int, int] | None = None
 
     def take(self, front: Sequence[Cell]) -> list[Cell]:
@@ -173,7 +166,6 @@ class SharedWindows:
         loads = Counter(self.owners[window] for window in windows if window in self.owners)
         for window in windows:
             if window not in self.owners:
-                self._newest = window
                 self.owners[window] = self._ready_first(loads)
                 loads[self.owners[window]] += 1
 
@@ -182,8 +174,7 @@ class SharedWindows:
         for rank, (_, cell_seconds, cells, other_seconds) in enumerate(figures):
             if cells:
                 self._cell_seconds[rank] = _smoothed(self._cell_seconds[rank], cell_seconds / cells)
-            if self._newest > self._fronts_before_decoding:
-                self._other_seconds[rank] = _smoothed(self._other_seconds[rank], other_seconds)
+            self._other_seconds[rank] = _smoothed(self._other_seconds[rank], other_seconds)
         return Wish(int(figures[0][0]))
 
     def exchange(self, front: Sequence[Cell], trajectory: Trajectory) -> None:
@@ -255,14 +246,11 @@ class SharedWindows:
         """The process that would have run its cells of a front first if it took one more."""
         known = [seconds for seconds in self._cell_seconds if seconds is not None]
         usual = sum(known) / len(known) if known else 1.0
-        # The newest window lives for as many fronts as there are before decoding: in this part of its life
-        # frames are decoded.
-        share = min(self._newest / max(self._fronts_before_decoding, 1), 1.0)
 
         def ready(rank: int) -> tuple[float, int]:
             seconds = self._cell_seconds[rank]
             each = usual if seconds is None else seconds
-            return (loads[rank] + 1) * each + share * self._other_seconds[rank], -rank
+            return (loads[rank] + 1) * each + self._other_seconds[rank], -rank
 
         return min(range(self.size), key=ready)
 

@@ -41,7 +41,6 @@ class Plan(Protocol):
     Attributes:
         window_latents: F, the length of a full window in latent frames.
         overlap: o, the latents that two windows share.
-        stride: latent frames from a window's start to the next one's.
         compat: "upstream" if planned as the published code does.
         reach: m, so many windows after a window may write what it reads at the next step.
         count: the number of windows, None while it is not known.
@@ -51,8 +50,6 @@ class Plan(Protocol):
     def window_latents(self) -> int: ...
     @property
     def overlap(self) -> int: ...
-    @property
-    def stride(self) -> int: ...
     @property
     def compat(self) -> Compat | None: ...
     @property
@@ -79,6 +76,7 @@ class WindowPlan:
 
     @property
     def stride(self) -> int:
+        """Latent frames from a window's start to the next one's."""
         return self.window_latents - self.overlap
 
     @property
@@ -137,10 +135,6 @@ class GrowingPlan:
         return self._regular.overlap
 
     @property
-    def stride(self) -> int:
-        return self._regular.stride
-
-    @property
     def reach(self) -> int:
         return self._regular.reach
 
@@ -150,7 +144,7 @@ class GrowingPlan:
 
     def window(self, index: int) -> Window | None:
         """Waits for the speech of the whole window, or for the end."""
-        start = index * self.stride
+        start = index * self._regular.stride
         stop = start + self.window_latents
         if self._known is None and stop > self._there:
             total = self._length(stop)
