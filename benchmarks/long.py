@@ -3,9 +3,10 @@
     python -m benchmarks.long --seconds 60 600 --orders wavefront causal --out docs/performance.md
 
 A puppet that nothing was trained on says recordings that nothing was trained on. Every video is made in a
-process of its own, whose peak memory is read; then the mouths of its first and last minute are measured
-against the opening that the speech calls for, and its pictures against the puppet's truth outside mouth and
-eyes. Videos are kept in --folder; one that is there is not made again.
+process of its own, whose peak memory is read; then the mouths of a minute at its start and of one at its end
+are measured against the opening that the speech calls for, and its pictures against the puppet's truth outside
+mouth and eyes. The two minutes have the same words, and windows are laid over them in the same way: a window
+that lies in a pause as a whole makes the mouth move (fault 17 of the published method), wherever it is. Videos are kept in --folder; one that is there is not made again.
 """
 
 import argparse
@@ -35,6 +36,7 @@ from stableavatar.evaluation.pictures import structural_similarity
 from stableavatar.evaluation.regions import puppet_regions
 from stableavatar.evaluation.report import put_between
 from stableavatar.media.reading import read_frames
+from stableavatar.sampling.windows import latent_frames_for
 from stableavatar.training.tiny.assemble import SAMPLING_DEFAULTS
 
 RATE, FPS, SIZE = 16_000, 25, 128
@@ -43,20 +45,28 @@ HEADINGS = (
 )  # fmt: skip
 STRETCH = 60.0
 """Seconds at the start and at the end that are measured."""
+WINDOW_STRIDE = 4 * (latent_frames_for(SAMPLING_DEFAULTS["window"]) - SAMPLING_DEFAULTS["overlap"])
+"""Frames from a window's start to the next one's."""
 
 
 def long_speech(seconds: float) -> NDArray[np.float32]:
-    """Recordings one after the other, over and over, at 16 kHz; the end has the words of the start, as some
-    are harder than others."""
+    """Recordings one after the other, over and over, at 16 kHz; what is measured at the end has the words of
+    the start, as some are harder than others."""
     speech = evaluation_speech(0, seconds)
-    ends = round(stretch(seconds) * RATE)
-    speech[len(speech) - ends :] = speech[:ends]
+    start, stop = ends(seconds)
+    sample = start * RATE // FPS
+    again = speech[: stop * RATE // FPS - sample]
+    speech[sample:] = np.resize(again, len(speech) - sample)
     return speech
 
 
-def stretch(seconds: float) -> float:
-    """Seconds that are measured at each end."""
-    return min(STRETCH, seconds / 2)
+def ends(seconds: float) -> tuple[int, int]:
+    """First frame of what is measured at the end, and one after its last; at the start as many are measured.
+    The first begins a window, as frame 0 does."""
+    total = round(seconds * FPS)
+    length = round(min(STRETCH, seconds / 2) * FPS)
+    start = (total - length) // WINDOW_STRIDE * WINDOW_STRIDE
+    return start, start + length
 
 
 class Truth:
@@ -96,8 +106,9 @@ def measure(path: Path, seed: int, seconds: float) -> Iterator[dict[str, float]]
     speech = long_speech(seconds)
     truth = Truth(seed, speech)
     around = puppet_regions(Identity.from_seed(seed), SIZE).surroundings
-    total, length = round(seconds * FPS), round(stretch(seconds) * FPS)
-    for start in (0, total - length):
+    last, stop = ends(seconds)
+    length = stop - last
+    for start in (0, last):
         frames = np.stack(list(islice(read_frames(path), start, start + length)))
         opening = shipped_meter().measure(frames).opening
         score = lip_score(opening, truth.articulation.opening[start : start + length])
@@ -150,8 +161,9 @@ def main() -> None:
     steps = given.steps or SAMPLING_DEFAULTS["steps"]
     text = "\n\n".join(
         [
-            f"tiny at {steps} steps, puppet {given.puppet}; lips: correlation over the first and the last "
-            f"{STRETCH:g} s (or half of it), which have the same words; SSIM: of one frame a second there.",
+            f"tiny at {steps} steps, puppet {given.puppet}; lips: correlation over {STRETCH:g} s at the start "
+            "and at the end (half of a shorter video), with the same words under the same windows; SSIM: of "
+            "one frame a second there.",
             table(HEADINGS, rows),
             circumstances(given.threads, "float32"),
         ]
