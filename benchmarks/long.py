@@ -37,6 +37,7 @@ from stableavatar.evaluation.pictures import structural_similarity
 from stableavatar.evaluation.regions import puppet_regions
 from stableavatar.evaluation.report import put_between
 from stableavatar.media.reading import read_frames
+from stableavatar.sampling.windows import latent_frames_for
 from stableavatar.training.tiny.assemble import SAMPLING_DEFAULTS
 
 RATE, FPS, SIZE = 16_000, 25, 128
@@ -45,8 +46,8 @@ HEADINGS = (
 )  # fmt: skip
 STRETCH = 60.0
 """Seconds at the start and at the end that are measured."""
-WINDOW_STRIDE = 24
-"""Frames from one window of tiny to the next: 9 latents less the overlap of 3."""
+WINDOW_STRIDE = 4 * (latent_frames_for(SAMPLING_DEFAULTS["window"]) - SAMPLING_DEFAULTS["overlap"])
+"""Frames from a window's start to the next one's."""
 
 
 def long_speech(seconds: float) -> NDArray[np.float32]:
@@ -162,8 +163,8 @@ def main() -> None:
     text = "\n\n".join(
         [
             f"tiny at {steps} steps, puppet {given.puppet}; lips: correlation over {STRETCH:g} s at the "
-            "start and at the end (half of a shorter video), with the same words under the same windows; SSIM: of "
-            "one frame a second there.",
+            "start and at the end (half of a shorter video), with the same words under the same windows; SSIM: "
+            "of one frame a second there.",
             table(HEADINGS, rows),
             circumstances(given.threads, "float32"),
         ]
