@@ -163,8 +163,8 @@ def main() -> None:
     text = "\n\n".join(
         [
             f"tiny at {steps} steps, puppet {given.puppet}; lips: correlation over {STRETCH:g} s at the "
-            "start and at the end (half of a shorter video), with the same words under the same windows; SSIM: "
-            "of one frame a second there.",
+            "start and at the end (half of a shorter video), with the same words under the same windows; "
+            "SSIM: of one frame a second there.",
             table(HEADINGS, rows),
             circumstances(given.threads, "float32"),
         ]
