@@ -6,8 +6,8 @@ A puppet that nothing was trained on says recordings that nothing was trained on
 process of its own, whose peak memory is read; then the mouths of a minute at its start and of one at its end
 are measured against the opening that the speech calls for, and its pictures against the puppet's truth
 outside mouth and eyes. The two minutes have the same words, and windows are laid over them in the same way: a
-window that lies in a pause as a whole makes the mouth move (fault 17 of the published method), wherever it
-is. Videos are kept in --folder; one that is there is not made again.
+window that lies in a silent pause as a whole can make the mouth move (docs/tiny.md), wherever it is. Videos
+are kept in --folder; one that is there is not made again.
 """
 
 import argparse
