@@ -6,10 +6,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch.distributed as dist
 
 from command_line import Nursery, free_port, portrait, speech, toy_model
 from stableavatar.errors import ProcessError
@@ -201,6 +203,13 @@ def test_who_takes_no_more_frames_ends_the_others(
     assert said == ["(32, 32, 3)\n", "process 0 of 2 has ended: no more frames are taken\n"]
 
 
+def test_what_the_first_takes_is_handed_over_without_waiting_for_it(
+    scripts: Callable[[str], "list[subprocess.Popen[str]]"],
+) -> None:
+    said = [process.communicate(timeout=60)[0] for process in scripts("hand_over")]
+    assert said == ["['first', 'second']\n['first again', 'second again']\n", "None\nNone\n"]
+
+
 @pytest.mark.parametrize(
     ("count", "more", "says"),
     [
@@ -260,5 +269,17 @@ def take_one() -> None:
                 os._exit(0)
 
 
+def hand_over() -> None:
+    """The first does not begin to take before the second has handed over and gone on."""
+    with joined() as processes:
+        store = dist.distributed_c10d._get_default_store()
+        for turn in ("", " again"):
+            if processes.leads:
+                store.wait([f"gone on{turn}"], timedelta(seconds=20))
+            print(processes.gather(("first" if processes.leads else "second") + turn), flush=True)
+            if not processes.leads:
+                store.set(f"gone on{turn}", "yes")
+
+
 if __name__ == "__main__":
-    {"wait": wait, "take_one": take_one}[sys.argv[1]]()
+    {"wait": wait, "take_one": take_one, "hand_over": hand_over}[sys.argv[1]]()

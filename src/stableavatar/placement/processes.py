@@ -53,6 +53,7 @@ class Processes:
         self.size = dist.get_world_size()
         self._device = torch.device(device)
         self._broken = self._failed = False
+        self._errors: list[Exception] = []
         self._messages: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._carrier = threading.Thread(target=self._carry, daemon=True)
         self._carrier.start()
@@ -110,15 +111,25 @@ class Processes:
         return received
 
     def gather(self, value: T) -> list[T] | None:
-        """Everyone's value in the first process, None in the others."""
-        data = torch.empty(0, dtype=torch.uint8) if self.leads else _packed(value)
-        lengths = self.numbers([len(data)])
+        """Everyone's value in the first process. The others get None, and do not wait until it is taken."""
         if not self.leads:
-            self.exchange({0: data}, {})
+            data = _packed(value)
+            self._post(lambda: self._hand_over(data))
             return None
-        others = {rank: torch.empty(int(lengths[rank][0]), dtype=torch.uint8) for rank in range(1, self.size)}
-        self.exchange({}, others)
-        return [value, *(_unpacked(others[rank]) for rank in range(1, self.size))]
+        others: list[torch.Tensor] = []
+        self._do(lambda: others.extend(self._received(rank) for rank in range(1, self.size)))
+        return [value, *map(_unpacked, others)]
+
+    def _hand_over(self, data: torch.Tensor) -> None:
+        dist.send(torch.tensor([len(data)]), 0, group=self._group)
+        dist.send(data, 0, group=self._group)
+
+    def _received(self, rank: int) -> torch.Tensor:
+        length = torch.empty(1, dtype=torch.int64)
+        dist.recv(length, rank, group=self._group)
+        data = torch.empty(int(length), dtype=torch.uint8)
+        dist.recv(data, rank, group=self._group)
+        return data
 
     def fail(self, why: str) -> None:
         """This process ends before the work is done: the others end too, within seconds."""
@@ -132,32 +143,37 @@ class Processes:
         self.close()
 
     def close(self) -> None:
-        """Part without waiting for the others."""
-        self._watch.stop()
+        """Part without waiting for the others, but for what the first is still to take."""
         if not self._broken:
             self._messages.put(None)
-            self._carrier.join()
+            while self._carrier.is_alive() and self._watch.trouble() is None:
+                self._carrier.join(0.2)
+        self._watch.stop()
 
     def _carried(self, tensor: torch.Tensor) -> torch.Tensor:
         """What a backend can carry of a tensor: gloo that of main memory, nccl that of a GPU."""
         return tensor if tensor.device.type in ("cpu", "cuda") else tensor.cpu()
 
-    def _do(self, message: Callable[[], None]) -> None:
-        """Send a message from the thread that does so, while this one listens for signals and signs of
-        life."""
+    def _post(self, message: Callable[[], None]) -> threading.Event:
+        """Have a message sent by the thread that does so, after those before it; what goes wrong is said by
+        the next that is waited for."""
         if self._broken:
             raise ProcessError("a process was lost before")
         over = threading.Event()
-        errors: list[Exception] = []
 
         def carry() -> None:
             try:
                 message()
             except Exception as error:
-                errors.append(error)
+                self._errors.append(error)
             over.set()
 
         self._messages.put(carry)
+        return over
+
+    def _do(self, message: Callable[[], None]) -> None:
+        """Send a message, and wait until it is through, while listening for signals and signs of life."""
+        over = self._post(message)
         try:
             while not over.wait(0.2):
                 trouble = self._watch.trouble()
@@ -166,13 +182,14 @@ class Processes:
         except BaseException:
             self._broken = True  # the message may still be on its way
             raise
-        if errors:
+        if self._errors:
             self._broken = True
+            error = self._errors[0]
             trouble = self._watch.ask()
-            reason = str(errors[0]).splitlines()[0] if str(errors[0]) else type(errors[0]).__name__
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise ProcessError(
                 trouble or f"one of the {self.size} processes is lost: it was killed, or has ended ({reason})"
-            ) from errors[0]
+            ) from error
 
     def _carry(self) -> None:
         if self._device.type == "cuda":
