@@ -1,6 +1,6 @@
 """Streaming decode beside diffusers' decode of the whole, with tiny's autoencoder: time and memory.
 
-Both are measured with torch's own convolutions and with those of `placement.convolutions`, so that the two
+Both are measured with torch's own kernels and with those of `placement.slow_kernels`, so that the two
 effects are told apart.
 """
 
@@ -23,7 +23,7 @@ from benchmarks.measuring import (
 )
 from benchmarks.sizes import Sizes
 from stableavatar import load
-from stableavatar.placement.convolutions import avoid_slow_convolutions
+from stableavatar.placement.slow_kernels import avoid_slow_kernels
 from stableavatar.sampling.decoding import denormalise_latents, stream_decode
 
 PEER = "diffusers"
@@ -44,22 +44,22 @@ def whole(vae: AutoencoderKLWan, latents: torch.Tensor) -> Iterable[torch.Tensor
     return vae.decode(denormalise_latents(vae, latents[None]), return_dict=False)[0][0].unbind(1)
 
 
-# Each variant's decoding, and whether its autoencoder avoids torch's slow convolutions.
+# Each variant's decoding, and whether its autoencoder avoids torch's slow kernels.
 VARIANTS: dict[str, tuple[Decode, bool]] = {
     PEER: (whole, False),
-    "diffusers, convolutions as ours": (whole, True),
-    "ours, convolutions of torch": (stream, False),
+    "diffusers, kernels as ours": (whole, True),
+    "ours, kernels of torch": (stream, False),
     "ours": (stream, True),
 }
 
 
-def autoencoder(own_convolutions: bool) -> AutoencoderKLWan:
+def autoencoder(own_kernels: bool) -> AutoencoderKLWan:
     """A new autoencoder of diffusers with the weights of tiny's."""
     shipped = load("tiny", device="cpu", dtype="float32").vae
     vae = AutoencoderKLWan.from_config(shipped.config).eval()
     vae.load_state_dict(shipped.state_dict())
-    if own_convolutions:
-        avoid_slow_convolutions(vae)
+    if own_kernels:
+        avoid_slow_kernels(vae)
     return vae
 
 

@@ -4,11 +4,16 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d
+from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d, WanRMS_norm
 from torch.profiler import ProfilerActivity, profile
 
 from stableavatar.pipeline import AvatarPipeline
-from stableavatar.placement.convolutions import ONEDNN_SIZE, SmallCausalConv3d, avoid_slow_convolutions
+from stableavatar.placement.slow_kernels import (
+    ONEDNN_SIZE,
+    QuickRMSNorm,
+    SmallCausalConv3d,
+    avoid_slow_kernels,
+)
 from stableavatar.sampling.decoding import stream_decode
 
 SLOW = "aten::slow_conv3d"
@@ -44,14 +49,14 @@ def test_small_convolutions_give_the_same_numbers(options: dict) -> None:
         inputs.append(torch.randn(1, 6, memory, 9, 11))
     module = convolution(**options)
     expected = module(*inputs)
-    avoid_slow_convolutions(module)
+    avoid_slow_kernels(module)
     assert type(module) is SmallCausalConv3d
     torch.testing.assert_close(module(*inputs), expected, rtol=1e-5, atol=1e-6)
     assert not any(key.startswith(SLOW) for key in kernels(module, *inputs))
 
 
 def test_torch_still_has_the_slow_path_and_its_limit() -> None:
-    """If this fails, torch has changed, and `placement.convolutions` may be of no use any more."""
+    """If this fails, torch has changed, and `placement.slow_kernels` may be of no use any more."""
     module = convolution(kernel_size=3, padding=1)
     below, above = torch.randn(1, 6, 2, 48, 48), torch.randn(1, 6, 70, 49, 8)
     assert ONEDNN_SIZE < 6 * 72 * 51
@@ -61,7 +66,7 @@ def test_torch_still_has_the_slow_path_and_its_limit() -> None:
 
 def test_gradients_and_other_inputs_are_as_before() -> None:
     module, small = convolution(kernel_size=3, padding=1), convolution(kernel_size=3, padding=1)
-    avoid_slow_convolutions(small)
+    avoid_slow_kernels(small)
     clip = torch.randn(1, 6, 4, 8, 8)
     for one in (module, small):
         one(clip).square().mean().backward()
@@ -69,6 +74,28 @@ def test_gradients_and_other_inputs_are_as_before() -> None:
     torch.testing.assert_close(small.bias.grad, module.bias.grad)
     for other in (torch.randn(2, 6, 4, 8, 8), torch.randn(1, 6, 60, 80, 8)):
         torch.testing.assert_close(small(other), module(other), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("images", [True, False])
+@pytest.mark.parametrize("bias", [True, False])
+def test_norms_give_the_same_numbers(images: bool, bias: bool) -> None:
+    torch.manual_seed(0)
+    norm = WanRMS_norm(8, images=images, bias=bias)
+    for parameter in norm.parameters():
+        torch.nn.init.uniform_(parameter, 0.5, 2)
+    shape = (2, 8, 5, 4) if images else (2, 8, 3, 5, 4)
+    pictures = [
+        torch.randn(shape),
+        torch.zeros(shape),
+        torch.full(shape, 1e-14),
+        torch.randn(shape).bfloat16(),
+    ]
+    expected = [norm(picture) for picture in pictures]
+    avoid_slow_kernels(norm)
+    assert type(norm) is QuickRMSNorm
+    for picture, wanted in zip(pictures, expected, strict=True):
+        torch.testing.assert_close(norm(picture), wanted, rtol=1e-6, atol=1e-6)
+    assert not any("norm" in key for key in kernels(norm, pictures[0]))
 
 
 def test_a_pipeline_decodes_without_the_slow_path() -> None:

@@ -46,9 +46,9 @@ from stableavatar.media.video import STANDARD_OUTPUT
 from stableavatar.models.transformer import StableAvatarTransformer3DModel
 from stableavatar.options import GenerateOptions, OutputOptions, SamplingDefaults, Settings
 from stableavatar.placement.autoencoder import decoder_device
-from stableavatar.placement.convolutions import avoid_slow_convolutions
 from stableavatar.placement.device import choose_device, choose_dtype
 from stableavatar.placement.processes import Processes
+from stableavatar.placement.slow_kernels import avoid_slow_kernels
 from stableavatar.sampling.noise import GivenNoise, Noise, PositionalNoise
 from stableavatar.sampling.windows import WindowPlan
 from stableavatar.writing import GeneratedVideo, write_live, write_video
@@ -126,7 +126,7 @@ class AvatarPipeline(DiffusionPipeline):
             speech_encoder=speech_encoder,
             scheduler=scheduler,
         )
-        avoid_slow_convolutions(self.vae)
+        avoid_slow_kernels(self.vae)
         self.origin: dict[str, str] = {}  # what it was loaded from, for the metadata of videos
         self.defaults = SamplingDefaults(**(sampling_defaults or {}))
         self.register_to_config(sampling_defaults=asdict(self.defaults))
