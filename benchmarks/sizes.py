@@ -17,8 +17,8 @@ class Sizes:
         decoded: lengths to decode, in latent frames.
         speech: lengths to generate, in seconds. steps: of a generation; tiny's own are 10.
         short_speech, long_speech, process_steps: seconds and steps, for the comparison of processes. With few
-            steps most of the work is decoding, which is the first process's alone; in the first 10 seconds of
-            video windows are still dealt as if there were none (docs/decisions/0007).
+            steps most of the work is decoding, which is the first process's alone; in the first
+            seconds of video windows are still dealt as if there were none (docs/decisions/0007).
     """
 
     rounds: int = 5
