@@ -11,7 +11,7 @@ DEMO   := src/stableavatar/assets/demo
 WORK   ?= $(if $(XDG_CACHE_HOME),$(XDG_CACHE_HOME),$(HOME)/.cache)/stableavatar/train
 STORE  ?= $(WORK)/puppets
 CLIPS  ?= 3000
-# What `make bench` measures, by default all: transformer peak decode generate processes.
+# What `make bench` measures, by default all: transformer peak decode generate first-frame processes.
 PARTS  ?=
 
 .PHONY: help demo test lint parity tiny evaluate-tiny bench format clean

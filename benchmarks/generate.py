@@ -38,19 +38,12 @@ def measure(sizes: Sizes, threads: int) -> str:
         "order", "seconds of speech", "seconds a second of video", "first frame after, s", "peak, MB",
         "of it above the loaded model, MB",
     ]  # fmt: skip
-    causal = [
-        [str(seconds), f"{found['first_frame']:.2f}"]
-        for (seconds, order), found in made.items()
-        if order == "causal"
-    ]
     return "\n\n".join(
         [
             f"`generate` with tiny at {sizes.steps} steps (its own default is more), float32, from portrait "
             "and recording to the finished file; one run each, in a process of its own. Loading the model is "
             "not counted.",
             table(headings, rows),
-            "Time to the first frame in causal order:",
-            table(["seconds of speech", "first frame after, s"], causal),
         ]
     )
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import decode, generate, peak, processes, transformer
+from benchmarks import decode, first_frame, generate, peak, processes, transformer
 from benchmarks.measuring import BenchmarkError, circumstances, show_no_progress
 from benchmarks.sizes import FULL, QUICK, Sizes
 from stableavatar.errors import InputError
@@ -30,6 +30,7 @@ PARTS: dict[str, tuple[Part, str]] = {
     "peak": (peak.measure, "float32 and bfloat16"),
     "decode": (decode.measure, "float32"),
     "generate": (generate.measure, "float32"),
+    "first-frame": (first_frame.measure, "float32"),
     "processes": (processes.measure, "float32"),
 }
 

@@ -16,6 +16,7 @@ class Sizes:
             the released 30, all alike, is reckoned.
         decoded: lengths to decode, in latent frames.
         speech: lengths to generate, in seconds. steps: of a generation; tiny's own are 10.
+        followed: lengths whose first frame is waited for, in seconds.
         short_speech, long_speech, process_steps: seconds and steps, for the comparison of processes. With few
             steps most of the work is decoding, which is the first process's alone; in the first
             seconds of video windows are still dealt as if there were none (docs/decisions/0007).
@@ -28,6 +29,7 @@ class Sizes:
     decoded: tuple[int, ...] = (21, 81, 321)
     speech: tuple[int, ...] = (10, 60, 600)
     steps: int = 4
+    followed: tuple[int, ...] = (10, 60, 600, 3600)
     short_speech: int = 30
     long_speech: int = 90
     process_steps: int = 10
@@ -46,6 +48,7 @@ QUICK = Sizes(
     decoded=(3, 9),
     speech=(5, 10),
     steps=2,
+    followed=(5, 10),
     short_speech=2,
     long_speech=6,
     process_steps=4,

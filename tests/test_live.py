@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -17,8 +18,11 @@ import pytest
 from command_line import QUICK, portrait, run, toy_model
 from media_files import write_wav
 from stableavatar.errors import InputError, StoppedError
+from stableavatar.generation import Progress
 from stableavatar.media.audio import Sound, Speech
-from stableavatar.media.live import LiveRecording, read_live
+from stableavatar.media.decoding import BLOCK, stream_sound
+from stableavatar.media.image import read_picture
+from stableavatar.media.live import LiveRecording, follow_speech, read_live
 from stableavatar.media.reading import probe, read_frames, read_metadata
 from stableavatar.options import OutputOptions
 from stableavatar.pipeline import AvatarPipeline
@@ -128,6 +132,114 @@ def test_frames_come_before_the_end_of_the_speech(pipeline: AvatarPipeline) -> N
     stream.close()
     assert seen[0] == 17
     assert max(have - shown for shown, have in enumerate(seen, 1)) < 17 + 8
+
+
+class TestFollowedFiles:
+    """In causal order a file whose video is watched while it is made is read as it is needed."""
+
+    @pytest.mark.parametrize(
+        "options", [{}, {"start": 0.3}, {"duration": 1.3}, {"duration": 0.34}, {"start": 1, "duration": 3}]
+    )
+    @pytest.mark.parametrize("channels", [1, 2])
+    def test_the_video_is_that_of_the_file_read_before(
+        self, pipeline: AvatarPipeline, tmp_path: Path, options: dict[str, float], channels: int
+    ) -> None:
+        path = write_wav(tmp_path / "a.wav", noise(2 * 44_100 * channels).reshape(-1, channels), 44_100)
+        followed = pipeline.stream(PICTURE, path, order="causal", **SMALL, **options)
+        assert followed.frame_count is None
+        with Speech.open(path, **options) as speech:
+            samples = speech.samples(0, len(speech))
+        if "duration" in options:
+            samples = np.concatenate(
+                [samples, np.zeros(round(16_000 * options["duration"]) - len(samples), np.float32)]
+            )
+        whole = pipeline.stream(PICTURE, samples, order="causal", **SMALL)
+        assert np.array_equal(np.stack(list(followed)), np.stack(list(whole)))
+        written = pipeline.generate(PICTURE, path, tmp_path / "a.mp4", order="causal", **SMALL, **options)
+        assert written.frame_count == whole.frame_count
+
+    @pytest.fixture
+    def read(self, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+        """Samples of every block that was read of a followed file."""
+        read: list[int] = []
+
+        def counted(*arguments: Any) -> Iterator[np.ndarray]:
+            for block in stream_sound(*arguments):
+                read.append(len(block))
+                yield block
+
+        monkeypatch.setattr("stableavatar.media.live.stream_sound", counted)
+        return read
+
+    def test_the_first_frame_needs_its_window_of_the_file(
+        self, pipeline: AvatarPipeline, tmp_path: Path, read: list[int]
+    ) -> None:
+        path = write_wav(tmp_path / "a.wav", noise(60 * 16_000), 16_000)
+        stream = pipeline.stream(PICTURE, path, order="causal", **SMALL)
+        assert not read
+        next(stream)
+        stream.close()
+        assert 17 * 640 <= sum(read) < 17 * 640 + 2 * BLOCK
+
+    def test_a_live_video_follows_its_file(
+        self, pipeline: AvatarPipeline, tmp_path: Path, read: list[int]
+    ) -> None:
+        path = write_wav(tmp_path / "a.wav", noise(6 * 16_000), 16_000)
+        at_first: list[int] = []
+
+        def watch(progress: Progress) -> None:
+            if progress.frame == 1:
+                at_first.append(sum(read))
+
+        options = {"order": "causal", "progress": watch, **SMALL}
+        made = {}
+        for name in ("watched", "whole"):
+            encoding = OutputOptions(live=name == "watched", frames=tmp_path / name)
+            video = tmp_path / f"{name}.mp4"
+            pipeline.generate(PICTURE, path, video, output_options=encoding, **options)
+            pictures = [read_picture(file) for file in sorted((tmp_path / name).iterdir())]
+            made[name] = (np.stack(pictures), probe(video).sound_samples)
+            assert sum(read) == 6 * 16_000
+        assert at_first[0] < 17 * 640 + 2 * BLOCK
+        assert np.array_equal(made["watched"][0], made["whole"][0])
+        # A file that grows cannot say where within its last packet of sound the end is.
+        assert 0 <= made["watched"][1] - made["whole"][1] < 1024
+
+    @pytest.mark.parametrize(
+        "options",
+        [
+            {},
+            {"order": "lockstep"},
+            {"order": "causal", "batch_windows": 2},
+            {"order": "causal", "compat": "upstream"},
+            {"order": "causal", "speech_normalisation": "recording"},
+        ],
+    )
+    def test_what_needs_the_end_reads_the_file_before(
+        self, pipeline: AvatarPipeline, tmp_path: Path, options: dict[str, Any]
+    ) -> None:
+        path = write_wav(tmp_path / "a.wav", noise(16_000), 16_000)
+        stream = pipeline.stream(PICTURE, path, **SMALL, **options)
+        assert stream.frame_count is not None
+        stream.close()
+
+    def test_opposite_phase_is_heard(self, pipeline: AvatarPipeline, tmp_path: Path) -> None:
+        samples = noise(40_000)
+        path = write_wav(tmp_path / "a.wav", np.stack([samples, -samples], axis=1), 16_000)
+        followed = follow_speech(path)
+        with Speech.open(path) as speech:
+            assert np.array_equal(followed.samples(0, 40_000), speech.samples(0, 40_000))
+        assert followed.length is None or followed.length == 40_000
+
+    def test_a_file_that_is_cut_off_is_said_where_it_ends(
+        self, pipeline: AvatarPipeline, tmp_path: Path
+    ) -> None:
+        path = write_wav(tmp_path / "a.wav", noise(32_000), 16_000)
+        path.write_bytes(path.read_bytes()[:40_000])
+        stream = pipeline.stream(PICTURE, path, order="causal", **SMALL)
+        with pytest.raises(InputError, match="cut off"):
+            for _ in stream:
+                pass
 
 
 def test_sound_that_nobody_takes_is_not_kept(

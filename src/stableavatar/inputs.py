@@ -12,7 +12,7 @@ from PIL import Image
 from stableavatar.errors import InputError
 from stableavatar.media.audio import SPEECH_RATE, Sound, Speech
 from stableavatar.media.image import check_size, convert_picture, read_picture
-from stableavatar.media.live import LiveRecording, LiveSound, LiveSpeech
+from stableavatar.media.live import LiveRecording, LiveSound, LiveSpeech, follow_speech
 from stableavatar.media.reading import Frame
 from stableavatar.media.timing import frame_count
 from stableavatar.options import GenerateOptions, Settings
@@ -54,16 +54,37 @@ def as_live(speech: SpeechInput | None, options: GenerateOptions) -> SpeechInput
     return speech
 
 
-def open_speech(speech: SpeechInput | None, options: GenerateOptions) -> Speech | LiveSpeech | None:
-    """What the model hears; to be closed. Raises InputError where it cannot be read or used."""
+def open_speech(
+    speech: SpeechInput | None, options: GenerateOptions, *, follow: bool = False
+) -> Speech | LiveSpeech | None:
+    """What the model hears; to be closed.
+
+    Args:
+        follow: a file may be read as it is needed. It is where nothing else needs to know its end: then the
+            first frames, which in causal order need one window, do not wait for the reading of all of it.
+
+    Raises:
+        InputError: it cannot be read or used.
+    """
     if speech is None:
         return None
     if isinstance(speech, LiveRecording):
         return speech.speech
     if isinstance(speech, str | Path):
+        if follow and _needs_no_end(options):
+            return follow_speech(speech, start=options.start, duration=options.duration)
         return Speech.open(speech, SPEECH_RATE, start=options.start, duration=options.duration)
     assert isinstance(speech, np.ndarray)
     return Speech.from_array(_cut(speech, options), SPEECH_RATE)
+
+
+def _needs_no_end(options: GenerateOptions) -> bool:
+    return (
+        options.order == "causal"
+        and options.batch_windows == 1
+        and options.speech_normalisation == "window"
+        and options.compat is None
+    )
 
 
 def _cut(samples: NDArray[np.float32], options: GenerateOptions) -> NDArray[np.float32]:
@@ -146,7 +167,7 @@ def _frames(recording: Speech | None, options: Settings) -> int:
     elif options.duration is not None and Fraction(options.duration) * fps < 1:
         what = f"a duration of {options.duration} s"
     elif options.duration is not None:
-        return round(Fraction(options.duration) * fps)
+        return frame_count(round(Fraction(options.duration) * SPEECH_RATE), SPEECH_RATE, fps)
     elif recording is not None:
         return frame_count(len(recording), SPEECH_RATE, fps)
     else:

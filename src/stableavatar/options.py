@@ -337,7 +337,7 @@ class OutputOptions:
     preset: Preset = _option("medium", "H.264 preset: slower ones make smaller files.", panel=FILE)
     live: bool = _option(
         False,
-        "Write fragmented MP4 under its final name, which plays while it grows.",
+        "Write fragmented MP4 under its final name, which plays while it grows; it cannot be resumed.",
         panel=FILE,
     )
     checkpoint_every: float = _option(

@@ -62,8 +62,8 @@ class AvatarStream(Iterator[Frame]):
     """Frames of a video, uint8 `[height, width, 3]`, made as they are asked for.
 
     Attributes:
-        frame_count (None where the speech is still arriving), frame_rate (frames a second), width, height: of
-            the video.
+        frame_count (None where the speech is still arriving, and in causal order, where a file is read as it
+            is needed), frame_rate (frames a second), width, height: of the video.
         options: the options with every default filled in; with them the video can be repeated.
     """
 
@@ -226,7 +226,7 @@ class AvatarPipeline(DiffusionPipeline):
         live = as_live(speech, given)
         if isinstance(live, LiveRecording) and live is not speech:
             live.sound.wanted = False  # frames alone are asked for
-        return AvatarStream(self._open(portrait, live, given, latents, progress, processes))
+        return AvatarStream(self._open(portrait, live, given, latents, progress, processes, follow=True))
 
     def assist(self, portrait: Portrait, speech: SpeechInput | None, processes: Processes) -> None:
         """Share the windows of a video that the first of several processes makes, by `generate` or `stream`
@@ -250,9 +250,12 @@ class AvatarPipeline(DiffusionPipeline):
         latents: torch.Tensor | None,
         progress: ProgressCallback | None,
         processes: Processes | None,
+        *,
+        follow: bool = False,
     ) -> Run:
         picture = read_portrait(portrait)
-        recording = open_speech(speech, given)
+        follow = follow and latents is None and processes is None
+        recording = open_speech(speech, given, follow=follow)
         try:
             return self._run(given, picture, recording, latents, progress, processes)
         except BaseException:
@@ -346,7 +349,7 @@ class AvatarPipeline(DiffusionPipeline):
         if encoding.live or isinstance(speech, LiveRecording) or str(output) == STANDARD_OUTPUT:
             if resume:
                 raise InputError("what is written or spoken live cannot be resumed: leave out --resume")
-            run = self._open(portrait, speech, given, latents, progress, processes)
+            run = self._open(portrait, speech, given, latents, progress, processes, follow=True)
             return write_live(run, open_sound(speech, given), output, encoding, stop)
         path = check_output(output)
         if resume is None:

@@ -31,16 +31,15 @@ SPEECH_RATE = 16000
 SOUND_RATES = (8000, 11025, 12000, 16000, 22050, 24000, 32000, 44100, 48000)
 # A mix with less than this share of the louder channel's energy has cancelled itself out.
 CANCELLED = 0.01
+# Seconds of a recording that are looked at for it.
+CANCELLED_LOOK = 60.0
 _ITEM = np.dtype(np.float32).itemsize
 
 
 class Speech:
     """A recording as mono float32 samples on disk, any stretch of which can be read; `len(speech)` of them.
 
-    Channels are mixed to the mean of left and right (5.1 and 7.1 by ITU-R BS.775 first). One silent channel
-    only halves the level, which the model normalises. Where left and right cancel each other (a microphone
-    wired with opposite phase: the mean keeps less than a hundredth of the energy), the louder of the two is
-    taken alone.
+    Channels are mixed as `speech_mix` says.
     """
 
     def __init__(self, file: IO[bytes], length: int, sample_rate: int) -> None:
@@ -68,17 +67,8 @@ class Speech:
         before the cut; of .ts and .aac it cannot be told), damaged, samples that are NaN or infinite, `start`
         after the end, no room for the temporary file.
         """
-        mix: Mix = "mono" if sound_format(path).channels == 1 else "stereo"
-        speech, energies = cls._store(stream_sound(path, sample_rate, mix, start, duration), sample_rate)
-        left, right, mean = energies
-        if mean < CANCELLED * max(left, right):
-            speech.close()
-            louder: Mix = "left" if left >= right else "right"
-            logger.info(
-                "recording %s: left and right cancel each other; only the %s one is used", path, louder
-            )
-            speech, _ = cls._store(stream_sound(path, sample_rate, louder, start, duration), sample_rate)
-        return speech
+        mix = speech_mix(path, start, duration)
+        return cls._store(stream_sound(path, sample_rate, mix, start, duration), sample_rate)
 
     @classmethod
     def from_array(cls, samples: ArrayLike, sample_rate: int, *, speech_rate: int = SPEECH_RATE) -> "Speech":
@@ -87,27 +77,21 @@ class Speech:
         Raises InputError for samples that are NaN or infinite, or another shape.
         """
         array = _as_channels(samples).mean(axis=1, keepdims=True, dtype=np.float32)
-        return cls._store(_resample_array(array, sample_rate, speech_rate), speech_rate)[0]
+        return cls._store(_resample_array(array, sample_rate, speech_rate), speech_rate)
 
     @classmethod
-    def _store(
-        cls, blocks: Iterator[Samples], sample_rate: int
-    ) -> tuple["Speech", tuple[float, float, float]]:
-        """Write the mean of the channels of every block; also the energies of left, right and mean."""
-        length, left, right, mean = 0, 0.0, 0.0, 0.0
+    def _store(cls, blocks: Iterator[Samples], sample_rate: int) -> "Speech":
+        """Write blocks [n, 1]."""
+        length = 0
         try:
             file: IO[bytes] = tempfile.TemporaryFile(prefix="stableavatar-")  # noqa: SIM115  (closed by close)
         except OSError as error:
             raise _no_room(error) from error
         try:
             for block in blocks:
-                mono = np.ascontiguousarray(block.mean(axis=1, dtype=np.float32))
-                left += _energy(block[:, 0])
-                right += _energy(block[:, -1])
-                mean += _energy(mono)
-                length += len(mono)
+                length += len(block)
                 try:
-                    file.write(mono.data)
+                    file.write(np.ascontiguousarray(block).data)
                 except OSError as error:
                     raise _no_room(error) from error
             try:
@@ -117,7 +101,7 @@ class Speech:
         except BaseException:
             _discard(file)
             raise
-        return cls(file, length, sample_rate), (left, right, mean)
+        return cls(file, length, sample_rate)
 
     def __len__(self) -> int:
         return self._length
@@ -212,6 +196,31 @@ class Sound:
             source = stream_sound(self._path, self.sample_rate, mix, self._start, self._duration)
         for block in source:
             yield np.clip(block, -1.0, 1.0)
+
+
+def speech_mix(path: str | Path, start: float = 0.0, duration: float | None = None) -> Mix:
+    """How the channels of a recording become the one that the model hears.
+
+    The mean of left and right (5.1 and 7.1 by ITU-R BS.775 first). One silent channel only halves the level,
+    which the model normalises. Where left and right cancel each other (a microphone wired with opposite
+    phase: the mean keeps less than a hundredth of the energy), the louder of the two is taken alone. The
+    first minute decides, so that no one waits for the end of a long recording.
+
+    Raises InputError as `stream_sound` does, for as much as is read.
+    """
+    if sound_format(path).channels == 1:
+        return "mono"
+    look = CANCELLED_LOOK if duration is None else min(duration, CANCELLED_LOOK)
+    left = right = mean = 0.0
+    for block in stream_sound(path, SPEECH_RATE, "stereo", start, look):
+        left += _energy(block[:, 0])
+        right += _energy(block[:, 1])
+        mean += _energy(block.mean(axis=1))
+    if mean >= CANCELLED * max(left, right):
+        return "mono"
+    louder: Mix = "left" if left >= right else "right"
+    logger.info("recording %s: left and right cancel each other; only the %s one is used", path, louder)
+    return louder
 
 
 def output_rate(sample_rate: int) -> int:

@@ -1,4 +1,5 @@
-"""Speech that is still arriving, from a pipe or a microphone: only what is needed stays in memory.
+"""Speech that is still arriving, from a pipe, a microphone, or a file that is read as it is needed: only what
+is needed stays in memory.
 
 The same samples as `Speech` and `Sound` give once it has ended, as far as they have arrived.
 """
@@ -9,14 +10,21 @@ import select
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from fractions import Fraction
+from pathlib import Path
 from typing import Any, BinaryIO
 
 import av
 import numpy as np
 
 from stableavatar.errors import InputError
-from stableavatar.media.audio import SPEECH_RATE, Samples, output_rate
-from stableavatar.media.decoding import LARGEST_SAMPLE, Resampler, decoded_samples, mix_gains
+from stableavatar.media.audio import SPEECH_RATE, Samples, output_rate, speech_mix
+from stableavatar.media.decoding import (
+    LARGEST_SAMPLE,
+    Resampler,
+    decoded_samples,
+    mix_gains,
+    stream_sound,
+)
 from stableavatar.media.files import reason_of
 from stableavatar.media.timing import frame_count
 
@@ -208,6 +216,21 @@ class LiveSound:
             if not self._waiting:
                 return
             yield np.clip(self._waiting.popleft(), -1.0, 1.0)
+
+
+def follow_speech(path: str | Path, *, start: float = 0.0, duration: float | None = None) -> LiveSpeech:
+    """The speech of a file, the samples of `Speech.open`, read as they are asked for.
+
+    With a `duration` silence follows where the file is shorter.
+
+    Raises:
+        InputError: see `Speech.open`; what is wrong further on in the file is found when it is read.
+    """
+    mix = speech_mix(path, start, duration)
+    blocks = stream_sound(path, SPEECH_RATE, mix, start, duration)
+    recording = LiveRecording(blocks, SPEECH_RATE, duration=duration, name=f"recording {path}")
+    recording.sound.wanted = False
+    return recording.speech
 
 
 def read_live(
