@@ -25,8 +25,9 @@ from stableavatar.media.files import cannot_write, hidden_name, reason_of, to_di
 from stableavatar.media.segments import segment_name
 
 FORMAT = 2
-# The model is a path; its weights have a hash. Where a decoder ran out of memory, another device may go on.
-_MAY_CHANGE = {"model", "decoder_device"}
+# Model and LoRAs are paths; the weights have a hash. Where a decoder ran out of memory, another device may
+# go on.
+_MAY_CHANGE = {"model", "lora", "decoder_device"}
 _INDEX = "journal.json"
 # Values of a tensor that are hashed, evenly spaced over it.
 _HASHED_VALUES = 4096

@@ -10,17 +10,20 @@ file.
 import contextlib
 import difflib
 import secrets
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from diffusers import AutoencoderKLWan, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from diffusers.loaders import WanLoraLoaderMixin
 from transformers import CLIPVisionModel, PreTrainedTokenizerBase, UMT5EncoderModel, Wav2Vec2Model
 
 from stableavatar.checkpoints import hub
 from stableavatar.checkpoints.layout import OWN_PARTS, detect_layout, find_published
+from stableavatar.checkpoints.lora import lora_from_state, merge_loras, parse_lora, read_lora
 from stableavatar.checkpoints.own import check_own
 from stableavatar.checkpoints.published import load_published
 from stableavatar.conditioning.image import picture_tensor
@@ -52,6 +55,8 @@ from stableavatar.placement.slow_kernels import avoid_slow_kernels
 from stableavatar.sampling.noise import GivenNoise, Noise, PositionalNoise
 from stableavatar.sampling.windows import WindowPlan
 from stableavatar.writing import GeneratedVideo, write_live, write_video
+
+LoraChoice = str | Path | tuple[str | Path, float]
 
 HUB_ARGUMENTS = ("revision", "token", "cache_dir")
 
@@ -85,16 +90,17 @@ class AvatarStream(Iterator[Frame]):
         self._run.close()
 
 
-class AvatarPipeline(DiffusionPipeline):
+class AvatarPipeline(DiffusionPipeline, WanLoraLoaderMixin):
     """Makes a portrait say a recording.
 
-    A diffusers pipeline: `from_pretrained`, `save_pretrained`, `to`, `enable_model_cpu_offload` and the like
-        work as there.
+    A diffusers pipeline: `from_pretrained`, `save_pretrained`, `to`, `enable_model_cpu_offload`,
+    `load_lora_weights`, `set_adapters` and the like work as there.
 
     Args:
         sampling_defaults: the model's own settings (`SamplingDefaults`), the released models' if None.
     """
 
+    _lora_loadable_modules: ClassVar = ["transformer"]
     model_cpu_offload_seq = "text_encoder->image_encoder->speech_encoder->transformer->vae"
 
     transformer: StableAvatarTransformer3DModel
@@ -127,7 +133,7 @@ class AvatarPipeline(DiffusionPipeline):
             scheduler=scheduler,
         )
         avoid_slow_kernels(self.vae)
-        self.origin: dict[str, str] = {}  # what it was loaded from, for the metadata of videos
+        self.origin: dict[str, Any] = {}  # what it was loaded from, for the metadata of videos
         self.defaults = SamplingDefaults(**(sampling_defaults or {}))
         self.register_to_config(sampling_defaults=asdict(self.defaults))
 
@@ -144,6 +150,7 @@ class AvatarPipeline(DiffusionPipeline):
         variant: str | None = None,
         size: str | None = None,
         dtype: torch.dtype = torch.float32,
+        lora: LoraChoice | Sequence[LoraChoice] = (),
         **kwargs: Any,
     ) -> "AvatarPipeline":
         """Load a model.
@@ -154,6 +161,7 @@ class AvatarPipeline(DiffusionPipeline):
             variant: which of the published transformers, "square" (the default) or "rec-vec".
             size: of the published checkpoints, "1.3b" (the default) or "14b".
             dtype: of the weights.
+            lora: LoRA files to merge into the transformer, each "FILE", "FILE:0.8", or a file and its scale.
             kwargs: `revision`, `token` and `cache_dir` for a hub id; for an own folder, as in diffusers.
 
         Raises:
@@ -181,6 +189,7 @@ class AvatarPipeline(DiffusionPipeline):
             pipeline = super().from_pretrained(folder, dtype=dtype, **kwargs)
             pipeline.speech_encoder.float()  # its features feed every window, and it is small
             pipeline.origin = {"model": str(source)}
+            pipeline._merge(lora)
             return pipeline
         if kwargs:
             raise InputError(f"{', '.join(kwargs)} cannot be used with the published checkpoints in {folder}")
@@ -190,7 +199,52 @@ class AvatarPipeline(DiffusionPipeline):
             "variant": published["variant"],
             "model_size": published["size"],
         }
+        pipeline._merge(lora)
         return pipeline
+
+    def _merge(self, lora: LoraChoice | Sequence[LoraChoice]) -> None:
+        alone = isinstance(lora, str | Path) or (len(lora) == 2 and isinstance(lora[1], int | float))
+        several: Any = [lora] if alone else lora
+        chosen = [
+            parse_lora(it) if isinstance(it, str) else (it, 1.0) if isinstance(it, Path) else it
+            for it in several
+        ]
+        merge_loras(self.transformer, [(read_lora(file, self.transformer), scale) for file, scale in chosen])
+        if chosen:
+            self.origin["lora"] = [f"{file}:{scale:g}" for file, scale in chosen]
+
+    def load_lora_weights(
+        self,
+        source: str | Path | Mapping[str, torch.Tensor],
+        adapter_name: str | None = None,
+        hotswap: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        """Attach a LoRA beside the transformer's weights, as in diffusers: `set_adapters` scales it and
+        chooses among several, `fuse_lora` merges it, `unload_lora_weights` takes it off.
+
+        Args:
+            source: a file or a folder, of any naming that `checkpoints.lora` knows, or its tensors.
+            adapter_name: of the adapter. hotswap: put it in the place of the one of that name.
+            kwargs: `weight_name`, of a file in the folder.
+
+        Raises:
+            CheckpointError: missing, damaged, or for another model; it changes what an adapter cannot hold.
+        """
+        name = kwargs.pop("weight_name", None)
+        if kwargs:
+            raise InputError(f"{', '.join(kwargs)} cannot be used with a LoRA: give a file or a folder")
+        if isinstance(source, Mapping):
+            found = lora_from_state(source, self.transformer)
+        else:
+            found = read_lora(Path(source) / name if name else source, self.transformer)
+        with warnings.catch_warnings():
+            # peft finds layers by the ends of their names: those of blocks in the audio adapter as well. What
+            # it puts there in surplus is zero.
+            warnings.filterwarnings("ignore", "While injecting the PEFT adapters", RuntimeWarning)
+            self.transformer.load_lora_adapter(
+                found.peft_state(), prefix=None, adapter_name=adapter_name, hotswap=hotswap, _pipeline=self
+            )
 
     def stream(
         self,

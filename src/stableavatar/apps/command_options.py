@@ -93,7 +93,7 @@ def repeating_command(settings: Mapping[str, Any]) -> str:
     """The command that makes a video with these settings; the names of the files stand in capitals.
 
     Args:
-        settings: what is in a video's metadata: the model, its variant, size and dtype, and values of
+        settings: what is in a video's metadata: the model, its variant, size, dtype and LoRAs, and values of
             `GenerateOptions` and `OutputOptions`, of which those that are the default are left out. Names
             that no option has are ignored.
     """
@@ -101,6 +101,8 @@ def repeating_command(settings: Mapping[str, Any]) -> str:
     for name in _MODEL_SETTINGS:
         if settings.get(name):
             words += ["--" + name.replace("_", "-"), str(settings[name])]
+    for file in settings.get("lora") or ():
+        words += ["--lora", str(file)]
     if settings.get("width") and settings.get("height"):
         words += ["--size", f"{settings['width']}x{settings['height']}"]
     for field in (*fields(GenerateOptions), *fields(OutputOptions)):
