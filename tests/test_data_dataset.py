@@ -16,9 +16,10 @@ from transformers import Wav2Vec2Config, Wav2Vec2Model
 from clip_folders import SIDE, write_clip
 from stableavatar.conditioning.image import picture_tensor, reference_condition
 from stableavatar.conditioning.speech import speech_features
-from stableavatar.data.cache import CachedWindows, CacheWriter, LatentCache, stack_samples
+from stableavatar.data.cache import CachedWindows, CacheWriter, LatentCache
 from stableavatar.data.clips import FolderClip, find_clips, normalized_speech, read_path_list
 from stableavatar.data.dataset import ClipDataset, ClipDatasetSettings, Window, read_sample
+from stableavatar.data.encoding import Encoders, stack_samples
 from stableavatar.data.masks import masks_to_latents
 from stableavatar.data.sampler import GroupedSampler
 from stableavatar.errors import InputError
@@ -177,36 +178,54 @@ def test_masks_shrink_trilinearly_to_a_quarter_of_the_frames() -> None:
         masks_to_latents(mask[:8], 2, 2)
 
 
-def test_every_clip_once_a_pass_and_one_size_a_batch() -> None:
+def test_every_clip_once_a_pass_and_one_size_a_step() -> None:
     groups = ["a"] * 7 + ["b"] * 4
     sampler = GroupedSampler(groups, 3, seed=1)
-    count = sampler.batches_per_pass
-    assert count == 5
+    count = sampler.steps_per_round
+    assert (count, sampler.passes_at_once) == (5, 1)
     passes = []
     for epoch in range(3):
-        batches = [sampler.batch(epoch * count + k) for k in range(count)]
-        assert all(len({groups[index] for index, _ in batch}) == 1 for batch in batches)
-        assert {seen for batch in batches for _, seen in batch} == {epoch}
-        assert sorted(index for batch in batches for index, _ in batch) == list(range(11))
-        passes.append(batches)
-    assert [[i for i, _ in batch] for batch in passes[0]] != [[i for i, _ in batch] for batch in passes[1]]
-    resumed = GroupedSampler(groups, 3, seed=1).from_batch(8)
-    assert [next(resumed) for _ in range(7)] == [sampler.batch(8 + k) for k in range(7)]
+        steps = [sampler.step(epoch * count + k)[0] for k in range(count)]
+        assert all(len({groups[index] for index, _ in step}) == 1 for step in steps)
+        assert {seen for step in steps for _, seen in step} == {epoch}
+        assert sorted(index for step in steps for index, _ in step) == list(range(11))
+        passes.append(steps)
+    assert [[i for i, _ in step] for step in passes[0]] != [[i for i, _ in step] for step in passes[1]]
+    resumed = GroupedSampler(groups, 3, seed=1).from_step(8)
+    assert [next(resumed) for _ in range(7)] == [sampler.step(8 + k)[0] for k in range(7)]
 
 
-@pytest.mark.parametrize("world", [2, 3])
-def test_processes_share_every_batch(world: int) -> None:
-    groups = ["a"] * 13 + ["b"] * 5
-    ranks = [GroupedSampler(groups, 2, seed=4, rank=rank, world_size=world) for rank in range(world)]
+@pytest.mark.parametrize("world", [1, 2, 3])
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_pieces_of_a_step_share_its_clips(world: int, accumulation: int) -> None:
+    groups = ["a"] * 13 + ["b"] * 6
+    ranks = [
+        GroupedSampler(groups, 2, seed=4, accumulation=accumulation, rank=rank, world_size=world)
+        for rank in range(world)
+    ]
+    together = GroupedSampler(groups, 2, seed=4, accumulation=world * accumulation)
+    streams = [rank.from_step(0) for rank in ranks]
     seen: list[int] = []
-    for number in range(ranks[0].batches_per_pass):
-        shares = [rank.batch(number) for rank in ranks]
-        assert all(shares)
-        assert len({groups[index] for share in shares for index, _ in share}) == 1
-        seen += [index for share in shares for index, _ in share]
-    assert sorted(seen) == list(range(18))
-    with pytest.raises(InputError, match="too few"):
-        GroupedSampler(["a"] * 5 + ["b"], 1, seed=0, world_size=2)
+    for number in range(together.steps_per_round):
+        pieces = [next(stream) for _ in range(accumulation) for stream in streams]
+        assert pieces == together.step(number)
+        assert all(pieces)
+        assert len({groups[index] for piece in pieces for index, _ in piece}) == 1
+        seen += [index for piece in pieces for index, _ in piece]
+        weights = [rank.weight(number, micro) for micro in range(accumulation) for rank in ranks]
+        clips = sum(len(piece) for piece in pieces)
+        shares = [weight / len(weights) for weight in weights]
+        assert shares == pytest.approx([len(piece) / clips for piece in pieces])
+    assert sorted(seen) == list(range(19))
+
+
+def test_few_clips_are_gone_over_several_times_at_once() -> None:
+    sampler = GroupedSampler(["a"] * 5 + ["b"], 1, seed=0, accumulation=3)
+    assert sampler.passes_at_once == 3
+    steps = [sampler.step(k) for k in range(sampler.steps_per_round)]
+    assert all(all(pieces) for pieces in steps)
+    keys = sorted(key for pieces in steps for piece in pieces for key in piece)
+    assert keys == [(clip, epoch) for clip in range(6) for epoch in range(3)]
 
 
 @pytest.fixture(scope="module")
@@ -241,17 +260,14 @@ def test_the_cache_gives_what_the_encoders_give(
 ) -> None:
     vae, speech_encoder = encoders
     dataset = three_clips(root)
-    CacheWriter(dataset, root / "cache", vae, speech_encoder, shard_samples=4).write(KEYS)
+    CacheWriter(dataset, root / "cache", Encoders(vae, speech_encoder), shard_samples=4).write(KEYS)
     cache = LatentCache(root / "cache")
-    assert len(cache) == len(KEYS)
-    assert len(set(cache.groups)) == 2  # 20 and 25 frames a second have speech of different length
-
-    by_prompt: dict[str, list[int]] = {}
-    for index in range(len(cache)):
-        by_prompt.setdefault(cache[index, 0].prompt, []).append(index)
+    assert len(cache) == 3
+    assert cache.groups == [(SIDE, SIDE, "25"), (SIDE, SIDE, "25"), (SIDE, SIDE, "20")]
+    assert torch.equal(cache[0, 4].latents, cache[0, 1].latents)  # of three passes
     for key in KEYS:
         sample = dataset[key]
-        cached = cache[by_prompt[sample.prompt].pop(0), 5]
+        cached = cache[key]
         with torch.no_grad():
             pixels = torch.from_numpy(sample.frames).permute(3, 0, 1, 2)[None] / 127.5 - 1
             latents = (vae.encode(pixels).latent_dist.mode() - 0.1) / 0.5
@@ -272,18 +288,18 @@ def test_an_interrupted_cache_is_finished_and_another_ones_refused(
     vae, speech_encoder = encoders
     dataset = three_clips(root)
     folder = root / "cache"
-    CacheWriter(dataset, folder, vae, speech_encoder, shard_samples=3).write(KEYS[:3])
+    CacheWriter(dataset, folder, Encoders(vae, speech_encoder), shard_samples=3).write(KEYS[:3])
     first = (folder / "shard-00000-0.safetensors").stat().st_mtime_ns
-    assert len(LatentCache(folder)) == 3
-    CacheWriter(dataset, folder, vae, speech_encoder, shard_samples=3).write(KEYS)
+    assert len(LatentCache(folder)) == 1  # three passes of a clip
+    CacheWriter(dataset, folder, Encoders(vae, speech_encoder), shard_samples=3).write(KEYS)
     assert (folder / "shard-00000-0.safetensors").stat().st_mtime_ns == first
-    assert len(LatentCache(folder)) == len(KEYS)
+    assert len(LatentCache(folder)) == 3
 
     with pytest.raises(InputError, match="another dtype"):
-        CacheWriter(dataset, folder, vae, speech_encoder, torch.bfloat16, shard_samples=3)
+        CacheWriter(dataset, folder, Encoders(vae, speech_encoder), torch.bfloat16, shard_samples=3)
     other = AutoencoderKLWan.from_config(vae.config)
     with pytest.raises(InputError, match="another vae"):
-        CacheWriter(dataset, folder, other, speech_encoder, shard_samples=3)
+        CacheWriter(dataset, folder, Encoders(other, speech_encoder), shard_samples=3)
 
     (folder / "shard-00001-0.safetensors").write_bytes(b"cut off")
     with pytest.raises(InputError, match="shard-00001-0"):
@@ -300,10 +316,10 @@ def test_training_from_the_cache_in_half_precision_is_close(
 ) -> None:
     vae, speech_encoder = encoders
     dataset = three_clips(root)
-    CacheWriter(dataset, root / "full", vae, speech_encoder).write(KEYS[:2])
-    CacheWriter(dataset, root / "half", vae, speech_encoder, torch.bfloat16).write(KEYS[:2])
+    CacheWriter(dataset, root / "full", Encoders(vae, speech_encoder)).write(KEYS[:2])
+    CacheWriter(dataset, root / "half", Encoders(vae, speech_encoder), torch.bfloat16).write(KEYS[:2])
     full, half = (
-        stack_samples([LatentCache(root / name)[k, 0] for k in range(2)]) for name in ("full", "half")
+        stack_samples([LatentCache(root / name)[0, k] for k in range(2)]) for name in ("full", "half")
     )
     assert half.latents.dtype == torch.float32
     torch.testing.assert_close(half.latents, full.latents, rtol=1e-2, atol=1e-2)
@@ -318,7 +334,7 @@ def test_windows_of_a_cache_of_longer_clips(
     vae, speech_encoder = encoders
     clip = write_clip(root / "speech" / "00000", frames=17, fps=30)
     dataset = ClipDataset.from_folders([clip], ClipDatasetSettings(frames=17, portrait=1.0))
-    CacheWriter(dataset, root / "cache", vae, speech_encoder, window_frames=9).write([(0, 0)])
+    CacheWriter(dataset, root / "cache", Encoders(vae, speech_encoder), window_frames=9).write([(0, 0)])
     whole = LatentCache(root / "cache")[0, 0]
     assert whole.latents.shape[1] == 5
     assert whole.reference.shape[1] == 3
@@ -339,9 +355,9 @@ def test_windows_of_a_cache_of_longer_clips(
     condition = reference_condition(vae, picture_tensor(whole.portrait.numpy()), 9)
     torch.testing.assert_close(stack_samples([windows[0, 0]]).condition, condition, rtol=1e-4, atol=1e-5)
 
-    CacheWriter(dataset, root / "plain", vae, speech_encoder).write([(0, 0)])
+    CacheWriter(dataset, root / "plain", Encoders(vae, speech_encoder)).write([(0, 0)])
     with pytest.raises(InputError, match="holds no windows"):
         CachedWindows(LatentCache(root / "plain"))
     for frames in (8, 21):
         with pytest.raises(InputError, match="window_frames must be"):
-            CacheWriter(dataset, root / "bad", vae, speech_encoder, window_frames=frames)
+            CacheWriter(dataset, root / "bad", Encoders(vae, speech_encoder), window_frames=frames)

@@ -13,6 +13,7 @@ from diffusers.models.autoencoders.autoencoder_kl_wan import WanRMS_norm
 from PIL import Image
 from transformers import Wav2Vec2Model
 
+from stableavatar.training.muon import Muon, orthogonalize
 from stableavatar.training.tiny import autoencoder, speech_encoder
 from stableavatar.training.tiny.autoencoder import (
     AutoencoderSettings,
@@ -27,7 +28,6 @@ from stableavatar.training.tiny.feature_memory import (
     encode_chunk,
     use_quick_norms,
 )
-from stableavatar.training.tiny.muon import Muon, orthogonalize
 from stableavatar.training.tiny.pictures import PictureClips, find_pictures, load_pictures, procedural_picture
 from stableavatar.training.tiny.puppet_clips import PuppetClips
 from stableavatar.training.tiny.speech_encoder import (

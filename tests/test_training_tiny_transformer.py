@@ -13,17 +13,18 @@ from transformers import CLIPVisionModel, UMT5EncoderModel, Wav2Vec2Config, Wav2
 from clip_folders import write_clip
 from stableavatar.conditioning.image import picture_tensor, portrait_embeddings
 from stableavatar.conditioning.text import encode_prompts
-from stableavatar.data.cache import CachedWindows, CacheWriter, LatentCache, stack_samples
+from stableavatar.data.cache import CachedWindows, CacheWriter, LatentCache
 from stableavatar.data.dataset import ClipDataset, ClipDatasetSettings
+from stableavatar.data.encoding import Encoders, stack_samples
 from stableavatar.data.puppets import make_clip
 from stableavatar.data.puppets.store import build_store
 from stableavatar.models.transformer import StableAvatarTransformer3DModel
 from stableavatar.training.checkpoints import list_checkpoints, load_checkpoint
 from stableavatar.training.log import read_log
+from stableavatar.training.muon import MuonAdamW
 from stableavatar.training.objective import ObjectiveSettings, draw_step
 from stableavatar.training.tiny import latents, transformer
 from stableavatar.training.tiny.avatar import TinyAvatar
-from stableavatar.training.tiny.optimizer import MuonAdamW
 from stableavatar.training.tiny.preview import Preview
 
 
@@ -56,8 +57,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     CacheWriter(
         dataset,
         folder / "cache",
-        AutoencoderKLWan.from_pretrained(vae),
-        Wav2Vec2Model.from_pretrained(speech),
+        Encoders(AutoencoderKLWan.from_pretrained(vae), Wav2Vec2Model.from_pretrained(speech)),
         torch.bfloat16,
         window_frames=5,
     ).write([(k, 0) for k in range(6)])

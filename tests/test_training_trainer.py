@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from stableavatar.training.checkpoints import (
 from stableavatar.training.ema import MovingAverage
 from stableavatar.training.log import read_log
 from stableavatar.training.objective import StepLoss
+from stableavatar.training.optimizers import ClipSettings, OptimizerSettings, clip_gradients
 from stableavatar.training.parameters import freeze_others, trained_by_recipe, trained_parameters
 from stableavatar.training.trainer import Trainer, TrainerSettings
 
@@ -78,13 +80,28 @@ class Fit(nn.Module):
         return StepLoss(error.mean(), error.detach(), sigma)
 
 
+class Wide(Fit):
+    """With matrices that are large enough for an optimizer of 8 bits, and named as blocks are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(1, 256), nn.Tanh(), nn.Linear(256, 256), nn.Linear(256, 1))
+
+
 def settings(**values: Any) -> TrainerSettings:
+    """`values` may hold fields of the trainer, of the optimizer and of the clipping."""
     usual = {
-        "steps": 12, "batch_size": 2, "accumulation": 2, "learning_rate": 1e-2, "clip_norm": 1.0,
-        "warmup_steps": 4, "ema_decay": 0.9, "precision": "no", "checkpoint_every": 5, "log_every": 3, "seed":
-        11,
+        "steps": 12, "batch_size": 2, "accumulation": 2, "learning_rate": 1e-2, "norm": 1.0, "start_ratio": 1.0,
+        "start_steps": 0, "abnormal_ratio": None, "warmup_steps": 4, "ema_decay": 0.9, "precision": "no",
+        "checkpoint_every": 5, "log_every": 3, "seed": 11,
     }  # fmt: skip
-    return TrainerSettings.from_dict({**usual, **values})
+    values = {**usual, **values}
+
+    def taken(kind: type[Any]) -> dict[str, Any]:
+        return {field.name: values.pop(field.name) for field in fields(kind) if field.name in values}
+
+    clip = ClipSettings(**taken(ClipSettings))
+    return TrainerSettings(optimizer=OptimizerSettings(clip=clip, **taken(OptimizerSettings)), **values)
 
 
 def make(folder: Path, module: nn.Module | None = None, **values: Any) -> Trainer[torch.Tensor]:
@@ -218,16 +235,18 @@ def test_a_step_is_adamw_on_the_mean_of_its_micro_steps(tmp_path: Path) -> None:
     """One optimizer step against PyTorch's AdamW on the average gradient, clipped, at the warm-up's first
     rate.
     """
-    trainer = make(tmp_path, steps=1, ema_decay=0.0, clip_norm=0.01)
+    trainer = make(tmp_path, steps=1, ema_decay=0.0, norm=0.01)
     reference = Fit()
     torch.manual_seed(42)
     trainer.train()
 
     torch.manual_seed(42)
-    for micro_step in range(2):
-        batch = torch.stack([Points()[key] for key in trainer.sampler.batch(micro_step)])
-        trainer.step = 0
-        (reference(batch, trainer._generator(micro_step)).loss / 2).backward()
+    trainer.step = 0
+    pieces = trainer.sampler.step(0)
+    for micro_step, keys in enumerate(pieces):
+        batch = torch.stack([Points()[key] for key in keys])
+        share = len(keys) / sum(map(len, pieces))
+        (reference(batch, trainer._generator(micro_step)).loss * share).backward()
     optimizer = torch.optim.AdamW(reference.parameters(), lr=1e-2 / 4, weight_decay=3e-2, eps=1e-10)
     nn.utils.clip_grad_norm_(reference.parameters(), 0.01)
     optimizer.step()
@@ -242,19 +261,73 @@ def test_warm_up_then_constant(tmp_path: Path) -> None:
 
 
 def test_the_rate_falls_over_the_last_steps(tmp_path: Path) -> None:
-    make(tmp_path, steps=8, log_every=1, decay_steps=3).train()
+    make(tmp_path, steps=8, log_every=1, schedule="linear", decay_steps=3).train()
     rates = [line["learning_rate"] for line in losses(tmp_path)]
     assert rates == pytest.approx([0.0025, 0.005, 0.0075, 0.01, 0.01, 0.0075, 0.005, 0.0025])
 
 
-def test_another_optimizer_is_used_and_saved(tmp_path: Path) -> None:
-    trainer = Trainer(
-        Fit(), Points(), torch.stack, settings(steps=1, ema_decay=0.0), tmp_path,
-        optimizer=lambda parameters: torch.optim.SGD(parameters.values(), lr=1.0, momentum=0.9),
-    )  # fmt: skip
+def test_the_rate_falls_over_all_that_follows_the_warm_up() -> None:
+    linear = OptimizerSettings(learning_rate=1.0, warmup_steps=2, schedule="linear")
+    assert [linear.rate(step, 6) for step in range(6)] == pytest.approx([0.5, 1.0, 0.8, 0.6, 0.4, 0.2])
+    cosine = replace(linear, schedule="cosine")
+    wanted = [(1 - math.cos(math.pi * left)) / 2 for left in (0.8, 0.6, 0.4, 0.2)]
+    assert [cosine.rate(step, 6) for step in range(2, 6)] == pytest.approx(wanted)
+
+
+@pytest.mark.parametrize("kind", ["adamw", "adamw-8bit", "muon"])
+def test_every_optimizer_trains_and_goes_on_exactly(tmp_path: Path, kind: str) -> None:
+    if kind == "adamw-8bit":
+        pytest.importorskip("torchao", reason="in the extra large; see make test-large")
+    make(tmp_path / "whole", Wide(), kind=kind, steps=4).train()
+    make(tmp_path / "parts", Wide(), kind=kind, steps=2).train()
+    rest = make(tmp_path / "parts", Wide(), kind=kind, steps=4)
+    rest.resume("latest")
+    rest.train()
+    whole, parts = (load_checkpoint(list_checkpoints(tmp_path / name)[-1]) for name in ("whole", "parts"))
+    start = dict(Wide().named_parameters())
+    for name, value in whole.model.items():
+        assert torch.equal(value, parts.model[name]), name
+        assert not torch.equal(value, start[name]), name
+
+
+def test_eight_bits_take_a_quarter_of_the_memory(tmp_path: Path) -> None:
+    pytest.importorskip("torchao", reason="in the extra large; see make test-large")
+    sizes = {}
+    for kind in ("adamw", "adamw-8bit"):
+        make(tmp_path / kind, Wide(), kind=kind, steps=1).train()
+        sizes[kind] = (list_checkpoints(tmp_path / kind)[-1] / "optimizer.pt").stat().st_size
+    assert sizes["adamw-8bit"] < 0.3 * sizes["adamw"]
+
+
+class TestClipping:
+    def test_the_limit_starts_high_and_falls(self) -> None:
+        clip = ClipSettings(norm=0.1, start_ratio=5.0, start_steps=10)
+        assert [clip.limit(step, 1.0) for step in (0, 5)] == pytest.approx([0.5, 0.3])
+
+    def test_an_abnormal_norm_lowers_it(self) -> None:
+        clip = ClipSettings(norm=0.1, start_steps=10, abnormal_ratio=5.0)
+        assert [clip.limit(10, norm) for norm in (0.4, 0.8, 100.0)] == pytest.approx([0.1, 0.0125, 0.01])
+        assert replace(clip, abnormal_ratio=None).limit(10, 100.0) == 0.1
+
+    def test_gradients_are_cut_to_it(self) -> None:
+        weights = {name: nn.Parameter(torch.zeros(2)) for name in "abc"}
+        weights["a"].grad, weights["b"].grad = torch.tensor([3.0, 0.0]), torch.tensor([0.0, 4.0])
+        clip = ClipSettings(norm=1.0, start_steps=0, abnormal_ratio=None)
+        assert clip_gradients(weights, clip, 0) == 5
+        torch.testing.assert_close(weights["a"].grad, torch.tensor([0.6, 0.0]))
+        assert clip_gradients(weights, replace(clip, norm=2.0), 0) == pytest.approx(1.0)
+        torch.testing.assert_close(weights["b"].grad, torch.tensor([0.0, 0.8]))
+
+
+def test_trackers_get_the_log(tmp_path: Path) -> None:
+    trainer = make(tmp_path, steps=6, trackers=("tensorboard",))
     trainer.train()
-    state = load_checkpoint(list_checkpoints(tmp_path)[-1]).optimizer["state"]
-    assert all("momentum_buffer" in entry for entry in state.values())
+    trainer.close()
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(tmp_path / "trackers" / "stableavatar")).Reload()
+    drawn = [(event.step, event.value) for event in events.Scalars("loss")]
+    assert drawn == [(line["step"], pytest.approx(line["loss"], rel=1e-6)) for line in losses(tmp_path)]
 
 
 def test_the_log_splits_the_loss_by_sigma(tmp_path: Path) -> None:
@@ -354,11 +427,17 @@ def test_a_run_does_not_write_among_later_checkpoints(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"learningrate": 1.0}, "unknown training settings: learningrate"),
         ({"steps": 0}, "steps must be at least 1"),
         ({"ema_decay": 1.0}, "ema_decay"),
         ({"precision": "fp8"}, "precision must be one of"),
-        ({"clip_norm": 0.0}, "clip_norm"),
+        ({"norm": 0.0}, "clip norm"),
+        ({"abnormal_ratio": 0.5}, "abnormal_ratio"),
+        ({"start_ratio": 0.5}, "start_ratio"),
+        ({"kind": "adam"}, "kind must be one of"),
+        ({"schedule": "cosinus"}, "schedule must be one of"),
+        ({"decay_steps": 3}, "needs the schedule"),
+        ({"sharding": "fsdp3"}, "sharding must be one of"),
+        ({"trackers": ("paper",)}, "'paper' is none"),
         ({"minutes": 0}, "minutes"),
     ],
 )

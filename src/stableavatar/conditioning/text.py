@@ -29,6 +29,8 @@ def encode_prompts(
         return_tensors="pt",
     )
     device = device or text_encoder.device
+    if not tokens.input_ids.shape[1]:  # of empty prompts, by a tokenizer that marks no end
+        return torch.zeros(len(prompts), text_length, text_encoder.config.d_model, device=device)
     return encode_tokens(
         text_encoder, tokens.input_ids.to(device), tokens.attention_mask.to(device), text_length
     )

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
-from typing import Literal, TypeVar, get_args
+from typing import ClassVar, Literal, TypeVar, get_args
 
 import numpy as np
 import torch
@@ -46,6 +46,8 @@ class ClipDatasetSettings:
         on_error: `raise` an `InputError` that names the file, or `skip` the clip, log it and count it in
             `skipped`.
     """
+
+    __pydantic_config__: ClassVar = {"extra": "forbid"}
 
     frames: int = 81
     portrait: float = 0.0

@@ -1,7 +1,7 @@
-"""Which clips make up which batch: a pure function of the step, so that resuming needs nothing but the step's
-number.
+"""Which clips make up which step: a pure function of the step's number, so that resuming needs nothing but
+that number.
 
-Clips of different sizes never share a batch (spec 5, fault 13: the published code mixed two loaders and lost
+Clips of different sizes never share a step (spec 5, fault 13: the published code mixed two loaders and lost
 its place on resume).
 """
 
@@ -15,23 +15,32 @@ ClipKey = tuple[int, int]  # index of the clip, number of the pass over the data
 
 
 class GroupedSampler:
-    """Batches of clips of one size, in an order drawn anew for every pass; every clip once a pass.
+    """Steps of clips of one size, in an order drawn anew for every pass; every clip once a pass.
 
-    A group's last batch of a pass may be smaller. With several processes, each takes its share of every
-    batch; a rest that would leave a process without a clip joins the batch before it.
+    A step's clips are dealt into pieces, one for every process and micro-step, so that two processes train
+    what one process does with twice the accumulation. The last step of a size may have fewer clips; a rest
+    that would leave a piece empty joins the step before it. Where a size has fewer clips than there are
+    pieces, so many passes are made as one that each piece has a clip.
 
     Args:
-        groups: for each clip what it may be batched with (its size).
-        batch_size: clips a batch on one process.
+        groups: for each clip what it may share a step with (its size).
+        batch_size: clips a piece.
         seed: of the order.
-        rank, world_size: this process among all.
+        accumulation: micro-steps a step. rank, world_size: this process among all.
 
     Raises:
-        InputError: no clips, or a group with fewer clips than processes.
+        InputError: no clips, or a batch size below 1.
     """
 
     def __init__(
-        self, groups: Sequence[Hashable], batch_size: int, seed: int, *, rank: int = 0, world_size: int = 1
+        self,
+        groups: Sequence[Hashable],
+        batch_size: int,
+        seed: int,
+        *,
+        accumulation: int = 1,
+        rank: int = 0,
+        world_size: int = 1,
     ) -> None:
         if not groups:
             raise InputError("there are no clips to train on")
@@ -40,44 +49,56 @@ class GroupedSampler:
         members: dict[Hashable, list[int]] = {}
         for index, group in enumerate(groups):
             members.setdefault(group, []).append(index)
-        for group, indices in members.items():
-            if len(indices) < world_size:
-                raise InputError(
-                    f"{len(indices)} clips of size {group} are too few for {world_size} processes"
-                )
+        self.pieces = accumulation * world_size
+        self.passes_at_once = max(-(-self.pieces // len(indices)) for indices in members.values())
         self._members = list(members.values())
-        self._batch_size = batch_size * world_size
+        self._step_size = batch_size * self.pieces
+        self._accumulation, self._rank, self._world_size = accumulation, rank, world_size
         self._seed = seed
-        self._rank = rank
-        self._world_size = world_size
-        self._pass: tuple[int, list[list[int]]] = (0, self._batches(0))
+        self._round: tuple[int, list[list[ClipKey]]] = (0, self._steps(0))
 
     @property
-    def batches_per_pass(self) -> int:
-        """The same for every pass."""
-        return len(self._pass[1])
+    def steps_per_round(self) -> int:
+        """Of `passes_at_once` passes; the same for every round."""
+        return len(self._round[1])
 
-    def batch(self, number: int) -> list[ClipKey]:
-        """The clips of batch `number` (counted from 0 over all passes) that this process takes."""
-        epoch, place = divmod(number, self.batches_per_pass)
-        if epoch != self._pass[0]:
-            self._pass = (epoch, self._batches(epoch))
-        return [(index, epoch) for index in self._pass[1][place][self._rank :: self._world_size]]
+    def step(self, number: int) -> list[list[ClipKey]]:
+        """The pieces of step `number` (counted from 0 over all passes), by micro-step and then by process."""
+        place, within = divmod(number, self.steps_per_round)
+        if place != self._round[0]:
+            self._round = (place, self._steps(place))
+        keys = self._round[1][within]
+        return [keys[piece :: self.pieces] for piece in range(self.pieces)]
 
-    def from_batch(self, number: int) -> Iterator[list[ClipKey]]:
-        """All batches from `number` on, without end."""
+    def piece(self, micro_step: int) -> int:
+        """Which piece of a step this process takes at a micro-step."""
+        return micro_step * self._world_size + self._rank
+
+    def weight(self, number: int, micro_step: int) -> float:
+        """How much the mean over this process's clips at a micro-step counts, for the mean over the pieces to
+        be that over the step's clips: 1 where all pieces are of one size."""
+        pieces = self.step(number)
+        return len(pieces[self.piece(micro_step)]) * self.pieces / sum(map(len, pieces))
+
+    def from_step(self, number: int) -> Iterator[list[ClipKey]]:
+        """The clips that this process takes at every micro-step from step `number` on, without end."""
         while True:
-            yield self.batch(number)
+            pieces = self.step(number)
+            yield from (pieces[self.piece(micro_step)] for micro_step in range(self._accumulation))
             number += 1
 
-    def _batches(self, epoch: int) -> list[list[int]]:
-        rng = np.random.default_rng((self._seed, epoch))
-        batches = []
+    def _steps(self, place: int) -> list[list[ClipKey]]:
+        rng = np.random.default_rng((self._seed, place))
+        steps = []
         for members in self._members:
-            order = [members[i] for i in rng.permutation(len(members))]
-            cut = [order[i : i + self._batch_size] for i in range(0, len(order), self._batch_size)]
-            if len(cut) > 1 and len(cut[-1]) < self._world_size:
+            keys = [
+                (members[i], place * self.passes_at_once + extra)
+                for extra in range(self.passes_at_once)
+                for i in rng.permutation(len(members))
+            ]
+            cut = [keys[i : i + self._step_size] for i in range(0, len(keys), self._step_size)]
+            if len(cut) > 1 and len(cut[-1]) < self.pieces:
                 rest = cut.pop()
                 cut[-1] += rest
-            batches += cut
-        return [batches[i] for i in rng.permutation(len(batches))]
+            steps += cut
+        return [steps[i] for i in rng.permutation(len(steps))]

@@ -144,7 +144,7 @@ def photograph() -> Frames:
     except ImportError as error:
         raise InputError(
             "The photograph of the evaluation comes with scikit-image, which is not installed. "
-            "Install the extra: pip install 'stableavatar[train]'"
+            "Install the extra: pip install 'stableavatar[tiny]'"
         ) from error
     picture = Image.fromarray(data.astronaut()).crop(_CROP)
     return np.asarray(picture.resize((SIZE, SIZE), Image.Resampling.LANCZOS))[None]

@@ -7,6 +7,9 @@
         random-0.pt            random number generators, one file a process
         state.json             step, place in the data, counters, settings
 
+A run whose model is spread over processes has a folder `shards` (`torch.distributed.checkpoint`) or
+`deepspeed` (DeepSpeed's own) in place of the first three.
+
 A checkpoint is written beside its final name, flushed to the disk and then renamed: killed at any moment, the
 last complete one is what there is.
 """
@@ -16,7 +19,8 @@ import logging
 import os
 import random
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -31,6 +35,7 @@ from stableavatar.errors import CheckpointError
 logger = logging.getLogger(__name__)
 
 PREFIX = "step-"
+EMA_FILE = "ema.safetensors"
 
 
 @dataclass(frozen=True)
@@ -86,61 +91,130 @@ def list_checkpoints(folder: Path) -> list[Path]:
     return sorted(found, key=checkpoint_step)
 
 
+class CheckpointWriter:
+    """A checkpoint that is being written, into `partial`; `finish` gives it its name.
+
+    With several processes the first begins and finishes, and all write between; they wait for each other
+    before and after.
+    """
+
+    def __init__(self, folder: Path, step: int) -> None:
+        self.folder = folder
+        self.final = folder / f"{PREFIX}{step:08d}"
+        self.partial = folder / f".{self.final.name}.partial"
+
+    def begin(self) -> None:
+        """Make the folder; what a killed run left is removed."""
+        with self.errors():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            for leftover in self.folder.glob(f".{PREFIX}*.partial"):
+                shutil.rmtree(leftover)
+            self.partial.mkdir()
+
+    def write_tensors(self, name: str, tensors: Mapping[str, torch.Tensor]) -> None:
+        """As safetensors."""
+        with self.errors():
+            save_file(
+                {key: value.detach().contiguous() for key, value in tensors.items()}, self.partial / name
+            )
+
+    def write_object(self, name: str, content: Any) -> None:
+        """Tensors and plain containers, with `torch.save`."""
+        with self.errors():
+            torch.save(content, self.partial / name)
+
+    def finish(self, counters: Mapping[str, Any], keep: int) -> Path:
+        """Write `state.json`, flush everything to the disk, rename, and remove all but the newest `keep`."""
+        with self.errors():
+            (self.partial / "state.json").write_text(json.dumps(counters, indent=1), encoding="utf-8")
+            for path in (*self.partial.rglob("*"), self.partial):
+                _flush(path)
+            if self.final.exists():
+                shutil.rmtree(self.final)
+            self.partial.rename(self.final)
+            _flush(self.folder)
+            for old in list_checkpoints(self.folder)[:-keep]:
+                shutil.rmtree(old)
+        logger.info("saved %s", self.final)
+        return self.final
+
+    @contextmanager
+    def errors(self) -> Iterator[None]:
+        """Raises CheckpointError where the disk is full or the folder cannot be written."""
+        try:
+            yield
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"cannot write the checkpoint {self.final}: {error}") from error
+
+
+def random_file(rank: int) -> str:
+    """Where process `rank` keeps its generators."""
+    return f"random-{rank}.pt"
+
+
 def save_checkpoint(folder: Path, step: int, state: TrainingState, keep: int) -> Path:
-    """Write `folder/step-N` and remove all but the newest `keep` checkpoints.
+    """Write `folder/step-N` of a run in one process, and remove all but the newest `keep` checkpoints.
 
     Raises:
         CheckpointError: the disk is full or the folder cannot be written.
     """
-    final = folder / f"{PREFIX}{step:08d}"
-    partial = folder / f".{final.name}.partial"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for leftover in folder.glob(f".{PREFIX}*.partial"):
-            shutil.rmtree(leftover)
-        partial.mkdir()
-        save_file(_contiguous(state.model), partial / "model.safetensors")
-        if state.ema is not None:
-            save_file(_contiguous(state.ema), partial / "ema.safetensors")
-        torch.save(state.optimizer, partial / "optimizer.pt")
-        torch.save(state.random, partial / "random-0.pt")
-        (partial / "state.json").write_text(json.dumps(state.counters, indent=1), encoding="utf-8")
-        for path in partial.iterdir():
-            _flush(path)
-        _flush(partial)
-        if final.exists():
-            shutil.rmtree(final)
-        partial.rename(final)
-        _flush(folder)
-        for old in list_checkpoints(folder)[:-keep]:
-            shutil.rmtree(old)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"cannot write the checkpoint {final}: {error}") from error
-    logger.info("saved %s", final)
-    return final
+    writer = CheckpointWriter(folder, step)
+    writer.begin()
+    writer.write_tensors("model.safetensors", state.model)
+    if state.ema is not None:
+        writer.write_tensors(EMA_FILE, state.ema)
+    writer.write_object("optimizer.pt", state.optimizer)
+    writer.write_object(random_file(0), state.random)
+    return writer.finish(state.counters, keep)
+
+
+def load_counters(path: Path) -> dict[str, Any]:
+    """Step, place in the data, counters and settings of a checkpoint. Raises CheckpointError as below."""
+    with _readable(path):
+        counters: dict[str, Any] = json.loads((path / "state.json").read_text(encoding="utf-8"))
+    return counters
+
+
+def load_random(path: Path, rank: int) -> dict[str, Any] | None:
+    """The generators of process `rank`; None where the checkpoint is of fewer processes. Raises
+    CheckpointError as below."""
+    if not (path / random_file(rank)).exists() and (path / random_file(0)).exists():
+        return None
+    with _readable(path):
+        state: dict[str, Any] = torch.load(path / random_file(rank), map_location="cpu", weights_only=True)
+    return state
+
+
+def load_average(path: Path, device: torch.device | str = "cpu") -> dict[str, torch.Tensor]:
+    """The averaged weights of a checkpoint. Raises CheckpointError as below, and where it has none."""
+    if not (path / EMA_FILE).exists():
+        raise CheckpointError(f"{path} has no averaged weights; train with ema_decay=0")
+    with _readable(path):
+        return load_file(path / EMA_FILE, device=str(device))
 
 
 def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> TrainingState:
-    """Read a checkpoint back.
+    """Read back a checkpoint of a run whose model was whole, as its first process has it.
 
     Raises:
         CheckpointError: it is missing, damaged or incomplete.
     """
-    try:
-        ema = path / "ema.safetensors"
+    with _readable(path):
         return TrainingState(
             model=load_file(path / "model.safetensors", device=str(device)),
-            ema=load_file(ema, device=str(device)) if ema.exists() else None,
+            ema=load_average(path, device) if (path / EMA_FILE).exists() else None,
             optimizer=torch.load(path / "optimizer.pt", map_location=device, weights_only=True),
-            random=torch.load(path / "random-0.pt", map_location="cpu", weights_only=True),
-            counters=json.loads((path / "state.json").read_text(encoding="utf-8")),
+            random=load_random(path, 0) or {},
+            counters=load_counters(path),
         )
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    try:
+        yield
     except (OSError, SafetensorError, RuntimeError, ValueError) as error:
         raise CheckpointError(f"{path} is not a readable training checkpoint: {error}") from error
-
-
-def _contiguous(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
 
 
 def _flush(path: Path) -> None:

@@ -7,7 +7,7 @@ pure functions of tensors.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import ClassVar, Literal, get_args
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
@@ -40,6 +40,8 @@ class ObjectiveSettings:
         clip_level_audio: probability that in this step all tokens hear the audio of all latent frames.
         prompt_dropping: probability that a clip's prompt is the empty one.
     """
+
+    __pydantic_config__: ClassVar = {"extra": "forbid"}
 
     shift: float = 5.0
     timesteps: Timesteps = "uniform"

@@ -1,50 +1,66 @@
 """The training loop: batches in, checkpoints and a log out. It knows nothing of video.
 
 What is trained is a module whose `forward(batch, generator)` returns a `StepLoss`; every random number of a
-step comes from the generator, which is made from the seed and the step's number. So a run that is killed and
-resumed gives the same weights as one that was left alone, to the bit where the arithmetic is deterministic
-(CPU).
+step comes from the generator, which is made from the seed, the step's number and the piece of it. So a run
+that is killed and resumed gives the same weights as one that was left alone, to the bit where the arithmetic
+is deterministic (CPU), and two processes train what one does with twice the accumulation.
 """
 
+import contextlib
 import dataclasses
+import importlib
 import logging
+import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Generic, Literal, Protocol, TypeVar, get_args
+from typing import Any, ClassVar, Generic, Literal, Protocol, TypeVar, get_args
 
 import numpy as np
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs
-from accelerate.utils import gather_object
+from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs, PartialState
+from accelerate.utils import (
+    DistributedType,
+    gather_object,
+    is_tensorboard_available,
+    is_wandb_available,
+    parse_flag_from_env,
+)
 from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
 from torch.utils.data import DataLoader
 
 from stableavatar.data.sampler import ClipKey, GroupedSampler
 from stableavatar.errors import CheckpointError, InputError
+from stableavatar.placement.sharding import shard_module
 from stableavatar.training.checkpoints import (
-    TrainingState,
+    CheckpointWriter,
     checkpoint_step,
     list_checkpoints,
-    load_checkpoint,
+    load_counters,
+    load_random,
+    random_file,
     random_state,
-    save_checkpoint,
     set_random_state,
 )
 from stableavatar.training.ema import MovingAverage
 from stableavatar.training.log import JsonLog, LossMeter
 from stableavatar.training.objective import StepLoss
+from stableavatar.training.optimizers import OptimizerSettings, clip_gradients, make_optimizer, set_rate
 from stableavatar.training.parameters import trained_parameters
+from stableavatar.training.run_state import DeepSpeedState, RunState, ShardedState, WholeState, whole_tensor
 
 logger = logging.getLogger(__name__)
 
 Sample = TypeVar("Sample")
 SampleOut = TypeVar("SampleOut", covariant=True)
 Precision = Literal["no", "bf16"]
+Sharding = Literal["none", "fsdp2"]
+Tracker = Literal["tensorboard", "wandb"]
 Callback = Callable[[int], None]
-OptimizerFactory = Callable[[Mapping[str, nn.Parameter]], torch.optim.Optimizer]
+
+PROJECT = "stableavatar"
 
 
 @dataclass(frozen=True)
@@ -54,87 +70,68 @@ class TrainerSettings:
     Attributes:
         steps: optimizer steps at which the run is over.
         batch_size: clips a process and micro-step; `accumulation` micro-steps make an optimizer step.
-        learning_rate: reached after `warmup_steps`, constant from then on; over the last `decay_steps` before
-            `steps` it falls linearly towards 0.
-        clip_norm: the gradient's norm is cut to it.
         ema_decay: of the moving average of the weights; 0 keeps none.
-        precision: `bf16` runs the forward pass in autocast; weights and optimizer stay float32.
+        precision: `bf16` runs the forward pass in autocast; weights and optimizer stay float32 (with
+            DeepSpeed, what its own settings say).
         gradient_checkpointing: recompute activations in the backward pass, for memory.
+        sharding: `fsdp2` spreads parameters, gradients and optimizer over the processes; `none` leaves that
+            to what `accelerate launch` was told.
         minutes: stop (with a checkpoint) after so much time in this call; None: no limit.
         checkpoint_every: steps between checkpoints, of which the last `keep_checkpoints` stay.
         log_every: steps between lines of the log.
+        trackers: who gets the log's lines beside the file; TensorBoard's go to the folder `trackers`.
         callback_every: steps between calls of the callbacks.
         max_bad_steps: so many steps in a row with a loss or gradient that is not finite end the run; each is
             skipped and counted.
         workers: processes that read samples; 0 reads in the loop.
     """
 
+    __pydantic_config__: ClassVar = {"extra": "forbid"}
+
     steps: int
     seed: int = 0
     batch_size: int = 1
     accumulation: int = 1
-    learning_rate: float = 2e-5
-    betas: tuple[float, float] = (0.9, 0.999)
-    weight_decay: float = 3e-2
-    epsilon: float = 1e-10
-    clip_norm: float = 0.05
-    warmup_steps: int = 100
-    decay_steps: int = 0
+    optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
     ema_decay: float = 0.0
     precision: Precision = "bf16"
     gradient_checkpointing: bool = False
+    sharding: Sharding = "none"
     minutes: float | None = None
     checkpoint_every: int = 500
     keep_checkpoints: int = 3
     log_every: int = 10
+    trackers: tuple[Tracker, ...] = ()
     callback_every: int = 500
     max_bad_steps: int = 10
     workers: int = 0
 
     def __post_init__(self) -> None:
         at_least = {
-            "steps": 1, "seed": 0, "batch_size": 1, "accumulation": 1, "warmup_steps": 0, "checkpoint_every":
-            1, "keep_checkpoints": 1, "log_every": 1, "callback_every": 1, "max_bad_steps": 1, "workers": 0,
+            "steps": 1, "seed": 0, "batch_size": 1, "accumulation": 1, "checkpoint_every": 1,
+            "keep_checkpoints": 1, "log_every": 1, "callback_every": 1, "max_bad_steps": 1, "workers": 0,
         }  # fmt: skip
         for name, least in at_least.items():
             if getattr(self, name) < least:
                 raise InputError(f"{name} must be at least {least}, not {getattr(self, name)}")
-        for name in ("learning_rate", "epsilon", "clip_norm"):
-            if not getattr(self, name) > 0:
-                raise InputError(f"{name} must be above 0, not {getattr(self, name)}")
         if not 0 <= self.ema_decay < 1:
             raise InputError(f"ema_decay must be at least 0 and below 1, not {self.ema_decay}")
-        if self.precision not in get_args(Precision):
-            raise InputError(
-                f"precision must be one of {', '.join(get_args(Precision))}, not {self.precision!r}"
-            )
+        for name, choices in (("precision", get_args(Precision)), ("sharding", get_args(Sharding))):
+            if getattr(self, name) not in choices:
+                raise InputError(f"{name} must be one of {', '.join(choices)}, not {getattr(self, name)!r}")
+        for tracker in self.trackers:
+            if tracker not in get_args(Tracker):
+                raise InputError(f"trackers are {', '.join(get_args(Tracker))}; {tracker!r} is none")
         if self.minutes is not None and self.minutes <= 0:
             raise InputError(f"minutes must be above 0, not {self.minutes}")
 
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> "TrainerSettings":
-        """Settings from names and values.
-
-        Raises:
-            InputError: an unknown or missing name, or a value out of range.
-        """
-        known = {field.name for field in dataclasses.fields(cls)}
-        unknown = sorted(set(values) - known)
-        if unknown:
-            raise InputError(
-                f"unknown training settings: {', '.join(unknown)}; known are {', '.join(sorted(known))}"
-            )
-        if "steps" not in values:
-            raise InputError("the training settings need steps")
-        return cls(**values)
-
 
 class SampleSource(Protocol[SampleOut]):
-    """A data set whose samples are asked for by clip and pass, and which says what may share a batch."""
+    """A data set whose samples are asked for by clip and pass, and which says what may share a step."""
 
     @property
     def groups(self) -> Sequence[Any]:
-        """For each clip, what it may be batched with."""
+        """For each clip, what it may share a step with."""
         ...
 
     def __getitem__(self, key: ClipKey) -> SampleOut:
@@ -151,13 +148,6 @@ class TrainingResult:
     checkpoint: Path
 
 
-def learning_rate(settings: TrainerSettings, step: int) -> float:
-    """The rate of step `step`, counted from 0."""
-    rising = min(1.0, (step + 1) / max(settings.warmup_steps, 1))
-    falling = min(1.0, (settings.steps - step) / (settings.decay_steps + 1))
-    return settings.learning_rate * min(rising, falling)
-
-
 class Trainer(Generic[Sample]):
     """Trains a module on a data set, in a folder of its own.
 
@@ -166,16 +156,16 @@ class Trainer(Generic[Sample]):
             are and are not saved.
         source: the data set; `collate` makes a batch of a list of its samples.
         folder: for checkpoints and `log.jsonl`.
-        optimizer: makes the optimizer from the trained parameters by name; its rate is set at every step. By
-            default AdamW as the settings say.
+        prepare: makes of a batch, in the loop's own process, what the module takes on a device.
         callbacks: called with the number of steps done every `settings.callback_every` steps, with the
-            averaged weights in place where there are any; they cannot disturb the run's random numbers.
+            averaged weights in place where there are any; they cannot disturb the run's random numbers. Where
+            the model is spread over processes all of them call, else the first.
 
     Started by `torchrun` or `accelerate launch`, several processes share every step's clips and its gradient;
     the first of them writes.
 
     Raises:
-        InputError: gradient checkpointing without a model that knows it, no clips, or fewer than processes.
+        InputError: settings that cannot be together, a package that is missing, or no clips.
     """
 
     def __init__(
@@ -186,25 +176,31 @@ class Trainer(Generic[Sample]):
         settings: TrainerSettings,
         folder: Path,
         *,
-        optimizer: OptimizerFactory | None = None,
+        prepare: Callable[[Any, torch.device], Any] | None = None,
         callbacks: Iterable[Callback] = (),
     ) -> None:
         self.settings = settings
         self.folder = folder
         self.source = source
         self.collate = collate
+        self.prepare = prepare
         self.callbacks = tuple(callbacks)
         self.step = 0
         self.skipped_steps = 0
         self._bad_in_a_row = 0
         self._stop = False
         self._meter = LossMeter()
+        self._check_trackers()
         self.accelerator = Accelerator(
-            mixed_precision=settings.precision,
             gradient_accumulation_steps=settings.accumulation,
-            cpu=not torch.accelerator.is_available(),  # else processes on a CPU would not find each other
+            cpu=_on_cpu(),
+            log_with=list(settings.trackers) or None,
+            project_dir=folder / "trackers",
             # A step in which no clip hears its speech leaves the adapter without a gradient.
-            kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
+            kwargs_handlers=[
+                DistributedDataParallelKwargs(find_unused_parameters=True),
+                InitProcessGroupKwargs(backend=_backend()),
+            ],
         )
         if settings.gradient_checkpointing:
             _enable_gradient_checkpointing(module)
@@ -212,24 +208,68 @@ class Trainer(Generic[Sample]):
             source.groups,
             settings.batch_size,
             settings.seed,
+            accumulation=settings.accumulation,
             rank=self.accelerator.process_index,
             world_size=self.accelerator.num_processes,
         )
-        self.parameters = trained_parameters(module)
-        made = (optimizer or self._adamw)(self.parameters)
-        self.module, self.optimizer = self.accelerator.prepare(module, made)
+        self.module, self.optimizer = self._prepare(module)
+        self.parameters = trained_parameters(self.accelerator.unwrap_model(self.module))
         self.ema = MovingAverage(self.parameters, settings.ema_decay) if settings.ema_decay else None
+        self._state = self._run_state()
 
-    def _adamw(self, parameters: Mapping[str, nn.Parameter]) -> torch.optim.Optimizer:
-        settings = self.settings
-        return torch.optim.AdamW(
-            parameters.values(),
-            lr=settings.learning_rate,
-            betas=settings.betas,
-            eps=settings.epsilon,
-            weight_decay=settings.weight_decay,
-            fused=True,
-        )
+    def _check_trackers(self) -> None:
+        there = {"tensorboard": is_tensorboard_available(), "wandb": is_wandb_available()}
+        for tracker in self.settings.trackers:
+            if not there[tracker]:
+                raise InputError(f"the tracker {tracker} is not installed: pip install {tracker}")
+
+    @property
+    def _deepspeed(self) -> bool:
+        return self.accelerator.distributed_type == DistributedType.DEEPSPEED
+
+    @property
+    def spread(self) -> bool:
+        """Whether a process has only its part of the parameters."""
+        if self._deepspeed:
+            return self.accelerator.deepspeed_plugin.zero_stage == 3
+        return self.settings.sharding == "fsdp2" or self.accelerator.distributed_type == DistributedType.FSDP
+
+    def _prepare(self, module: nn.Module) -> tuple[nn.Module, torch.optim.Optimizer]:
+        """Module and optimizer as this number of processes needs them."""
+        settings, accelerator = self.settings, self.accelerator
+        if settings.optimizer.kind == "muon" and self.spread:
+            raise InputError(
+                "muon needs whole matrices: use adamw where parameters are spread over processes"
+            )
+        if settings.sharding == "fsdp2":
+            if accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.FSDP):
+                raise InputError(
+                    "sharding fsdp2 and what accelerate launch was told exclude each other: leave one of them"
+                )
+            shard_module(module.to(accelerator.device), accelerator.device)
+            return module, make_optimizer(settings.optimizer, trained_parameters(module))
+        optimizer = make_optimizer(settings.optimizer, trained_parameters(module))
+        if self._deepspeed:
+            if settings.ema_decay and self.spread:
+                raise InputError("averaged weights cannot be kept of parameters that ZeRO-3 spreads")
+            config = accelerator.deepspeed_plugin.deepspeed_config
+            config["train_micro_batch_size_per_gpu"] = settings.batch_size
+            config["gradient_accumulation_steps"] = settings.accumulation
+            config["train_batch_size"] = settings.batch_size * self.sampler.pieces
+            config["gradient_clipping"] = settings.optimizer.clip.norm
+            logger.info("DeepSpeed clips gradients to %g alone", settings.optimizer.clip.norm)
+        prepared: tuple[nn.Module, torch.optim.Optimizer] = accelerator.prepare(module, optimizer)
+        return prepared
+
+    def _run_state(self) -> RunState:
+        leads = self.accelerator.is_main_process
+        if self._deepspeed:
+            return DeepSpeedState(self.module, self.ema, leads=leads)
+        if self.spread:
+            module = self.accelerator.unwrap_model(self.module)
+            optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
+            return ShardedState(module, self.parameters, self.ema, optimizer)
+        return WholeState(self.parameters, self.ema, self.optimizer, leads=leads)
 
     def request_stop(self) -> None:
         """End after the step that is running, with a checkpoint; may be called from a signal handler."""
@@ -251,8 +291,7 @@ class Trainer(Generic[Sample]):
             if not found:
                 raise CheckpointError(f"{self.folder} holds no complete checkpoint to resume from")
             checkpoint = found[-1]
-        state = load_checkpoint(checkpoint)
-        counters = state.counters
+        counters = load_counters(checkpoint)
         different = [
             name for name, value in self._identity().items() if counters["identity"].get(name) != value
         ]
@@ -260,9 +299,10 @@ class Trainer(Generic[Sample]):
             raise InputError(
                 f"{checkpoint} was trained with another {', '.join(different)}; it cannot be resumed exactly"
             )
-        self._load_parameters(state, checkpoint)
-        self.optimizer.load_state_dict(state.optimizer)
-        set_random_state(state.random)
+        self._state.load(checkpoint)
+        generators = load_random(checkpoint, self.accelerator.process_index)
+        if generators is not None:
+            set_random_state(generators)
         self.step = counters["step"]
         self.skipped_steps = counters["skipped_steps"]
         self._bad_in_a_row = counters["bad_in_a_row"]
@@ -284,6 +324,8 @@ class Trainer(Generic[Sample]):
                 f"{self.step}: resume from the latest, remove the later ones, or choose another folder"
             )
         log = JsonLog(self.folder / "log.jsonl", self.step) if self.accelerator.is_main_process else None
+        if settings.trackers:
+            self.accelerator.init_trackers(PROJECT, config=_flat(dataclasses.asdict(settings)))
         deadline = time.monotonic() + 60 * settings.minutes if settings.minutes is not None else None
         batches = self._batches()
         self.module.train()
@@ -295,17 +337,16 @@ class Trainer(Generic[Sample]):
             norm, rate, clips = self._optimizer_step(batches)
             if self.step % settings.log_every == 0:
                 seconds = time.monotonic() - log_time
+                line = {
+                    **self._meter.means(),
+                    "learning_rate": rate,
+                    "gradient_norm": norm,
+                    "skipped_steps": self.skipped_steps,
+                    "clips_per_second": round(clips * (self.step - log_step) / seconds, 3),
+                }
                 if log is not None:
-                    log.write(
-                        {
-                            "step": self.step,
-                            **self._meter.means(),
-                            "learning_rate": rate,
-                            "gradient_norm": norm,
-                            "skipped_steps": self.skipped_steps,
-                            "clips_per_second": round(clips * (self.step - log_step) / seconds, 3),
-                        }
-                    )
+                    log.write({"step": self.step, **line})
+                self.accelerator.log(_finite(line), step=self.step)
                 self._meter, log_step, log_time = LossMeter(), self.step, time.monotonic()
             aside = time.monotonic()
             # Only the first process may have callbacks; the others wait for it all the same.
@@ -332,18 +373,17 @@ class Trainer(Generic[Sample]):
         self.accelerator.end_training()
 
     def save(self) -> Path:
-        """Write a checkpoint of the state as it is; the first process does, the others wait for it."""
-        path = self._write_checkpoint() if self.accelerator.is_main_process else self.folder
-        self.accelerator.wait_for_everyone()
-        return path
-
-    def _write_checkpoint(self) -> Path:
-        state = TrainingState(
-            model=self.parameters,
-            ema=self.ema.state if self.ema else None,
-            optimizer=self.optimizer.state_dict(),
-            random=random_state(),
-            counters={
+        """Write a checkpoint of the state as it is; called on every process."""
+        accelerator = self.accelerator
+        writer = CheckpointWriter(self.folder, self.step)
+        if accelerator.is_main_process:
+            writer.begin()
+        accelerator.wait_for_everyone()
+        self._state.save(writer)
+        writer.write_object(random_file(accelerator.process_index), random_state())
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            counters = {
                 "step": self.step,
                 "skipped_steps": self.skipped_steps,
                 "bad_in_a_row": self._bad_in_a_row,
@@ -351,34 +391,54 @@ class Trainer(Generic[Sample]):
                 "meter": self._meter.state,
                 "identity": self._identity(),
                 "settings": dataclasses.asdict(self.settings),
-            },
-        )
-        return save_checkpoint(self.folder, self.step, state, self.settings.keep_checkpoints)
+            }
+            writer.finish(counters, self.settings.keep_checkpoints)
+        accelerator.wait_for_everyone()
+        return writer.final
+
+    def final_parameters(self, *, average: bool = True) -> dict[str, torch.Tensor]:
+        """Trained parameters by name, whole, float32 and on the CPU: their average, where one is kept and
+        wanted. Called on every process."""
+        values = self.ema.state if self.ema and average else self.parameters
+        if self._deepspeed and values is self.parameters:
+            whole = importlib.import_module("deepspeed.utils").safe_get_full_fp32_param
+            return {name: whole(value).cpu() for name, value in values.items()}
+        return {name: whole_tensor(value.detach()).float().cpu() for name, value in values.items()}
 
     def _optimizer_step(self, batches: Iterator[Any]) -> tuple[float, float, int]:
         """One optimizer step; its gradient norm, learning rate and number of clips."""
         settings = self.settings
-        rate = learning_rate(settings, self.step)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
+        rate = settings.optimizer.rate(self.step, settings.steps)
+        set_rate(self.optimizer, rate)
         results: list[StepLoss] = []
         norm = torch.tensor(0.0)
         for micro_step in range(settings.accumulation):
             batch = next(batches)
+            if self.prepare is not None:
+                batch = self.prepare(batch, self.accelerator.device)
             with self.accelerator.accumulate(self.module):
-                result: StepLoss = self.module(batch, self._generator(micro_step))
-                self.accelerator.backward(result.loss)
+                with self._autocast():
+                    result: StepLoss = self.module(batch, self._generator(micro_step))
+                self.accelerator.backward(result.loss * self.sampler.weight(self.step, micro_step))
                 results.append(result)
-                if self.accelerator.sync_gradients:
-                    norm = self.accelerator.clip_grad_norm_(self.parameters.values(), settings.clip_norm)
+        if self._deepspeed:
+            engine: Any = self.module
+            norm = torch.tensor(float(engine.get_global_grad_norm() or 0.0))
+        else:
+            norm = clip_gradients(self.parameters, settings.optimizer.clip, self.step)
         self.step += 1
         errors, sigmas = self._gathered(results)
         if torch.isfinite(norm) and torch.isfinite(errors).all():
-            self.optimizer.step()
+            self.optimizer.step()  # DeepSpeed's backward pass has done it
             if self.ema:
                 self.ema.update()
             self._meter.add(errors.tolist(), sigmas.tolist())
             self._bad_in_a_row = 0
+        elif self._deepspeed:
+            raise InputError(
+                f"step {self.step} was not finite, and DeepSpeed has taken it: go on from the last "
+                f"checkpoint in {self.folder} with a lower learning rate, or look at the data"
+            )
         else:
             self.skipped_steps += 1
             self._bad_in_a_row += 1
@@ -390,6 +450,13 @@ class Trainer(Generic[Sample]):
                 f"the learning rate, or look at the data. Good checkpoints are in {self.folder}"
             )
         return float(norm), rate, len(errors)
+
+    def _autocast(self) -> contextlib.AbstractContextManager[None]:
+        enabled = self.settings.precision == "bf16"
+        # Without its cache, which would keep a second copy of all weights until the end of the pass.
+        return torch.autocast(
+            self.accelerator.device.type, torch.bfloat16, enabled=enabled, cache_enabled=False
+        )
 
     def _gathered(self, results: Sequence[StepLoss]) -> tuple[torch.Tensor, torch.Tensor]:
         """Error and sigma of every clip of a step, of all processes."""
@@ -407,15 +474,14 @@ class Trainer(Generic[Sample]):
         return any(gather_object([value]))
 
     def _generator(self, micro_step: int) -> torch.Generator:
-        place = (self.settings.seed, self.step, micro_step)
-        rank = self.accelerator.process_index
-        words = np.random.SeedSequence((*place, rank) if rank else place).generate_state(2)
+        piece = self.sampler.piece(micro_step)
+        words = np.random.SeedSequence((self.settings.seed, self.step, piece)).generate_state(2)
         return torch.Generator().manual_seed(int(words[0]) << 32 | int(words[1]))
 
     def _batches(self) -> Iterator[Any]:
         loader: DataLoader[Any] = DataLoader(
             self.source,  # type: ignore[arg-type]
-            batch_sampler=_Batches(self.sampler, self.step * self.settings.accumulation),
+            batch_sampler=_Batches(self.sampler, self.step),
             collate_fn=self.collate,
             num_workers=self.settings.workers,
             # The loader seeds its workers from here, not from the generators that a checkpoint keeps.
@@ -427,34 +493,14 @@ class Trainer(Generic[Sample]):
         kept = random_state()
         self.module.eval()
         try:
-            if self.ema:
-                with self.ema.applied():
-                    self._run_callbacks()
-            else:
-                self._run_callbacks()
+            with self.ema.applied() if self.ema else contextlib.nullcontext():
+                if self.accelerator.is_main_process or self.spread:
+                    for callback in self.callbacks:
+                        callback(self.step)
+                self.accelerator.wait_for_everyone()
         finally:
             self.module.train()
             set_random_state(kept)
-
-    def _run_callbacks(self) -> None:
-        if self.accelerator.is_main_process:
-            for callback in self.callbacks:
-                callback(self.step)
-        self.accelerator.wait_for_everyone()
-
-    def _load_parameters(self, state: TrainingState, checkpoint: Path) -> None:
-        expected = {name: tuple(value.shape) for name, value in self.parameters.items()}
-        found = {name: tuple(value.shape) for name, value in state.model.items()}
-        if expected != found:
-            wrong = sorted(set(expected.items()) ^ set(found.items()))[0]
-            raise CheckpointError(f"{checkpoint} belongs to another model: see {wrong[0]} {wrong[1]}")
-        with torch.no_grad():
-            for name, parameter in self.parameters.items():
-                parameter.copy_(state.model[name])
-        if self.ema:
-            if state.ema is None:
-                raise CheckpointError(f"{checkpoint} has no averaged weights; train with ema_decay=0")
-            self.ema.load(state.ema, state.counters["ema_updates"])
 
     def _identity(self) -> dict[str, Any]:
         """What must be the same for a resumed run to be the same run."""
@@ -468,15 +514,31 @@ class Trainer(Generic[Sample]):
         }
 
 
+def process_device() -> torch.device:
+    """Where this process trains, known before there is a trainer."""
+    device: torch.device = PartialState(cpu=_on_cpu(), backend=_backend()).device
+    return device
+
+
+def _on_cpu() -> bool:
+    # Unless told, processes on a CPU would not find each other; told, accelerate would not use DeepSpeed.
+    return not torch.accelerator.is_available() and not parse_flag_from_env("ACCELERATE_USE_DEEPSPEED")
+
+
+def _backend() -> str | None:
+    # DeepSpeed's processes on a CPU have to be told how to find each other.
+    return None if torch.accelerator.is_available() or _on_cpu() else "gloo"
+
+
 class _Batches:
-    """The sampler's batches from one on, as DataLoader wants them."""
+    """The clips of this process's micro-steps from a step on, as DataLoader wants them."""
 
     def __init__(self, sampler: GroupedSampler, first: int) -> None:
         self.sampler = sampler
         self.first = first
 
     def __iter__(self) -> Iterator[list[ClipKey]]:
-        return self.sampler.from_batch(self.first)
+        return self.sampler.from_step(self.first)
 
 
 def _enable_gradient_checkpointing(module: nn.Module) -> None:
@@ -486,3 +548,19 @@ def _enable_gradient_checkpointing(module: nn.Module) -> None:
         raise InputError("gradient_checkpointing was asked for, but no part of the model supports it")
     for model in models:
         model.enable_gradient_checkpointing()
+
+
+def _finite(line: dict[str, Any]) -> dict[str, Any]:
+    """What a tracker can draw."""
+    return {name: value for name, value in line.items() if value is not None and math.isfinite(value)}
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Settings for trackers, which know words and numbers alone."""
+    result: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, dict):
+            result |= _flat(value, f"{prefix}{name}.")
+        else:
+            result[prefix + name] = value if isinstance(value, bool | int | float) else str(value)
+    return result

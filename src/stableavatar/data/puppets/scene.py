@@ -32,7 +32,7 @@ def _picture(name: str) -> Array:
     except ImportError as error:
         raise InputError(
             "Backgrounds of puppets need scikit-image, which is not installed. "
-            "Install the extra: pip install 'stableavatar[train]'"
+            "Install the extra: pip install 'stableavatar[tiny]'"
         ) from error
     loaded = getattr(data, name)()
     picture = np.asarray(loaded[0] if isinstance(loaded, tuple) else loaded)

@@ -29,6 +29,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch.multiprocessing.spawn import spawn
 
+from stableavatar.training.muon import Muon
 from stableavatar.training.tiny.autoencoder_model import build_autoencoder, measure_latents
 from stableavatar.training.tiny.feature_memory import (
     FeatureMemory,
@@ -37,7 +38,6 @@ from stableavatar.training.tiny.feature_memory import (
     encode_chunk,
     use_quick_norms,
 )
-from stableavatar.training.tiny.muon import Muon
 from stableavatar.training.tiny.pictures import PictureClips, find_pictures, load_pictures
 from stableavatar.training.tiny.puppet_clips import PuppetClips
 

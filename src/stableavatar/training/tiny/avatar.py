@@ -13,18 +13,11 @@ from transformers import ByT5Tokenizer, CLIPVisionConfig, CLIPVisionModel, UMT5C
 
 from stableavatar.conditioning.image import portrait_pixels
 from stableavatar.conditioning.text import encode_tokens
-from stableavatar.data.cache import CachedBatch
+from stableavatar.data.encoding import EncodedBatch
 from stableavatar.models.attention import KernelProcessor
 from stableavatar.models.transformer import StableAvatarTransformer3DModel
-from stableavatar.training.objective import (
-    ModelInputs,
-    ObjectiveSettings,
-    StepDraws,
-    StepLoss,
-    draw_step,
-    step_loss,
-    training_sigmas,
-)
+from stableavatar.training.avatar import Avatar
+from stableavatar.training.objective import ModelInputs, ObjectiveSettings
 
 TEXT_WIDTH = 128
 IMAGE_WIDTH = 128
@@ -68,16 +61,14 @@ def build_transformer(heads: int, layers: int, audio_dim: int) -> StableAvatarTr
     return model
 
 
-class TinyAvatar(nn.Module):
+class TinyAvatar(Avatar):
     """Transformer, prompt encoder and portrait encoder; calling it gives the loss of a step."""
 
     def __init__(
         self, objective: ObjectiveSettings, *, heads: int = 3, layers: int = 8, audio_dim: int = 192
     ) -> None:
-        super().__init__()
-        self.objective = objective
+        super().__init__(build_transformer(heads, layers, audio_dim), objective)
         self.tokenizer = ByT5Tokenizer()
-        self.transformer = build_transformer(heads, layers, audio_dim)
         self.text_encoder = UMT5EncoderModel(
             UMT5Config(
                 vocab_size=384,
@@ -104,7 +95,6 @@ class TinyAvatar(nn.Module):
         )
         for name, parameter in self.image_encoder.named_parameters():
             parameter.requires_grad_("layers.2." not in name and "post_layernorm" not in name)
-        self.sigmas = training_sigmas(objective.shift)
 
     def use_explicit_attention(self) -> None:
         """Attention that trains faster on a CPU, with the same result up to rounding."""
@@ -137,7 +127,7 @@ class TinyAvatar(nn.Module):
         pixels = torch.cat([portrait_pixels(picture, size) for picture in pictures])
         return self.image_encoder(pixels, output_hidden_states=True).hidden_states[-2]
 
-    def inputs(self, batch: CachedBatch) -> ModelInputs:
+    def inputs(self, batch: EncodedBatch) -> ModelInputs:
         """What the transformer takes.
 
         The first latent frame of a window in the middle of a clip is not judged: when sampling, what a window
@@ -157,15 +147,6 @@ class TinyAvatar(nn.Module):
             lip_mask=batch.lip_mask,
             judged=judged,
         )
-
-    def forward(self, batch: CachedBatch, generator: torch.Generator) -> StepLoss:
-        """Loss of one step, everything random drawn from `generator`."""
-        draws = draw_step(batch.latents.shape, self.objective, self.sigmas, generator)
-        return self.loss(batch, draws)
-
-    def loss(self, batch: CachedBatch, draws: StepDraws) -> StepLoss:
-        """Loss of one step with given draws."""
-        return step_loss(self.transformer, self.inputs(batch), draws, self.objective)
 
     def export(self, folder: Path) -> None:
         """Write the parts in diffusers' layout: `transformer`, `text_encoder`, `image_encoder`,

@@ -15,6 +15,7 @@ from transformers import Wav2Vec2Model
 
 from stableavatar.data.cache import CacheWriter
 from stableavatar.data.dataset import ClipDataset, ClipDatasetSettings
+from stableavatar.data.encoding import Encoders
 from stableavatar.data.puppets import ClipStore
 from stableavatar.training.tiny.feature_memory import use_quick_norms
 
@@ -58,9 +59,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     vae = AutoencoderKLWan.from_pretrained(options.autoencoder, torch_dtype=torch.bfloat16).eval()
     use_quick_norms(vae)
     speech_encoder = Wav2Vec2Model.from_pretrained(options.speech_encoder).eval()
-    writer = CacheWriter(
-        dataset, options.out, vae, speech_encoder, torch.bfloat16, window_frames=WINDOW_FRAMES
-    )
+    encoders = Encoders(vae, speech_encoder)
+    writer = CacheWriter(dataset, options.out, encoders, torch.bfloat16, window_frames=WINDOW_FRAMES)
     writer.write([(index, 0) for index in range(len(dataset))])
 
 

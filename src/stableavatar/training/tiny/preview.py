@@ -13,7 +13,7 @@ from transformers import Wav2Vec2Model
 
 from stableavatar.conditioning.image import reference_mask
 from stableavatar.conditioning.speech import speech_features
-from stableavatar.data.cache import CachedBatch, encode_references, encode_videos
+from stableavatar.data.encoding import EncodedBatch, encode_references, encode_videos
 from stableavatar.data.masks import masks_to_latents
 from stableavatar.data.puppets import make_clip
 from stableavatar.evaluation.lips import correlate
@@ -78,7 +78,7 @@ class Preview:
             return torch.stack([masks_to_latents(torch.from_numpy(mask) / 255, *size) for mask in series])
 
         self.openings = [np.asarray(puppet.articulation.opening) for puppet in puppets]
-        self.batch = CachedBatch(
+        self.batch = EncodedBatch(
             latents=latents,
             condition=torch.cat([reference_mask(reference), reference], dim=1),
             portrait=torch.from_numpy(portraits),

@@ -26,7 +26,7 @@ from transformers import Wav2Vec2Config, Wav2Vec2Model
 
 from stableavatar.data.puppets import ClipStore, articulate
 from stableavatar.data.puppets.speech import unseen_speech
-from stableavatar.training.tiny.muon import Muon
+from stableavatar.training.muon import Muon
 
 logger = logging.getLogger(__name__)
 

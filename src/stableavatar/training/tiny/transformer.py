@@ -12,20 +12,20 @@ import argparse
 import logging
 import os
 import signal
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKLWan
-from torch import nn
 from transformers import Wav2Vec2Model
 
-from stableavatar.data.cache import CachedSample, CachedWindows, LatentCache, stack_samples
+from stableavatar.data.cache import CachedWindows, LatentCache
+from stableavatar.data.encoding import EncodedSample, stack_samples
 from stableavatar.evaluation.meter import read_meter
 from stableavatar.training.checkpoints import list_checkpoints
 from stableavatar.training.objective import ObjectiveSettings
+from stableavatar.training.optimizers import ClipSettings, OptimizerSettings
 from stableavatar.training.tiny.avatar import TinyAvatar
-from stableavatar.training.tiny.optimizer import MuonAdamW
 from stableavatar.training.tiny.preview import Preview
 from stableavatar.training.trainer import Trainer, TrainerSettings
 
@@ -50,10 +50,17 @@ def trainer_settings(options: argparse.Namespace) -> TrainerSettings:
         seed=options.seed,
         batch_size=options.piece,
         accumulation=options.batch // options.piece,
-        learning_rate=LEARNING_RATE,
-        clip_norm=1.0,
-        warmup_steps=60,
-        decay_steps=options.decay_steps,
+        optimizer=OptimizerSettings(
+            kind="muon",
+            learning_rate=LEARNING_RATE,
+            betas=(0.9, 0.98),
+            epsilon=1e-8,
+            weight_decay=0.01,
+            warmup_steps=60,
+            schedule="linear" if options.decay_steps else "constant",
+            decay_steps=options.decay_steps or None,
+            clip=ClipSettings(norm=1.0, start_ratio=1.0, start_steps=0, abnormal_ratio=None),
+        ),
         ema_decay=0.99,
         precision="bf16",
         minutes=options.minutes,
@@ -63,12 +70,7 @@ def trainer_settings(options: argparse.Namespace) -> TrainerSettings:
     )
 
 
-def make_optimizer(parameters: Mapping[str, nn.Parameter]) -> torch.optim.Optimizer:
-    """The optimizer of `tiny`."""
-    return MuonAdamW(parameters, LEARNING_RATE)
-
-
-def build(options: argparse.Namespace) -> tuple[TinyAvatar, Trainer[CachedSample]]:
+def build(options: argparse.Namespace) -> tuple[TinyAvatar, Trainer[EncodedSample]]:
     """Model and trainer, resumed if asked for."""
     torch.manual_seed(options.seed)
     cache = CachedWindows(LatentCache(options.cache), options.seed)
@@ -97,7 +99,6 @@ def build(options: argparse.Namespace) -> tuple[TinyAvatar, Trainer[CachedSample
         stack_samples,
         trainer_settings(options),
         options.out,
-        optimizer=make_optimizer,
         callbacks=callbacks,
     )
     if options.export_only or (options.resume and list_checkpoints(options.out)):
@@ -105,7 +106,7 @@ def build(options: argparse.Namespace) -> tuple[TinyAvatar, Trainer[CachedSample
     return avatar, trainer
 
 
-def export(avatar: TinyAvatar, trainer: Trainer[CachedSample], folder: Path) -> None:
+def export(avatar: TinyAvatar, trainer: Trainer[EncodedSample], folder: Path) -> None:
     """Write the averaged weights."""
     if trainer.ema is None:
         raise ValueError("tiny is trained with averaged weights")

@@ -1,0 +1,38 @@
+"""Parameters, gradients and optimizer states spread over processes (FSDP2), applied from outside to a model.
+
+What `accelerate` makes of its own FSDP settings needs a GPU; this is the same of PyTorch's `fully_shard` on
+any device.
+"""
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+
+from stableavatar.errors import InputError
+
+
+def shard_module(module: nn.Module, device: torch.device) -> None:
+    """Spread a module over all processes: every block of its models on its own, then the rest.
+
+    Parameters become DTensors. While a block runs, its own parameters alone are whole. All processes must run
+    the same parts in every step: they wait for each other at each of them.
+
+    Raises:
+        InputError: there is no group of processes.
+    """
+    if not dist.is_initialized():
+        raise InputError(
+            "sharding spreads a model over several processes: start them with torchrun or accelerate launch"
+        )
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    for block in repeated_blocks(module):
+        fully_shard(block, mesh=mesh)
+    fully_shard(module, mesh=mesh)
+
+
+def repeated_blocks(module: nn.Module) -> list[nn.Module]:
+    """The blocks of the models within a module, as these name them (`_repeated_blocks`)."""
+    names = {name for part in module.modules() for name in getattr(part, "_repeated_blocks", None) or ()}
+    return [part for part in module.modules() if type(part).__name__ in names]
