@@ -11,10 +11,10 @@ DEMO   := src/stableavatar/assets/demo
 WORK   ?= $(if $(XDG_CACHE_HOME),$(XDG_CACHE_HOME),$(HOME)/.cache)/stableavatar/train
 STORE  ?= $(WORK)/puppets
 CLIPS  ?= 3000
-# What `make bench` measures, by default all: transformer peak decode generate first-frame processes.
+# What `make bench` measures, by default all: transformer peak decode generate first-frame processes training.
 PARTS  ?=
 
-.PHONY: help demo test lint parity tiny evaluate-tiny bench format clean
+.PHONY: help demo test test-large lint parity tiny evaluate-tiny bench format clean
 help:            ## what can be made
 	@grep -E '^[a-z-]+: .*##|^[a-z-]+:  +##' $(MAKEFILE_LIST) | sed 's/:.*##/:/' | column -t -s:
 
@@ -30,6 +30,11 @@ demo: $(STAMP)   ## out/demo.mp4: a portrait says a recording
 
 test: $(STAMP)   ## run every test
 	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+test-large: $(STAMP) ## the tests that need DeepSpeed and torchao, in an environment of their own
+	$(PYTHON) -m venv $(VENV)-large
+	$(VENV)-large/bin/pip install -q -c constraints.txt -e '.[dev,large]'
+	$(VENV)-large/bin/python -m pytest tests/test_training_processes.py tests/test_training_trainer.py
 
 lint: $(STAMP)   ## style and types
 	$(BIN)/ruff check .

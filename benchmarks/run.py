@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import decode, first_frame, generate, peak, processes, transformer
+from benchmarks import decode, first_frame, generate, peak, processes, training, transformer
 from benchmarks.measuring import BenchmarkError, circumstances, show_no_progress
 from benchmarks.sizes import FULL, QUICK, Sizes
 from stableavatar.errors import InputError
@@ -32,6 +32,7 @@ PARTS: dict[str, tuple[Part, str]] = {
     "generate": (generate.measure, "float32"),
     "first-frame": (first_frame.measure, "float32"),
     "processes": (processes.measure, "float32"),
+    "training": (training.measure, "bfloat16"),
 }
 
 

@@ -17,6 +17,7 @@ class Sizes:
         decoded: lengths to decode, in latent frames.
         speech: lengths to generate, in seconds. steps: of a generation; tiny's own are 10.
         followed: lengths whose first frame is waited for, in seconds.
+        training_steps: of the trainer, and of the bare loop beside it.
         short_speech, long_speech, process_steps: seconds and steps, for the comparison of processes. With few
             steps most of the work is decoding, which is the first process's alone; in the first
             seconds of video windows are still dealt as if there were none (docs/decisions/0007).
@@ -30,6 +31,7 @@ class Sizes:
     speech: tuple[int, ...] = (10, 60, 600)
     steps: int = 4
     followed: tuple[int, ...] = (10, 60, 600, 3600)
+    training_steps: int = 15
     short_speech: int = 30
     long_speech: int = 90
     process_steps: int = 10
@@ -49,6 +51,7 @@ QUICK = Sizes(
     speech=(5, 10),
     steps=2,
     followed=(5, 10),
+    training_steps=2,
     short_speech=2,
     long_speech=6,
     process_steps=4,

@@ -1,4 +1,4 @@
-"""The command line: ``stableavatar generate | info | download | convert | export``.
+"""The command line: ``stableavatar generate | info | download | convert | export | train | cache-latents``.
 
 Commands check what can be checked at once, call the package, and say what came of it. torch is imported in
 them, not here: help must come without waiting for it.
@@ -26,6 +26,7 @@ from stableavatar.apps.console import (
     together,
 )
 from stableavatar.apps.progress import display, duration
+from stableavatar.apps.training_commands import cache_latents, train
 from stableavatar.choices import Dtype, ModelSize, StoredDtype, Variant
 from stableavatar.errors import InputError
 from stableavatar.options import FILE, PICTURE, TIME, GenerateOptions, OutputOptions
@@ -165,6 +166,14 @@ def generate(
     ] = "tiny",
     variant: Annotated[Variant | None, _VARIANT] = None,
     model_size: Annotated[ModelSize | None, _MODEL_SIZE] = None,
+    lora: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="FILE[:SCALE]",
+            help="A LoRA for the transformer, and how strongly it acts (1 by default). Several add up.",
+            rich_help_panel=MODEL,
+        ),
+    ] = None,
     device: Annotated[
         str,
         typer.Option(help="auto (a GPU if there is one), cpu, cuda, cuda:1, mps, ...", rich_help_panel=MODEL),
@@ -192,7 +201,7 @@ def generate(
 
         if generation.decoder_device is not None:
             choose_device(generation.decoder_device)
-        return load(model, device=device, dtype=dtype, variant=variant, size=model_size)
+        return load(model, device=device, dtype=dtype, variant=variant, size=model_size, lora=lora or ())
 
     if not leads():
         with together(device) as (processes, device), stop_between_cells():
@@ -364,6 +373,10 @@ def export(
     typer.echo(f"{file}: complete")
 
 
+app.command()(train)
+app.command("cache-latents")(cache_latents)
+
+
 def main() -> None:
     """Run the command line, and end the process with its exit status."""
     end_on_terminate()
@@ -382,6 +395,7 @@ def _with_size(options: GenerateOptions, size: str | None) -> GenerateOptions:
 def _show_settings(video: Path) -> None:
     settings = stored_settings(video)
     for name, value in settings.items():
-        typer.echo(f"{name.replace('_', ' '):<22} {'' if value is None else value}".rstrip())
+        shown = ", ".join(value) if isinstance(value, list) else "" if value is None else value
+        typer.echo(f"{name.replace('_', ' '):<22} {shown}".rstrip())
     typer.echo()
     typer.echo(repeating_command(settings))

@@ -1,0 +1,95 @@
+"""``stableavatar train`` and ``cache-latents``; see `stableavatar.apps.cli`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from stableavatar.apps.console import log_to_stderr, quieten_libraries
+from stableavatar.choices import StoredDtype
+from stableavatar.errors import InputError
+
+RecipeArgument = Annotated[
+    Path, typer.Argument(metavar="RECIPE", help="A YAML file, such as those in the folder recipes.")
+]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set", metavar="NAME=VALUE", help="A setting in the recipe's place: --set trainer.batch_size=2."
+    ),
+]
+
+
+def train(
+    recipe: RecipeArgument,
+    settings: SetOption = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the newest checkpoint, where there is one.")
+    ] = False,
+    new_data: Annotated[
+        bool,
+        typer.Option(
+            "--new-data", help="With --resume: data, batch or number of processes may be others than before."
+        ),
+    ] = False,
+    verbose: Annotated[
+        int, typer.Option("--verbose", "-v", count=True, show_default=False, help="Say more.")
+    ] = 0,
+) -> None:
+    """Train a transformer, or a LoRA for one, by a RECIPE.
+
+    Several processes share the work where torchrun or accelerate launch starts them. Ctrl-C ends it with a
+    checkpoint, from which --resume goes on as if it had not been stopped.
+    """
+    log_to_stderr(max(verbose, 1))
+    quieten_libraries(verbose)
+    training = _import("stableavatar.training.run")
+    chosen = _import("stableavatar.training.recipes").load_recipe(recipe, settings or ())
+    if new_data and not resume:
+        raise InputError("--new-data says how to resume: add --resume")
+    ready = training.prepare_training(chosen, resume=resume, new_data=new_data)
+    leads = ready.trainer.accelerator.is_main_process
+    result, made = ready.run()
+    if leads:
+        skipped = f", {result.skipped_steps} steps skipped" if result.skipped_steps else ""
+        typer.echo(f"{made}: after {result.step} of {chosen.trainer.steps} steps{skipped}")
+
+
+def cache_latents(
+    recipe: RecipeArgument,
+    output: Annotated[Path, typer.Option("--output", "-o", help="The folder, made if need be.")],
+    passes: Annotated[
+        int,
+        typer.Option(min=1, help="Passes over the data, each with starts and references of its own."),
+    ] = 1,
+    dtype: Annotated[StoredDtype, typer.Option(help="Of what is kept.")] = "bfloat16",
+    settings: SetOption = None,
+    verbose: Annotated[
+        int, typer.Option("--verbose", "-v", count=True, show_default=False, help="Say more.")
+    ] = 0,
+) -> None:
+    """Encode the clips of a RECIPE ahead of its training, which then needs no encoder.
+
+    An interrupted run goes on where it stopped. Train with --set data.cache=FOLDER.
+    """
+    log_to_stderr(max(verbose, 1))
+    quieten_libraries(verbose)
+    from stableavatar.placement.device import DTYPES
+
+    training = _import("stableavatar.training.run")
+    chosen = _import("stableavatar.training.recipes").load_recipe(recipe, settings or ())
+    count = training.cache_latents(chosen, output, passes=passes, dtype=DTYPES[dtype])
+    typer.echo(f"{output}: {count} samples; train with --set data.cache={output}")
+
+
+def _import(name: str):  # type: ignore[no-untyped-def]
+    import importlib
+
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name not in ("pydantic", "yaml"):
+            raise
+        raise InputError(
+            f"training needs the package {error.name}: pip install 'stableavatar[train]'"
+        ) from error

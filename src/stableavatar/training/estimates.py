@@ -1,0 +1,185 @@
+"""Memory and time of recipes, computed from sizes; nothing here is measured.
+
+python -m stableavatar.training.estimates --out docs/scaling.md
+"""
+
+import argparse
+import functools
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from stableavatar.config import SIZES
+from stableavatar.evaluation.report import put_between
+from stableavatar.models.transformer import StableAvatarTransformer3DModel
+from stableavatar.training.lora import add_lora
+from stableavatar.training.parameters import freeze_others, trained_by_recipe
+from stableavatar.training.recipes import Recipe, load_recipe
+
+GIGABYTE = 2**30
+# Width and height of the clips of a path list, by a part of its name.
+SHAPES = {"square": (512, 512), "rec": (832, 480), "vec": (480, 832)}
+# What is assumed of a GPU, and how much of its products' rate a training reaches.
+GPU_TFLOPS = 312  # bfloat16, dense, of an A100
+REACHED = 0.4
+START, END = (
+    "<!-- estimates: written by stableavatar.training.estimates -->",
+    "<!-- end of estimates -->",
+)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Of one recipe on a number of GPUs, per GPU.
+
+    Attributes:
+        weights, gradients, optimizer, average, activations: bytes.
+        operations: multiplications and additions of a clip's forward, recomputed forward and backward pass.
+        trained: parameters.
+    """
+
+    weights: float
+    gradients: float
+    optimizer: float
+    average: float
+    activations: float
+    operations: float
+    trained: int
+
+    @property
+    def memory(self) -> float:
+        """Bytes in all."""
+        return self.weights + self.gradients + self.optimizer + self.average + self.activations
+
+    def seconds(self, clips: int) -> float:
+        """Of a step of so many clips on the assumed GPU."""
+        return clips * self.operations / (GPU_TFLOPS * 1e12 * REACHED)
+
+
+def estimate(recipe: Recipe, gpus: int) -> Estimate:
+    """Compute the estimate of a recipe for its largest clips.
+
+    Weights, gradients and states lie on every GPU, or are spread over them (FSDP2), whole only for the block
+    that runs. Gradient checkpointing keeps every block's input and, one at a time, what is within a block.
+    """
+    settings = SIZES[recipe.model.size].transformer
+    with torch.device("meta"):
+        model = StableAvatarTransformer3DModel(**settings)
+    if recipe.lora is not None:
+        add_lora(model, recipe.lora)
+    else:
+        freeze_others(model, trained_by_recipe)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    frozen = sum(p.numel() for p in model.parameters()) - trained
+    of_frozen = 2 if recipe.model.dtype == "bfloat16" else 4
+    of_optimizer = 2 if recipe.trainer.optimizer.kind == "adamw-8bit" else 8
+    share = gpus if recipe.trainer.sharding == "fsdp2" else 1
+    block = sum(p.numel() for p in model.blocks[0].parameters())
+    frames = (recipe.data.clips.frames - 1) // 4 + 1
+    shapes = {
+        shape for path in recipe.data.lists for name, shape in SHAPES.items() if f"_{name}_" in path.name
+    }
+    width, height = max(shapes or {SHAPES["square"]}, key=lambda shape: shape[0] * shape[1])
+    tokens = frames * (height // 16) * (width // 16)
+    dim = settings["num_attention_heads"] * settings["attention_head_dim"]
+    clips = recipe.trainer.batch_size
+    # In a block: bfloat16 q, k, v and results of four attentions, float32 copies for norms and modulation,
+    # and the feed-forward's hidden layer before and after its activation.
+    inside = tokens * (dim * (2 * 12 + 4 * 6) + settings["ffn_dim"] * 4)
+    kept = tokens * dim * 2 * settings["num_layers"]
+    spread = 1 / share
+    return Estimate(
+        weights=(4 * trained + of_frozen * frozen) * spread + (4 * block if share > 1 else 0) + 2 * block,
+        gradients=4 * trained * spread,
+        optimizer=of_optimizer * trained * spread,
+        average=4 * trained * spread if recipe.trainer.ema_decay else 0.0,
+        activations=clips * (kept + inside),
+        operations=4
+        * _forward_operations(recipe.model.size, frames, height // 8, width // 8, _features(recipe)),
+        trained=trained,
+    )
+
+
+def _features(recipe: Recipe) -> int:
+    """Speech features of a clip."""
+    return int(recipe.data.clips.frames / 25 * 50)
+
+
+@functools.cache
+@torch.no_grad()
+def _forward_operations(size: str, frames: int, height: int, width: int, features: int) -> float:
+    with torch.device("meta"):
+        config = StableAvatarTransformer3DModel(**{**SIZES[size].transformer, "num_layers": 0}).config
+    config = {**config, "num_layers": SIZES[size].transformer["num_layers"]}
+    shapes = (
+        (1, config["out_channels"], frames, height, width),
+        (1, config["in_channels"] - config["out_channels"], frames, height, width),
+        (1,),
+        (1, config["text_length"], config["text_dim"]),
+        (1, 257, config["image_dim"]),
+        (1, features, config["audio_dim"]),
+    )
+    # Tensors without values, that claim to lie on a CPU: there is no autocast, which the model switches off
+    # in places, for those that say they have none.
+    with FakeTensorMode(allow_non_fake_inputs=True), FlopCounterMode(display=False) as counter:
+        counted = StableAvatarTransformer3DModel.from_config(config)
+        counted(*(torch.zeros(shape) for shape in shapes))
+    return float(counter.get_total_flops())
+
+
+def table(folder: Path, gpus: Sequence[int]) -> str:
+    """The text with the table, of every recipe in a folder."""
+    headings = [
+        "recipe", "GPUs", "trained, millions", "weights", "gradients", "optimizer", "activations",
+        "GB in all", "PFLOP a clip", "seconds a step",
+    ]  # fmt: skip
+    lines = ["| " + " | ".join(headings) + " |", "|" + " --- |" * len(headings)]
+    for path in sorted(folder.glob("*.yaml")):
+        recipe = load_recipe(path)
+        spread = recipe.trainer.sharding == "fsdp2"
+        for count in gpus if spread else [1]:
+            found = estimate(recipe, count)
+            sizes = (found.weights, found.gradients, found.optimizer, found.activations, found.memory)
+            cells = [
+                path.stem,
+                str(count) if spread else "any",
+                f"{found.trained / 1e6:,.0f}",
+                *(f"{size / GIGABYTE:,.1f}" for size in sizes),
+                f"{found.operations / 1e15:.2f}",
+                f"{found.seconds(recipe.trainer.batch_size * recipe.trainer.accumulation):.1f}",
+            ]
+            lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(
+        [
+            "Computed from sizes, not measured: GB a GPU for the recipe's largest clips, without the "
+            "encoders (cache-latents, or offload_encoders) and what the CUDA libraries take; operations "
+            "counted of a forward pass, times four (recomputed, and twice for the gradients); seconds at "
+            f"{REACHED:.0%} of {GPU_TFLOPS} TFLOP/s.",
+            "",
+            *lines,
+        ]
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command."""
+    parser = argparse.ArgumentParser(prog="python -m stableavatar.training.estimates", description=__doc__)
+    parser.add_argument("--recipes", type=Path, default=Path("recipes"))
+    parser.add_argument("--gpus", type=int, nargs="+", default=[1, 8, 64])
+    parser.add_argument("--out", type=Path, help="a document with the markers; by default it is printed")
+    options = parser.parse_args(arguments)
+    text = table(options.recipes, options.gpus)
+    if options.out is None:
+        print(text)
+    else:
+        put_between(options.out, text, START, END, title="Scaling")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

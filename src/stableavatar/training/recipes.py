@@ -1,0 +1,205 @@
+"""Recipes: a training as a YAML file, every key of which is a field of a dataclass.
+
+    extends: 1.3b-square.yaml     another recipe, of which this one says what differs
+    model: ...                    ModelChoice
+    data: ...                     DataChoice
+    objective: ...                ObjectiveSettings
+    trainer: ...                  TrainerSettings
+    lora: ...                     LoraSettings, or nothing
+    validation: ...               ValidationSettings, or nothing
+
+Unknown keys, values of another type and out of range are refused, with the key's place.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+import yaml
+from pydantic import TypeAdapter, ValidationError
+
+from stableavatar.choices import ModelSize, StoredDtype, Variant
+from stableavatar.data.dataset import ClipDatasetSettings
+from stableavatar.errors import InputError
+from stableavatar.training.lora import LoraSettings
+from stableavatar.training.objective import ObjectiveSettings
+from stableavatar.training.trainer import TrainerSettings
+
+_FORBID: dict[str, Any] = {"extra": "forbid"}
+
+
+@dataclass(frozen=True)
+class ModelChoice:
+    """What is trained, and from where it starts.
+
+    Attributes:
+        source: a folder: the published checkpoints, or this project's own.
+        size: of the published checkpoints.
+        variant: the published transformer that the training goes on from; None: the base video model, whose
+            audio adapter starts anew.
+        transformer: a transformer's file or folder to go on from, such as a training's export, in the
+            variant's place.
+        dtype: of the weights; those that are trained need float32, those beside a LoRA do not.
+        encoder_dtype: of the frozen encoders. offload_encoders: keep them in main memory between uses.
+    """
+
+    __pydantic_config__: ClassVar = _FORBID
+
+    source: Path = Path("checkpoints")
+    size: ModelSize = "1.3b"
+    variant: Variant | None = None
+    transformer: Path | None = None
+    dtype: StoredDtype = "float32"
+    encoder_dtype: StoredDtype = "bfloat16"
+    offload_encoders: bool = False
+
+    def __post_init__(self) -> None:
+        if self.variant is not None and self.transformer is not None:
+            raise InputError("model: give a variant or a transformer to go on from, not both")
+
+
+@dataclass(frozen=True)
+class DataChoice:
+    """Clips by path lists and folders, or a cache of what the encoders made of them.
+
+    Attributes:
+        lists: files with a clip folder a line. folders: below which every clip folder is taken.
+        cache: made by `stableavatar cache-latents`; clips and encoders are then not read.
+        clips: how samples are drawn.
+    """
+
+    __pydantic_config__: ClassVar = _FORBID
+
+    lists: tuple[Path, ...] = ()
+    folders: tuple[Path, ...] = ()
+    cache: Path | None = None
+    clips: ClipDatasetSettings = field(default_factory=ClipDatasetSettings)
+
+    def __post_init__(self) -> None:
+        if not (self.lists or self.folders or self.cache):
+            raise InputError("data: name lists, folders or a cache")
+
+
+@dataclass(frozen=True)
+class ValidationCase:
+    """A portrait that says a recording, or its first `seconds`."""
+
+    __pydantic_config__: ClassVar = _FORBID
+
+    portrait: Path
+    speech: Path
+    prompt: str = "The protagonist is talking"
+    seconds: float | None = None
+
+
+@dataclass(frozen=True)
+class ValidationSettings:
+    """Videos that the model as it stands makes every `trainer.callback_every` steps.
+
+    Attributes:
+        cases: what they say. options: of `generate` (`steps`, `width`, ...), which its checks hold for.
+    """
+
+    __pydantic_config__: ClassVar = _FORBID
+
+    cases: tuple[ValidationCase, ...]
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A training, complete.
+
+    Attributes:
+        output: folder for checkpoints, log, validation videos and the result.
+    """
+
+    __pydantic_config__: ClassVar = _FORBID
+
+    output: Path
+    trainer: TrainerSettings
+    data: DataChoice
+    model: ModelChoice = field(default_factory=ModelChoice)
+    objective: ObjectiveSettings = field(default_factory=ObjectiveSettings)
+    lora: LoraSettings | None = None
+    validation: ValidationSettings | None = None
+
+    def __post_init__(self) -> None:
+        if self.lora is None and self.model.dtype != "float32":
+            raise InputError("model: weights that are trained need dtype float32; those beside a LoRA do not")
+        if self.model.dtype != "float32" and self.trainer.precision == "no":
+            raise InputError(f"model: dtype {self.model.dtype} needs trainer.precision bf16")
+
+
+def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe.
+
+    Args:
+        path: of the YAML file; paths in it count from the working folder.
+        overrides: such as `trainer.batch_size=2`, the value in YAML.
+
+    Raises:
+        InputError: the file or one that it extends cannot be read, or a value cannot be; with its place.
+    """
+    values = _read(path, ())
+    for override in overrides:
+        name, equals, text = override.partition("=")
+        if not equals or not all(name.split(".")):
+            raise InputError(f"{override!r} sets nothing: write trainer.batch_size=2, for example")
+        value = _parsed(text, f"the value of {name}")
+        for key in reversed(name.split(".")):
+            value = {key: value}
+        values = _merged(values, value)
+    try:
+        return TypeAdapter(Recipe).validate_python(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"])
+        more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
+        raise InputError(f"recipe {path}: {place}: {_in_words(first)}{more}") from error
+    except InputError as error:
+        raise InputError(f"recipe {path}: {error}") from error
+
+
+def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"recipe {path}: cannot be read ({error})") from error
+    values = _parsed(text, f"recipe {path}")
+    if not isinstance(values, dict):
+        raise InputError(f"recipe {path}: holds no settings")
+    extends = values.pop("extends", None)
+    if extends is None:
+        return values
+    base = path.parent / str(extends)
+    if base in seen:
+        raise InputError(f"recipe {path}: extends {base}, which extends it")
+    return _merged(_read(base, (*seen, path)), values)
+
+
+def _parsed(text: str, what: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise InputError(f"{what} is not valid YAML: {' '.join(str(error).split())}") from error
+
+
+def _merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """`over` laid over `base`, mappings within each other."""
+    result = dict(base)
+    for key, value in over.items():
+        below = result.get(key)
+        if isinstance(value, Mapping) and isinstance(below, Mapping):
+            value = _merged(below, value)
+        result[key] = value
+    return result
+
+
+def _in_words(error: Mapping[str, Any]) -> str:
+    if error["type"] == "unexpected_keyword_argument":
+        return "there is no such setting"
+    if error["type"] == "missing":
+        return "is not given"
+    return f"{error['msg']}, not {error['input']!r}"

@@ -1,0 +1,306 @@
+"""Recipes: every one is read and run at toy size; what they refuse; caches; validation; the commands."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from safetensors.torch import load_file
+
+from clip_folders import write_clip
+from command_line import portrait, run, speech, toy_model
+from published_toy import write_published
+from stableavatar.checkpoints.lora import merge_loras, read_lora
+from stableavatar.config import SIZES
+from stableavatar.errors import InputError
+from stableavatar.media.reading import probe
+from stableavatar.models.transformer import StableAvatarTransformer3DModel
+from stableavatar.pipeline import AvatarPipeline
+from stableavatar.training.log import read_log
+from stableavatar.training.parameters import freeze_others, trained_by_recipe
+from stableavatar.training.recipes import load_recipe
+from stableavatar.training.run import cache_latents, prepare_training
+from toy import toy_transformer
+
+RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
+SQUARE = RECIPES[0].with_name("1.3b-square.yaml")
+
+
+@pytest.fixture(autouse=True)
+def _fresh_accelerator() -> Iterator[None]:
+    AcceleratorState._reset_state(True)
+    yield
+    AcceleratorState._reset_state(True)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A path list of four clips of two sizes."""
+    root = tmp_path_factory.mktemp("data")
+    for k in range(4):
+        write_clip(root / "speech" / f"{k:05d}", frames=12, size=(32, 32) if k < 2 else (48, 32))
+    (root / "list.txt").write_text("".join(f"speech/{k:05d}\n" for k in range(4)))
+    return root / "list.txt"
+
+
+def toy(data: Path, output: Path, *more: str) -> list[str]:
+    """What brings any recipe to toy size."""
+    return [
+        f"output={output}", f"model.source={toy_model()}", "model.variant=null", "model.transformer=null",
+        "model.encoder_dtype=float32", f"data.lists=[{data}]", "data.clips.frames=9", "trainer.steps=2",
+        "trainer.workers=0", "trainer.precision='no'", "trainer.sharding=none", "trainer.log_every=1",
+        "trainer.optimizer.warmup_steps=1", *more,
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_builds_its_model_and_runs(path: Path, data: Path, tmp_path: Path) -> None:
+    recipe = load_recipe(path)
+    with torch.device("meta"):
+        model = StableAvatarTransformer3DModel(**SIZES[recipe.model.size].transformer)
+    assert path.stem.startswith(recipe.model.size)
+    freeze_others(model, trained_by_recipe)
+    billions = sum(parameter.numel() for parameter in model.parameters()) / 1e9
+    assert 0.8 < billions / float(recipe.model.size.removesuffix("b")) < 1.6
+
+    more = ["lora.rank=2"] if recipe.lora else []
+    training = prepare_training(load_recipe(path, toy(data, tmp_path, "trainer.precision=bf16", *more)))
+    before = {name: value.clone() for name, value in training.avatar.transformer.state_dict().items()}
+    result, made = training.run()
+    assert (result.step, result.skipped_steps) == (2, 0)
+    if recipe.lora:
+        found = read_lora(made, toy_transformer())
+        assert {layer.down.shape[0] for layer in found.layers.values()} == {2}
+        assert any(layer.up.any() for layer in found.layers.values())
+    else:
+        after = StableAvatarTransformer3DModel.from_pretrained(made).state_dict()
+        changed = {name for name, value in after.items() if not torch.equal(value, before[name])}
+        assert changed == {name for name in before if trained_by_recipe(name)}
+
+
+@pytest.mark.parametrize(
+    ("override", "what"),
+    [
+        ("trainer.batchsize=2", r"trainer\.batchsize: there is no such setting"),
+        ("speed=2", "speed: there is no such setting"),
+        ("objective.mask_los=none", r"objective\.mask_los: there is no such setting"),
+        ("trainer.optimizer.clip.maximum=1", r"trainer\.optimizer\.clip\.maximum: there is no such setting"),
+        ("trainer.steps=many", r"trainer\.steps: .*'many'"),
+        ("trainer.batch_size=0", "batch_size must be at least 1"),
+        ("model.size=2b", r"model\.size"),
+        ("data.lists=[]", "name lists, folders or a cache"),
+        ("data.clips.frames=10", "4n"),
+        ("model.dtype=bfloat16", "need dtype float32"),
+        ("lora.rank=0", "rank must be at least 1"),
+        ("trainer.steps", "sets nothing"),
+        ("trainer.steps=[1", "not valid YAML"),
+    ],
+)
+def test_what_cannot_be_is_refused_with_its_place(override: str, what: str) -> None:
+    with pytest.raises(InputError, match=what):
+        load_recipe(SQUARE, [override])
+
+
+def test_half_weights_need_half_precision() -> None:
+    with pytest.raises(InputError, match=r"needs trainer\.precision bf16"):
+        load_recipe(SQUARE.with_name("1.3b-square-lora.yaml"), ["trainer.precision='no'"])
+
+
+def test_a_recipe_that_cannot_be_read(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="cannot be read"):
+        load_recipe(tmp_path / "none.yaml")
+    one, other, empty = (tmp_path / f"{name}.yaml" for name in ("one", "other", "empty"))
+    one.write_text("extends: other.yaml")
+    other.write_text("extends: one.yaml")
+    with pytest.raises(InputError, match="which extends it"):
+        load_recipe(one)
+    empty.write_text("")
+    with pytest.raises(InputError, match="holds no settings"):
+        load_recipe(empty)
+    empty.write_text("output: here")
+    with pytest.raises(InputError, match=r"trainer: is not given \(and 1 more\)"):
+        load_recipe(empty)
+
+
+def test_settings_lie_over_what_is_extended(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text(
+        f"extends: {SQUARE}\ntrainer: {{optimizer: {{learning_rate: 1.0e-3}}}}"
+    )
+    mine, base = load_recipe(tmp_path / "mine.yaml", ["trainer.seed=3"]), load_recipe(SQUARE)
+    assert (mine.trainer.seed, mine.trainer.optimizer.learning_rate) == (3, 1e-3)
+    assert mine.trainer.optimizer.weight_decay == base.trainer.optimizer.weight_decay
+
+
+def curve(folder: Path) -> list[dict[str, Any]]:
+    lines = read_log(folder / "log.jsonl")
+    return [{name: value for name, value in line.items() if name != "clips_per_second"} for line in lines]
+
+
+def test_training_from_a_cache_has_the_losses_of_training_without(data: Path, tmp_path: Path) -> None:
+    """Over more steps than a pass has, so that passes with other starts are asked for."""
+    draws = ["data.clips.portrait=0.3", "data.clips.any_frame=0.3", "objective.prompt_dropping=0.3"]
+    steps = [*draws, "trainer.steps=6", "trainer.batch_size=2"]
+    count = cache_latents(
+        load_recipe(SQUARE, toy(data, tmp_path, *draws)), tmp_path / "cache", passes=3, dtype=torch.float32
+    )
+    assert count == 12
+    for name, more in (("with", [f"data.cache={tmp_path / 'cache'}"]), ("without", [])):
+        AcceleratorState._reset_state(True)
+        prepare_training(load_recipe(SQUARE, toy(data, tmp_path / name, *steps, *more))).run()
+    cached, read = curve(tmp_path / "with"), curve(tmp_path / "without")
+    assert len(cached) == len(read) == 6
+    for one, other in zip(cached, read, strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], rel=1e-4)
+        assert one["gradient_norm"] == pytest.approx(other["gradient_norm"], rel=1e-3)
+
+
+def test_interrupted_and_resumed_a_recipe_gives_the_same_weights(data: Path, tmp_path: Path) -> None:
+    prepare_training(load_recipe(SQUARE, toy(data, tmp_path / "whole", "trainer.steps=4"))).run()
+    AcceleratorState._reset_state(True)
+    prepare_training(load_recipe(SQUARE, toy(data, tmp_path / "parts", "trainer.steps=2"))).run()
+    AcceleratorState._reset_state(True)
+    prepare_training(load_recipe(SQUARE, toy(data, tmp_path / "parts", "trainer.steps=4")), resume=True).run()
+    weights = [
+        load_file(tmp_path / name / "transformer" / "diffusion_pytorch_model.safetensors")
+        for name in ("whole", "parts")
+    ]
+    assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
+    assert curve(tmp_path / "whole") == curve(tmp_path / "parts")
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_validation_videos_have_sound_and_change_nothing(data: Path, tmp_path: Path, cached: bool) -> None:
+    case = {
+        "portrait": str(portrait(tmp_path / "face.png")),
+        "speech": str(speech(tmp_path / "speech.wav", 2.0)),
+        "seconds": 0.6,
+    }
+    validation = {
+        "cases": [case],
+        "options": {"steps": 1, "width": 32, "height": 32, "window": 17, "overlap": 2},
+    }
+    more = [f"validation={json.dumps(validation)}", "trainer.callback_every=1"]
+    if cached:
+        cache_latents(
+            load_recipe(SQUARE, toy(data, tmp_path)), tmp_path / "cache", passes=1, dtype=torch.float32
+        )
+        more.append(f"data.cache={tmp_path / 'cache'}")
+    prepare_training(load_recipe(SQUARE, toy(data, tmp_path / "looked", *more))).run()
+    videos = sorted((tmp_path / "looked" / "validation").rglob("*.mp4"))
+    assert [video.parent.name for video in videos] == ["step-00000001", "step-00000002"]
+    found = probe(videos[0])
+    assert (found.frames, found.width) == (15, 32)
+    assert found.sound_seconds == pytest.approx(0.6, abs=0.05)
+    AcceleratorState._reset_state(True)
+    prepare_training(load_recipe(SQUARE, toy(data, tmp_path / "alone", *more[2:]))).run()
+    assert curve(tmp_path / "looked") == curve(tmp_path / "alone")
+
+
+class TestStart:
+    def test_the_base_starts_with_a_new_adapter_and_a_variant_with_its_own(
+        self, data: Path, tmp_path: Path
+    ) -> None:
+        write_published(tmp_path / "checkpoints")
+        started = {}
+        for name, variant in (("base", "null"), ("square", "square")):
+            AcceleratorState._reset_state(True)
+            more = [f"model.source={tmp_path / 'checkpoints'}", f"model.variant={variant}"]
+            training = prepare_training(load_recipe(SQUARE, toy(data, tmp_path / name, *more)))
+            state = training.avatar.transformer.state_dict()
+            started[name] = {key: value.clone() for key, value in state.items()}
+            assert training.run()[0].step == 2
+        assert not started["base"]["blocks.0.attn2.k_vocal.weight"].any()
+        assert started["square"]["blocks.0.attn2.k_vocal.weight"].any()
+
+    def test_it_goes_on_from_an_export(self, data: Path, tmp_path: Path) -> None:
+        _, made = prepare_training(load_recipe(SQUARE, toy(data, tmp_path / "first"))).run()
+        AcceleratorState._reset_state(True)
+        more = [f"model.transformer={made}"]
+        second = prepare_training(load_recipe(SQUARE, toy(data, tmp_path / "second", *more)))
+        exported = StableAvatarTransformer3DModel.from_pretrained(made).state_dict()
+        for name, value in second.avatar.transformer.state_dict().items():
+            assert torch.equal(value, exported[name]), name
+
+
+class TestLora:
+    def test_its_file_is_the_model_that_was_trained(self, data: Path, tmp_path: Path) -> None:
+        path = SQUARE.with_name("1.3b-square-lora.yaml")
+        more = ["lora.rank=3", "lora.alpha=6", "model.dtype=float32", "trainer.optimizer.learning_rate=0.1"]
+        training = prepare_training(load_recipe(path, toy(data, tmp_path, *more)))
+        _, made = training.run()
+        trained = training.avatar.transformer
+        merged = toy_transformer()
+        merge_loras(merged, [(read_lora(made, merged), 1.0)])
+        arguments = inputs()
+        with torch.no_grad():
+            found, wanted, base = (
+                model(*arguments).sample for model in (merged, trained.eval(), toy_transformer())
+            )
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+        assert (wanted - base).abs().max() > 1e-2
+        pipeline = AvatarPipeline.from_pretrained(toy_model())
+        pipeline.load_lora_weights(made)
+        with torch.no_grad():
+            torch.testing.assert_close(pipeline.transformer(*arguments).sample, wanted, rtol=1e-4, atol=1e-5)
+
+    def test_unknown_layers_are_refused(self, data: Path, tmp_path: Path) -> None:
+        path = SQUARE.with_name("1.3b-square-lora.yaml")
+        more = ["lora.targets=[to_qk]", "model.dtype=float32"]
+        with pytest.raises(InputError, match="to_qk"):
+            prepare_training(load_recipe(path, toy(data, tmp_path, *more)))
+
+
+def inputs() -> tuple[torch.Tensor, ...]:
+    generator = torch.Generator().manual_seed(1)
+    shapes = ((1, 16, 3, 4, 4), (1, 20, 3, 4, 4), (1,), (1, 48, 16), (1, 5, 32), (1, 18, 24))
+    return tuple(torch.randn(shape, generator=generator) for shape in shapes)
+
+
+class TestCommands:
+    def test_train_cache_and_resume(self, data: Path, tmp_path: Path) -> None:
+        def arguments(*more: str) -> list[str]:
+            return [word for one in toy(data, tmp_path / "run", *more) for word in ("--set", one)]
+
+        done = run("cache-latents", SQUARE, "-o", tmp_path / "cache", "--passes", "2", *arguments())
+        assert done.exit_code == 0, done.output
+        assert f"{tmp_path / 'cache'}: 8 samples" in done.output
+        AcceleratorState._reset_state(True)
+        cached = f"data.cache={tmp_path / 'cache'}"
+        done = run("train", SQUARE, *arguments(cached))
+        assert done.exit_code == 0, done.output
+        assert "run/transformer: after 2 of 2 steps" in done.output.replace("\n", "")
+        AcceleratorState._reset_state(True)
+        done = run("train", SQUARE, *arguments(cached))
+        assert done.exit_code == 2
+        assert "resume from the latest" in done.output.replace("\n", " ")
+        AcceleratorState._reset_state(True)
+        done = run("train", SQUARE, "--resume", *arguments(cached, "trainer.steps=3"))
+        assert done.exit_code == 0, done.output
+        assert "after 3 of 3 steps" in done.output
+
+    def test_errors_are_a_line(self, data: Path, tmp_path: Path) -> None:
+        for arguments, what in (
+            ([tmp_path / "none.yaml"], "cannot be read"),
+            ([SQUARE, "--set", "trainer.stepps=1"], "there is no such setting"),
+            ([SQUARE, "--new-data"], "--resume"),
+            ([SQUARE, "--set", f"model.source={tmp_path}"], "holds no published weights"),
+        ):
+            done = run("train", *arguments)
+            assert done.exit_code == 2
+            assert what in done.output.replace("\n", " ")
+
+
+def test_a_missing_file_of_a_clip_is_named(data: Path, tmp_path: Path) -> None:
+    clip = write_clip(tmp_path / "speech" / "1", frames=12)
+    for mask in (clip / "lip_masks").iterdir():
+        mask.unlink()
+    (tmp_path / "list.txt").write_text("speech/1\n")
+    more = ["data.clips.on_error=raise"]
+    training = prepare_training(load_recipe(SQUARE, toy(tmp_path / "list.txt", tmp_path / "run", *more)))
+    with pytest.raises(InputError, match="lip_masks"):
+        training.run()
+    assert np.all([not list((tmp_path / "run").glob("step-*"))])
