@@ -239,9 +239,10 @@ def test_download_passes_on_what_is_wanted(tmp_path: Path, monkeypatch: pytest.M
     calls = []
     monkeypatch.setattr(hub, "download", lambda *args, **kwargs: calls.append((args, kwargs)) or args[0])
     asked = ["--output", tmp_path, "--variant", "rec-vec", "--model-size", "14b"]
-    result = run("download", *asked, "--repository", "a/b", "--revision", "c")
+    result = run("download", *asked, "--repository", "a/b", "--revision", "c", "--vocals")
     assert result.exit_code == 0, result.output
-    assert calls == [((tmp_path, "rec-vec", "14b"), {"repo_id": "a/b", "revision": "c"})]
+    options = {"repo_id": "a/b", "revision": "c", "vocal_separator": True}
+    assert calls == [((tmp_path, "rec-vec", "14b"), options)]
     assert f"--model {tmp_path}" in result.stdout
 
 

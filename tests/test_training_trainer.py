@@ -2,10 +2,8 @@
 
 import json
 import math
-import os
-import signal
-import subprocess
-import sys
+import multiprocessing
+import random
 import time
 from collections.abc import Iterator
 from dataclasses import fields, replace
@@ -155,25 +153,34 @@ def test_what_a_killed_run_did_after_its_checkpoint_is_done_again(tmp_path: Path
     assert_same_run(tmp_path / "whole", tmp_path / "killed")
 
 
-KILLED = """
-import sys, torch
-from pathlib import Path
-sys.path.insert(0, {tests!r})
-from test_training_trainer import Points, Fit, settings
-from stableavatar.training.trainer import Trainer
-torch.set_num_threads(1)
-Trainer(Fit(), Points(), torch.stack, settings(steps=10**6, checkpoint_every=1), Path(sys.argv[1])).train()
-"""
+def train_on(folder: Path) -> None:
+    """In a process of its own: goes on with a run that has no end, a checkpoint a step."""
+    torch.set_num_threads(1)
+    trainer = make(folder, steps=10**6, checkpoint_every=1)
+    if list_checkpoints(folder):
+        trainer.resume("latest")
+    trainer.train()
 
 
-def test_a_kill_at_any_moment_leaves_a_good_checkpoint(tmp_path: Path) -> None:
-    script = KILLED.format(tests=str(Path(__file__).parent))
-    with subprocess.Popen([sys.executable, "-c", script, str(tmp_path)]) as process:
-        while len(list_checkpoints(tmp_path)) < 3:
-            assert process.poll() is None
-            time.sleep(0.01)
-        os.kill(process.pid, signal.SIGKILL)
+def test_ten_kills_at_any_moment_change_nothing(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("forkserver")
+    # Else each of them would import torch anew.
+    context.set_forkserver_preload(
+        ["pytest", "stableavatar.models.transformer", "stableavatar.training.trainer"]
+    )
+    moments = random.Random(7)
+    for _ in range(10):
+        before = list_checkpoints(tmp_path)
+        process = context.Process(target=train_on, args=(tmp_path,))
+        process.start()
+        while list_checkpoints(tmp_path)[-1:] == before[-1:]:
+            assert process.is_alive()
+            time.sleep(0.002)
+        time.sleep(moments.uniform(0, 0.1))
+        process.kill()
+        process.join()
     step = load_checkpoint(list_checkpoints(tmp_path)[-1]).counters["step"]
+    assert step >= 10
 
     rest = make(tmp_path, steps=step + 2, checkpoint_every=1)
     rest.resume("latest")

@@ -1,4 +1,4 @@
-"""The command line: ``stableavatar generate | info | download | convert | export | train | cache-latents``.
+"""The command line: ``stableavatar generate | info | download | convert | export``, training and data.
 
 Commands check what can be checked at once, call the package, and say what came of it. torch is imported in
 them, not here: help must come without waiting for it.
@@ -25,6 +25,7 @@ from stableavatar.apps.console import (
     stop_between_cells,
     together,
 )
+from stableavatar.apps.data_commands import extract_audio, extract_frames, separate_vocals
 from stableavatar.apps.progress import display, duration
 from stableavatar.apps.training_commands import cache_latents, train
 from stableavatar.choices import Dtype, ModelSize, StoredDtype, Variant
@@ -293,6 +294,9 @@ def download(
     ),
     variant: VariantOption = "square",
     model_size: ModelSizeOption = "1.3b",
+    vocals: Annotated[
+        bool, typer.Option("--vocals", help="Also the network of separate-vocals, Kim_Vocal_2.onnx.")
+    ] = False,
     repository: Annotated[
         str | None, typer.Option(help="A copy of the published repository on the hub (owner/name).")
     ] = None,
@@ -308,7 +312,12 @@ def download(
     from stableavatar.checkpoints import hub
 
     folder = hub.download(
-        output, variant, model_size, repo_id=repository or hub.PUBLISHED_REPOSITORY, revision=revision
+        output,
+        variant,
+        model_size,
+        repo_id=repository or hub.PUBLISHED_REPOSITORY,
+        revision=revision,
+        vocal_separator=vocals,
     )
     typer.echo(f"{folder}: complete; use it with --model {folder}")
 
@@ -375,6 +384,9 @@ def export(
 
 app.command()(train)
 app.command("cache-latents")(cache_latents)
+app.command("extract-audio")(extract_audio)
+app.command("extract-frames")(extract_frames)
+app.command("separate-vocals")(separate_vocals)
 
 
 def main() -> None:

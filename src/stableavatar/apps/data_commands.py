@@ -1,0 +1,55 @@
+"""``stableavatar extract-audio``, ``extract-frames`` and ``separate-vocals``; see `stableavatar.apps.cli`.
+
+The long options with underscores are those of the published scripts.
+"""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def extract_audio(
+    video: Annotated[
+        Path, typer.Option("--video", "--video_path", help="A video with sound, or any recording.")
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", "--saved_audio_path", help="The WAV to write.")],
+) -> None:
+    """Write the sound of a video as mono WAV at 16 kHz."""
+    from stableavatar.data import extract
+
+    typer.echo(f"{output}: {extract.extract_audio(video, output):.2f} s")
+
+
+def extract_frames(
+    video: Annotated[Path, typer.Option("--video", "--video_path", help="A video.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="A new or empty folder.")],
+) -> None:
+    """Write the frames of a video as frame_0.png, frame_1.png and on."""
+    from stableavatar.data import extract
+
+    typer.echo(f"{output}: {extract.extract_frames(video, output)} frames")
+
+
+def separate_vocals(
+    recording: Annotated[
+        Path,
+        typer.Option("--recording", "--audio_file_path", help="Any sound file, or a video with sound."),
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", "--saved_vocal_path", help="The WAV to write.")],
+    network: Annotated[
+        Path,
+        typer.Option("--network", "--audio_separator_model_file", help="An MDX network as ONNX file."),
+    ] = Path("checkpoints/Kim_Vocal_2.onnx"),
+    n_fft: Annotated[
+        int, typer.Option(min=512, help="Samples of a spectrum, as the network was trained.")
+    ] = 7680,
+    compensation: Annotated[
+        float, typer.Option(help="What the voice is multiplied by, as published with the network.")
+    ] = 1.009,
+) -> None:
+    """Take the music out of a recording: the voice as stereo WAV at 44.1 kHz, of any length."""
+    from stableavatar.data import vocals
+
+    separator = vocals.VocalSeparator(network, n_fft=n_fft, compensation=compensation)
+    typer.echo(f"{output}: {vocals.separate_vocals(separator, recording, output):.2f} s")
