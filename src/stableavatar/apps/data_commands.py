@@ -1,12 +1,24 @@
-"""``stableavatar extract-audio``, ``extract-frames`` and ``separate-vocals``; see `stableavatar.apps.cli`.
+"""``stableavatar extract-audio``, ``extract-frames``, ``separate-vocals``, ``extract-face-masks`` and
+``extract-lip-masks``; see `stableavatar.apps.cli`.
 
 The long options with underscores are those of the published scripts.
 """
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from stableavatar.errors import InputError
+
+if TYPE_CHECKING:
+    from stableavatar.data.clips import MaskKind
+
+RootOption = Annotated[
+    Path, typer.Option("--folder-root", "--folder_root", help="A folder of clip folders 00001, 00002, ...")
+]
+StartOption = Annotated[int, typer.Option(min=0, help="The first number.")]
+EndOption = Annotated[int, typer.Option(min=0, help="The last number.")]
 
 
 def extract_audio(
@@ -53,3 +65,31 @@ def separate_vocals(
 
     separator = vocals.VocalSeparator(network, n_fft=n_fft, compensation=compensation)
     typer.echo(f"{output}: {vocals.separate_vocals(separator, recording, output):.2f} s")
+
+
+def extract_face_masks(folder_root: RootOption, start: StartOption = 0, end: EndOption = 10**9) -> None:
+    """Write face_masks into numbered clip folders; those that are complete are kept."""
+    _extract_masks(folder_root, start, end, "face_masks")
+
+
+def extract_lip_masks(folder_root: RootOption, start: StartOption = 0, end: EndOption = 10**9) -> None:
+    """Write lip_masks into numbered clip folders; those that are complete are kept."""
+    _extract_masks(folder_root, start, end, "lip_masks")
+
+
+def _extract_masks(root: Path, start: int, end: int, kind: "MaskKind") -> None:
+    from stableavatar.data import extract
+    from stableavatar.data.landmarks import FaceLandmarker
+
+    clips = extract.numbered_clips(root, start, end)
+    landmarker = FaceLandmarker()
+    failed = []
+    for number, clip in enumerate(clips, 1):
+        try:
+            said = f"{extract.extract_masks(landmarker, clip, [kind])} masks"
+        except InputError as error:
+            failed.append(clip)
+            said = str(error)
+        typer.echo(f"{number}/{len(clips)} {clip / kind}: {said}", err=clip in failed)
+    if failed:
+        raise InputError(f"{len(failed)} of {len(clips)} clips have no {kind}: see above")

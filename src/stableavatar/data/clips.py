@@ -7,7 +7,7 @@
 `images/` may be missing: the frames are then decoded from `sub_clip.mp4`, which also knows the frame rate.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import islice
@@ -22,6 +22,7 @@ from PIL import Image
 from stableavatar.conditioning.speech import Loudness
 from stableavatar.errors import InputError
 from stableavatar.media.audio import Speech
+from stableavatar.media.reading import read_frames
 from stableavatar.media.timing import sample_position
 
 SAMPLE_RATE = 16_000  # of the speech that is handed on, mono
@@ -115,7 +116,7 @@ class FolderClip:
         length, fps, size = _probe(folder / "sub_clip.mp4")
         images = folder / "images"
         if images.is_dir():
-            length = sum(1 for path in images.iterdir() if path.name.startswith("frame_"))
+            length = clip_length(folder)
             size = _picture_size(images / "frame_0.png")
         return cls(folder, length, fps, size, _prompt(folder), images.is_dir())
 
@@ -167,6 +168,24 @@ class FolderClip:
                     f"the sound of {path} ends after {speech.seconds:.2f} s, before frame {start + count - 1}"
                 )
             return speech.samples(first, last)
+
+
+def clip_length(folder: Path) -> int:
+    """Frames of a clip folder. Raises InputError where neither `images` nor `sub_clip.mp4` can be read."""
+    images = folder / "images"
+    if images.is_dir():
+        return sum(1 for path in images.iterdir() if path.name.startswith("frame_"))
+    return _probe(folder / "sub_clip.mp4")[0]
+
+
+def clip_frames(folder: Path) -> Iterator[NDArray[np.uint8]]:
+    """The frames of a clip folder in order, uint8 `[H, W, 3]`. Raises InputError as `clip_length`."""
+    images = folder / "images"
+    if images.is_dir():
+        for number in range(clip_length(folder)):
+            yield _read_picture(images / f"frame_{number}.png", "RGB")
+    else:
+        yield from read_frames(folder / "sub_clip.mp4")
 
 
 def read_path_list(path: Path) -> list[Path]:

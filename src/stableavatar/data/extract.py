@@ -1,15 +1,19 @@
-"""Single steps from a video to a clip folder: its sound, its frames."""
+"""Single steps from a video to a clip folder: its sound, its frames, masks of face and lips."""
 
 import shutil
+from collections import deque
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from PIL import Image
 
+from stableavatar.data.clips import MaskKind, clip_frames, clip_length
+from stableavatar.data.landmarks import FaceLandmarker, Points, face_mask, lip_mask
 from stableavatar.errors import InputError
 from stableavatar.media.audio import SPEECH_RATE, speech_mix
 from stableavatar.media.decoding import stream_sound
 from stableavatar.media.files import cannot_write, check_parent, hidden_name
-from stableavatar.media.reading import read_frames
+from stableavatar.media.reading import Frame, read_frames
 from stableavatar.media.wav import write_wav
 
 
@@ -51,3 +55,73 @@ def extract_frames(video: Path, folder: Path) -> int:
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return count
+
+
+def extract_masks(
+    landmarker: FaceLandmarker, clip: Path, kinds: Sequence[MaskKind] = ("face_masks", "lip_masks")
+) -> int:
+    """Write the masks of a clip folder (`data.clips`) as `frame_0.png` and on, beside its frames; how many a
+    kind. Kinds that are complete already are kept.
+
+    Raises:
+        InputError: the clip cannot be read, a frame shows no face, or the folder cannot be written.
+    """
+    count = clip_length(clip)
+    missing = [kind for kind in kinds if not _complete(clip / kind, count)]
+    if not missing:
+        return count
+    partial = {kind: clip / hidden_name(kind, "partial") for kind in missing}
+    try:
+        for folder in partial.values():
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir()
+        for number, (frame, points) in enumerate(_tracked(landmarker, clip)):
+            if points is None:
+                raise InputError(
+                    f"clip {clip}: frame {number} shows no face: leave the clip out, or cut it there"
+                )
+            size = (frame.shape[1], frame.shape[0])
+            for kind, folder in partial.items():
+                mask = face_mask(points, size) if kind == "face_masks" else lip_mask(points, size)
+                Image.fromarray(mask).save(folder / f"frame_{number}.png")
+        for kind, folder in partial.items():
+            shutil.rmtree(clip / kind, ignore_errors=True)
+            folder.replace(clip / kind)
+    except OSError as error:
+        raise cannot_write(clip, error) from error
+    finally:
+        for folder in partial.values():
+            shutil.rmtree(folder, ignore_errors=True)
+    return count
+
+
+def numbered_clips(root: Path, start: int, end: int) -> list[Path]:
+    """Clip folders 00001, 00002, ... below `root` from number `start` to `end`, both included.
+
+    Raises:
+        InputError: there is none.
+    """
+    found = sorted(
+        (folder for folder in root.glob("*") if folder.name.isdigit() and start <= int(folder.name) <= end),
+        key=lambda folder: int(folder.name),
+    )
+    if not found:
+        raise InputError(f"{root}: has no clip folders numbered {start} to {end}")
+    return found
+
+
+def _tracked(landmarker: FaceLandmarker, clip: Path) -> Iterator[tuple[Frame, Points | None]]:
+    """Frames and their landmarks, one at a time."""
+    seen: deque[Frame] = deque()
+
+    def frames() -> Iterator[Frame]:
+        for frame in clip_frames(clip):
+            seen.append(frame)
+            yield frame
+
+    for points in landmarker.track(frames()):
+        yield seen.popleft(), points
+
+
+def _complete(folder: Path, count: int) -> bool:
+    return folder.is_dir() and all((folder / f"frame_{k}.png").is_file() for k in range(count))
