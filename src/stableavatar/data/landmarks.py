@@ -193,8 +193,8 @@ class FaceLandmarker:
             tuple(float(value) for value in matrix),
             Image.Resampling.BILINEAR,
         )
-        values, logit = self._landmarks(np.asarray(cut, np.float32)[None] / 255)
-        points = values.reshape(-1, 3)[:, :2] / _LANDMARK_SIDE
+        values, logit = self._landmarks(np.asarray(cut, np.float32)[None] / np.float32(255))
+        points = values.reshape(-1, 3)[:, :2] / np.float32(_LANDMARK_SIDE)
         return square.to_picture(points), float(1 / (1 + np.exp(-logit.ravel()[0])))
 
     def track(self, frames: Iterable[Frame]) -> Iterator[Points | None]:
