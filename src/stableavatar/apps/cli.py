@@ -30,6 +30,7 @@ from stableavatar.apps.data_commands import (
     extract_face_masks,
     extract_frames,
     extract_lip_masks,
+    prepare,
     separate_vocals,
 )
 from stableavatar.apps.progress import display, duration
@@ -399,6 +400,7 @@ def export(
 
 app.command()(train)
 app.command("cache-latents")(cache_latents)
+app.command()(prepare)
 app.command("extract-audio")(extract_audio)
 app.command("extract-frames")(extract_frames)
 app.command("separate-vocals")(separate_vocals)

@@ -1,11 +1,10 @@
-"""``stableavatar extract-audio``, ``extract-frames``, ``separate-vocals``, ``extract-face-masks`` and
-``extract-lip-masks``; see `stableavatar.apps.cli`.
+"""The commands for data: ``stableavatar prepare`` and its single steps; see `stableavatar.apps.cli`.
 
 The long options with underscores are those of the published scripts.
 """
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -19,6 +18,41 @@ RootOption = Annotated[
 ]
 StartOption = Annotated[int, typer.Option(min=0, help="The first number.")]
 EndOption = Annotated[int, typer.Option(min=0, help="The last number.")]
+
+
+def prepare(
+    raw: Annotated[Path, typer.Argument(metavar="RAW_FOLDER", help="Videos, sub-folders included.")],
+    data: Annotated[Path, typer.Argument(metavar="DATA_FOLDER", help="Made if need be.")],
+    kind: Annotated[
+        Literal["speech", "singing", "dancing"], typer.Option(help="What all of the videos show.")
+    ] = "speech",
+    prompt: Annotated[str | None, typer.Option(help="By default what the kind says.")] = None,
+    least_seconds: Annotated[float, typer.Option(help="Shorter stretches are dropped.")] = 3.24,
+    most_seconds: Annotated[float, typer.Option(help="Longer ones are cut into several clips.")] = 20.0,
+    least_face: Annotated[float, typer.Option(help="Height of the face, in heights of the clip.")] = 0.08,
+    most_motion: Annotated[
+        float, typer.Option(help="Of the background: mean difference, of 255, from a stretch's beginning.")
+    ] = 12.0,
+    workers: Annotated[int, typer.Option(min=1, help="Processes, a video each.")] = 1,
+) -> None:
+    """Make clip folders for training of raw videos.
+
+    A clip is one shot with one face, a still background and sound, at 25 frames a second, cut to the trained
+    shape nearest to the video's. DATA_FOLDER/report.html says what was kept, what not, and why. An
+    interrupted run goes on with the next video; another run does only what is new.
+    """
+    from stableavatar.data import prepare as preparing
+
+    settings = preparing.PrepareSettings(
+        kind, prompt, least_seconds, most_seconds, least_face=least_face, most_motion=most_motion
+    )
+    counts = preparing.prepare(
+        raw, data, settings, workers=workers, tell=lambda line: typer.echo(line, err=True)
+    )
+    typer.echo(
+        f"{data}: {counts['kept']} clips of {counts['videos']} videos, {counts['dropped']} stretches "
+        f"dropped; see {data / preparing.REPORT}"
+    )
 
 
 def extract_audio(

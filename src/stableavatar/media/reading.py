@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 from collections.abc import Generator
 from dataclasses import dataclass
 from fractions import Fraction
@@ -80,6 +81,48 @@ def read_frames(path: str | Path, role: str = "video") -> Generator[Frame, None,
             raise InputError(
                 f"{role} {path}: cut off, only {count} of its frames can be read. Fetch the whole file."
             )
+
+
+def read_frames_at(
+    path: str | Path, fps: Fraction, role: str = "video"
+) -> Generator[tuple[int, Frame], None, None]:
+    """A video at another frame rate: pairs of k and the frame that is nearest to k/fps seconds, k in order.
+
+    Time 0 is the start of picture or sound, whichever comes first, as for `media.audio.Speech`; where the
+    picture begins later, so does k. Frames as in `read_frames`; raises InputError as it does.
+    """
+    with open_media(path, role) as container:
+        stream = _video_stream(container, path, role)
+        stream.thread_type = "AUTO"
+        starts = [
+            Fraction(it.start_time) * it.time_base
+            for it in (stream, *container.streams.audio[:1])
+            if it.start_time is not None
+        ]
+        origin = min(starts, default=Fraction(0))
+        usual = 1 / Fraction(stream.average_rate or stream.guessed_rate or 25)
+        before: tuple[Fraction, Frame] | None = None
+        number = 0
+        try:
+            for frame in container.decode(stream):
+                known = frame.pts is not None
+                time = frame.pts * Fraction(frame.time_base) - origin if known else Fraction(0)
+                if before is None:
+                    number = max(math.ceil(time * fps), 0)
+                elif not known:
+                    time = before[0] + usual
+                while before is not None and number / fps <= (before[0] + time) / 2:
+                    yield number, before[1]
+                    number += 1
+                before = time, _to_rgb(frame, stream.sample_aspect_ratio)
+        except av.FFmpegError as error:
+            raise InputError(
+                f"{role} {path}: damaged after {float(number / fps):.1f} s ({reason_of(error)}). Fetch the "
+                "file again."
+            ) from error
+        while before is not None and number < round((before[0] + usual) * fps):
+            yield number, before[1]
+            number += 1
 
 
 def read_metadata(path: str | Path) -> dict[str, str]:

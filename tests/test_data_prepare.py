@@ -1,0 +1,244 @@
+"""Raw videos into clips: what is kept, what is not and why, and that nothing is lost or done twice."""
+
+import json
+from collections.abc import Sequence
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from command_line import run
+from media_files import tone, write_video
+from stableavatar.data.clips import FolderClip, read_path_list
+from stableavatar.data.dataset import ClipDataset, ClipDatasetSettings
+from stableavatar.data.landmarks import NETWORKS, FaceLandmarker, networks_folder
+from stableavatar.data.prepare import (
+    PrepareSettings,
+    Stretch,
+    find_stretches,
+    judge,
+    prepare,
+    shape_of,
+)
+from stableavatar.data.puppets import make_clip
+from stableavatar.errors import InputError
+from stableavatar.media.audio import Speech
+from stableavatar.media.reading import probe, read_frames, read_frames_at
+
+pytestmark = pytest.mark.skipif(
+    not all((networks_folder() / Path(name).name).is_file() for name in NETWORKS),
+    reason="the networks for faces are not there: stableavatar download --landmarks",
+)
+
+Frames = NDArray[np.uint8]
+SHORT = PrepareSettings(least_seconds=0.5, most_seconds=2.0)
+SIZE = 128
+
+
+def puppet(seed: int, seconds: float) -> Frames:
+    return make_clip(seed, seconds, size=SIZE).frames
+
+
+def empty(seconds: float) -> Frames:
+    """A wall."""
+    return np.full((round(25 * seconds), SIZE, SIZE, 3), 90, np.uint8)
+
+
+def video(path: Path, parts: Sequence[Frames], *, sound: bool = True) -> Path:
+    frames = np.concatenate(list(parts))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    samples = tone(len(frames) / 25, 48_000) if sound else None
+    return write_video(path, list(frames), samples)
+
+
+@pytest.fixture(scope="module")
+def landmarker() -> FaceLandmarker:
+    return FaceLandmarker()
+
+
+def stretches(path: Path, landmarker: FaceLandmarker, settings: PrepareSettings = SHORT) -> list[Stretch]:
+    return [judge(it, path, settings) for it in find_stretches(path, landmarker, settings)]
+
+
+def spans(found: list[Stretch]) -> list[tuple[int, int, str | None]]:
+    return [(it.start, it.stop, it.reason) for it in found]
+
+
+def test_shots_and_what_shows_no_face(tmp_path: Path, landmarker: FaceLandmarker) -> None:
+    path = video(
+        tmp_path / "a.mp4", [puppet(950_000, 1.0), puppet(950_001, 0.8), empty(0.4), puppet(950_002, 0.2)]
+    )
+    found = spans(stretches(path, landmarker))
+    assert found == [(0, 25, None), (25, 45, None), (45, 55, "no face"), (55, 60, "only 0.2 s")]
+
+
+def test_long_stretches_are_cut_and_nothing_lies_between(tmp_path: Path, landmarker: FaceLandmarker) -> None:
+    path = video(tmp_path / "a.mp4", [puppet(950_003, 2.6)])
+    settings = PrepareSettings(least_seconds=0.5, most_seconds=1.0)
+    assert spans(stretches(path, landmarker, settings)) == [(0, 25, None), (25, 50, None), (50, 65, None)]
+
+
+def test_two_people_a_moving_background_no_sound(tmp_path: Path, landmarker: FaceLandmarker) -> None:
+    one, other = puppet(950_004, 1.0), puppet(950_005, 1.0)
+    path = video(tmp_path / "two.mp4", [np.concatenate([one, other], axis=2)])
+    assert spans(stretches(path, landmarker)) == [(0, 25, "more than one face")]
+
+    blocks = np.random.default_rng(0).integers(0, 2, (4, 24), dtype=np.uint8) * 200
+    wall = np.kron(blocks, np.ones((SIZE // 4, 6 * SIZE // 24), np.uint8))
+    moving = np.stack([np.roll(wall, 6 * k, axis=1) for k in range(25)])[..., None].repeat(3, -1)
+    moving[:, :, 300 : 300 + SIZE] = one
+    (found,) = stretches(video(tmp_path / "moving.mp4", [moving]), landmarker)
+    assert "the background moves" in str(found.reason)
+    still = np.broadcast_to(wall[None, ..., None], (25, SIZE, 6 * SIZE, 3)).copy()
+    still[:, :, 300 : 300 + SIZE] = one
+    assert spans(stretches(video(tmp_path / "still.mp4", [still]), landmarker)) == [(0, 25, None)]
+
+    (found,) = stretches(video(tmp_path / "silent.mp4", [one], sound=False), landmarker)
+    assert "no sound" in str(found.reason)
+
+
+def test_a_small_face_is_dropped(tmp_path: Path, landmarker: FaceLandmarker) -> None:
+    path = video(tmp_path / "a.mp4", [puppet(950_006, 1.0)])
+    settings = PrepareSettings(least_seconds=0.5, least_face=0.99)
+    (found,) = stretches(path, landmarker, settings)
+    assert "the face is small" in str(found.reason)
+
+
+@pytest.mark.parametrize(
+    ("size", "shape"),
+    [((1920, 1080), "rec"), ((1080, 1920), "vec"), ((700, 700), "square"), ((600, 500), "square")],
+)
+def test_shapes(size: tuple[int, int], shape: str) -> None:
+    assert shape_of(*size) == shape
+
+
+@pytest.mark.parametrize("rate", [25, 50, 20, Fraction(30000, 1001)])
+def test_frames_at_another_rate(tmp_path: Path, rate: int | Fraction) -> None:
+    """Every frame is the one that is nearest in time, and none is missing at the end."""
+    count = round(2 * Fraction(rate))
+    path = tmp_path / "a.mp4"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=Fraction(rate), options={"qp": "0"})
+        stream.width = stream.height = 32
+        for k in range(count):
+            picture = np.full((32, 32, 3), 20 + 20 * (k % 10), np.uint8)
+            picture[:, 16:] = 20 + 20 * (k // 10)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        container.mux(stream.encode(None))
+    found = list(read_frames_at(path, Fraction(25)))
+    assert [number for number, _ in found] == list(range(50))
+    for number, frame in found:
+        ones, tens = (round((half.mean() - 20) / 20) for half in (frame[:, 2:14], frame[:, 18:30]))
+        shown = 10 * tens + ones
+        assert abs(shown / float(rate) - number / 25) <= 0.5 / float(rate) + 0.01
+
+
+class TestFolder:
+    @pytest.fixture
+    def raw(self, tmp_path: Path) -> Path:
+        raw = tmp_path / "raw"
+        video(raw / "one.mp4", [puppet(951_000, 1.0), puppet(951_001, 0.8)])
+        video(raw / "deeper" / "two.mp4", [puppet(951_002, 0.8)])
+        (raw / "broken.mp4").write_bytes(b"no video")
+        (raw / "notes.txt").write_text("no video")
+        return raw
+
+    def test_clips_lists_and_report(self, raw: Path, tmp_path: Path) -> None:
+        data = tmp_path / "data"
+        counts = prepare(raw, data, SHORT, tell=lambda _: None)
+        assert counts == {"kept": 3, "dropped": 1, "videos": 3}
+        folders = read_path_list(data / "video_square_path.txt")
+        assert [folder.relative_to(data).as_posix() for folder in folders] == [
+            f"square/speech/0000{k}" for k in (1, 2, 3)
+        ]
+        dataset = ClipDataset.from_folders(folders, ClipDatasetSettings(frames=17))
+        sample = dataset[0, 0]
+        assert sample.frames.shape == (17, 512, 512, 3)
+        assert sample.face_mask is not None
+        assert sample.lip_mask is not None
+        assert 0.1 < sample.face_mask.mean() < 0.7
+        assert 0.003 < sample.lip_mask.mean() < 0.06
+        assert sample.prompt == "The protagonist is talking"
+        lengths = sorted(FolderClip.open(folder).length for folder in folders)
+        assert lengths == [20, 20, 25]
+        for folder in folders:
+            found = probe(folder / "sub_clip.mp4")
+            assert (found.width, found.height, found.fps) == (512, 512, 25)
+            assert found.sound_seconds == pytest.approx(found.seconds, abs=0.05)
+            with Speech.open(folder / "audio.wav") as speech:
+                assert speech.seconds == pytest.approx(found.seconds, abs=0.002)
+        page = (data / "report.html").read_text()
+        assert "3 clips of 3 videos" in page
+        assert "broken.mp4" in page
+        assert page.count("<img") == 9
+        assert not (data / ".prepare").exists()
+
+    def test_the_sound_is_that_of_the_pictures(self, tmp_path: Path) -> None:
+        raw = tmp_path / "raw"
+        samples = np.concatenate([tone(1.0, 48_000, 300), tone(0.8, 48_000, 900)])
+        raw.mkdir()
+        frames = np.concatenate([puppet(951_000, 1.0), puppet(951_001, 0.8)])
+        write_video(raw / "a.mp4", list(frames), samples)
+        prepare(raw, tmp_path / "data", SHORT, tell=lambda _: None)
+        for number, hertz in ((1, 300), (2, 900)):
+            with Speech.open(
+                tmp_path / "data" / "square" / "speech" / f"0000{number}" / "audio.wav"
+            ) as speech:
+                spectrum = np.abs(np.fft.rfft(speech.samples(1600, 9600)))
+            assert np.argmax(spectrum) * 16_000 / 8000 == pytest.approx(hertz, abs=3)
+
+    def test_another_run_does_what_is_new(self, raw: Path, tmp_path: Path) -> None:
+        data = tmp_path / "data"
+        prepare(raw, data, SHORT, tell=lambda _: None)
+        before = {path: path.stat().st_mtime_ns for path in data.rglob("frame_*.png")}
+        said: list[str] = []
+        video(raw / "three.mp4", [puppet(951_003, 0.8)])
+        counts = prepare(raw, data, SHORT, tell=said.append)
+        assert counts["kept"] == 4
+        assert said[0] == "3 of 4 videos were prepared before"
+        assert len(said) == 2
+        assert all(path.stat().st_mtime_ns == time for path, time in before.items())
+        assert len(read_path_list(data / "video_square_path.txt")) == 4
+        with pytest.raises(InputError, match="other settings"):
+            prepare(raw, data, PrepareSettings(), tell=lambda _: None)
+
+    def test_a_run_that_was_killed_between_writing_and_moving(self, raw: Path, tmp_path: Path) -> None:
+        """The state names the clips' places before they are taken."""
+        data = tmp_path / "data"
+        prepare(raw, data, SHORT, tell=lambda _: None)
+        state = json.loads((data / "prepare.json").read_text())
+        kept = [it for it in state["videos"]["one.mp4"]["stretches"] if it["reason"] is None]
+        work = Path(kept[1]["work"])
+        work.parent.mkdir(parents=True)
+        (data / kept[1]["clip"]).replace(work)
+        counts = prepare(raw, data, SHORT, tell=lambda _: None)
+        assert counts["kept"] == 3
+        assert FolderClip.open(data / kept[1]["clip"]).length == 20
+
+    def test_two_workers_and_the_command(self, raw: Path, tmp_path: Path) -> None:
+        done = run(
+            "prepare", raw, tmp_path / "data", "--kind", "singing", "--least-seconds", "0.5", "--workers", "2",
+            "--prompt", "A puppet sings",
+        )  # fmt: skip
+        assert done.exit_code == 0, done.output
+        assert "3 clips of 3 videos, 1 stretches dropped" in done.output.replace("\n", " ")
+        clips = sorted((tmp_path / "data" / "square" / "singing").iterdir())
+        assert [clip.name for clip in clips] == ["00001", "00002", "00003"]
+        assert FolderClip.open(clips[0]).prompt == "A puppet sings"
+        assert len(list(read_frames(clips[0] / "sub_clip.mp4"))) in (20, 25)
+
+    def test_nothing_to_prepare(self, tmp_path: Path) -> None:
+        done = run("prepare", tmp_path, tmp_path / "data")
+        assert done.exit_code == 2
+        assert "holds no video" in done.output
+        assert not (tmp_path / "data").exists()
+
+
+def test_settings_that_cannot_be() -> None:
+    with pytest.raises(InputError, match="kind"):
+        PrepareSettings(kind="whispering")  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="not possible"):
+        PrepareSettings(least_seconds=3, most_seconds=2)
