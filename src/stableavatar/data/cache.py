@@ -9,7 +9,6 @@ passes were written.
 import hashlib
 import json
 import logging
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import groupby
@@ -26,6 +25,7 @@ from stableavatar.data.dataset import ClipDataset
 from stableavatar.data.encoding import EncodedSample, Encoders
 from stableavatar.data.sampler import ClipKey
 from stableavatar.errors import InputError
+from stableavatar.media.files import write_file
 
 logger = logging.getLogger(__name__)
 
@@ -110,7 +110,7 @@ class CacheWriter:
                 self._save(f"shard-{block:05d}-{part}.safetensors", list(group))
             self.manifest["blocks"] = block + 1
             self.manifest["skipped"] = self.dataset.skipped
-            _write_atomically(self.folder / MANIFEST, json.dumps(self.manifest, indent=1).encode())
+            write_file(self.folder / MANIFEST, json.dumps(self.manifest, indent=1).encode())
             logger.info("%d of %d samples encoded", min(start + self.shard_samples, len(keys)), len(keys))
 
     def _save(self, name: str, pairs: list[tuple[ClipKey, EncodedSample]]) -> None:
@@ -248,15 +248,6 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 def _prompt_file(text: str) -> str:
     return f"prompt-{_digest(text.encode())[:32]}.safetensors"
-
-
-def _write_atomically(path: Path, content: bytes) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    with partial.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
 
 
 def _digest(content: bytes) -> str:

@@ -14,7 +14,6 @@ import html
 import io
 import json
 import logging
-import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -32,7 +31,7 @@ from stableavatar.data.clips import PROMPTS
 from stableavatar.data.landmarks import FaceLandmarker, Points, face_mask, lip_mask
 from stableavatar.errors import InputError
 from stableavatar.media.audio import SPEECH_RATE, Sound, Speech
-from stableavatar.media.files import cannot_write, to_disk
+from stableavatar.media.files import cannot_write, write_file
 from stableavatar.media.image import fit_picture
 from stableavatar.media.reading import Frame, read_frames_at
 from stableavatar.media.video import VideoWriter
@@ -319,7 +318,7 @@ def prepare(
                 tell(f"{number}/{len(waiting)} {video}: {kept} clips, {len(entry) - kept} stretches dropped")
         shutil.rmtree(work, ignore_errors=True)
         state.write_lists()
-        _write_atomically(data / REPORT, _report(state.videos))
+        write_file(data / REPORT, _report(state.videos).encode())
     except OSError as error:
         raise cannot_write(data, error) from error
     return state.counts()
@@ -389,7 +388,7 @@ class _State:
         for shape in SIZES:
             clips = sorted(clip for clip in self._clips() if clip.startswith(f"{shape}/"))
             if clips:
-                _write_atomically(self.data / f"video_{shape}_path.txt", "".join(f"{it}\n" for it in clips))
+                write_file(self.data / f"video_{shape}_path.txt", "".join(f"{it}\n" for it in clips).encode())
 
     def counts(self) -> dict[str, int]:
         """Clips that are there, stretches that are not kept, videos."""
@@ -399,7 +398,7 @@ class _State:
 
     def _write(self) -> None:
         content = {"settings": asdict(self.settings), "videos": self.videos}
-        _write_atomically(self.data / STATE, json.dumps(content, indent=1, ensure_ascii=False))
+        write_file(self.data / STATE, json.dumps(content, indent=1, ensure_ascii=False).encode())
 
 
 class _Last(Generic[Item]):
@@ -521,10 +520,3 @@ def _file(video: Path) -> list[int]:
     """By which a file is known to be the same: size, and time of its last change."""
     found = video.stat()
     return [found.st_size, found.st_mtime_ns]
-
-
-def _write_atomically(path: Path, text: str) -> None:
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    partial.write_text(text, encoding="utf-8")
-    to_disk(partial)
-    partial.replace(path)

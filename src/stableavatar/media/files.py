@@ -108,6 +108,20 @@ def to_disk(path: Path) -> None:
         os.close(descriptor)
 
 
+def write_file(path: Path, content: bytes) -> None:
+    """Write a small file that is complete under its name, and on the disk, or not there.
+
+    Raises OSError.
+    """
+    partial = path.with_name(partial_name(path.name, "partial"))
+    try:
+        partial.write_bytes(content)
+        to_disk(partial)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
 def cannot_write(path: Path, error: BaseException) -> InputError:
     """What to say of an output that could not be written."""
     return InputError(
