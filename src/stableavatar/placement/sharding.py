@@ -27,8 +27,12 @@ def shard_module(module: nn.Module, device: torch.device) -> None:
             "sharding spreads a model over several processes: start them with torchrun or accelerate launch"
         )
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
-    for block in repeated_blocks(module):
+    blocks = repeated_blocks(module)
+    for block in blocks:
         fully_shard(block, mesh=mesh)
+    for part in module.modules():  # models that are called by themselves too, as a sampler does
+        if part is not module and part not in blocks and getattr(part, "_repeated_blocks", None):
+            fully_shard(part, mesh=mesh)
     fully_shard(module, mesh=mesh)
 
 

@@ -17,6 +17,7 @@ last complete one is what there is.
 import json
 import logging
 import os
+import pickle
 import random
 import shutil
 from collections.abc import Iterator, Mapping
@@ -29,6 +30,7 @@ import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch.distributed.checkpoint.api import CheckpointException
 
 from stableavatar.errors import CheckpointError
 
@@ -36,6 +38,7 @@ logger = logging.getLogger(__name__)
 
 PREFIX = "step-"
 EMA_FILE = "ema.safetensors"
+_UNPICKLING = (pickle.UnpicklingError, EOFError, KeyError)
 
 
 @dataclass(frozen=True)
@@ -130,11 +133,11 @@ class CheckpointWriter:
             for path in (*self.partial.rglob("*"), self.partial):
                 _flush(path)
             if self.final.exists():
-                shutil.rmtree(self.final)
+                _remove(self.final)
             self.partial.rename(self.final)
             _flush(self.folder)
             for old in list_checkpoints(self.folder)[:-keep]:
-                shutil.rmtree(old)
+                _remove(old)
         logger.info("saved %s", self.final)
         return self.final
 
@@ -143,7 +146,7 @@ class CheckpointWriter:
         """Raises CheckpointError where the disk is full or the folder cannot be written."""
         try:
             yield
-        except (OSError, SafetensorError) as error:
+        except (OSError, SafetensorError, RuntimeError, CheckpointException) as error:
             raise CheckpointError(f"cannot write the checkpoint {self.final}: {error}") from error
 
 
@@ -213,8 +216,15 @@ def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> TrainingS
 def _readable(path: Path) -> Iterator[None]:
     try:
         yield
-    except (OSError, SafetensorError, RuntimeError, ValueError) as error:
+    except (OSError, SafetensorError, RuntimeError, ValueError, *_UNPICKLING) as error:
         raise CheckpointError(f"{path} is not a readable training checkpoint: {error}") from error
+
+
+def _remove(checkpoint: Path) -> None:
+    """A checkpoint that is half removed does not bear the name of a whole one."""
+    hidden = checkpoint.with_name(f".{checkpoint.name}.removed.partial")
+    checkpoint.rename(hidden)
+    shutil.rmtree(hidden)
 
 
 def _flush(path: Path) -> None:

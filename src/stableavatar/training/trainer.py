@@ -246,7 +246,7 @@ class Trainer(Generic[Sample]):
                 raise InputError(
                     "sharding fsdp2 and what accelerate launch was told exclude each other: leave one of them"
                 )
-            shard_module(module.to(accelerator.device), accelerator.device)
+            shard_module(module, accelerator.device)
             return module, make_optimizer(settings.optimizer, trained_parameters(module))
         optimizer = make_optimizer(settings.optimizer, trained_parameters(module))
         if self._deepspeed:
