@@ -211,12 +211,24 @@ class TestFolder:
         prepare(raw, data, SHORT, tell=lambda _: None)
         state = json.loads((data / "prepare.json").read_text())
         kept = [it for it in state["videos"]["one.mp4"]["stretches"] if it["reason"] is None]
-        work = Path(kept[1]["work"])
+        work = data / ".prepare" / "somewhere"
         work.parent.mkdir(parents=True)
+        kept[1]["work"] = str(work)
+        (data / "prepare.json").write_text(json.dumps(state))
         (data / kept[1]["clip"]).replace(work)
         counts = prepare(raw, data, SHORT, tell=lambda _: None)
         assert counts["kept"] == 3
         assert FolderClip.open(data / kept[1]["clip"]).length == 20
+
+    def test_a_video_that_has_changed_is_prepared_anew(self, raw: Path, tmp_path: Path) -> None:
+        data = tmp_path / "data"
+        prepare(raw, data, SHORT, tell=lambda _: None)
+        video(raw / "deeper" / "two.mp4", [puppet(951_004, 0.6)])
+        counts = prepare(raw, data, SHORT, tell=lambda _: None)
+        assert counts["kept"] == 3
+        folders = read_path_list(data / "video_square_path.txt")
+        assert sorted(FolderClip.open(folder).length for folder in folders) == [15, 20, 25]
+        assert len(list((data / "square" / "speech").iterdir())) == 3
 
     def test_two_workers_and_the_command(self, raw: Path, tmp_path: Path) -> None:
         done = run(

@@ -95,13 +95,15 @@ class CacheWriter:
             }
 
     def write(self, keys: Sequence[ClipKey]) -> None:
-        """Encode the samples of `keys`, in blocks of `shard_samples`; blocks that the manifest has are
-        skipped, so that the same call finishes an interrupted one. Neighbouring keys of one clip share the
-        encoding of its portrait."""
-        for start in range(self.manifest["blocks"] * self.shard_samples, len(keys), self.shard_samples):
-            block = start // self.shard_samples
+        """Encode the samples of `keys`, in blocks of `shard_samples`; those that the manifest has are left
+        out, so that the same call finishes an interrupted one, and another one adds passes. Neighbouring keys
+        of one clip share the encoding of its portrait."""
+        there = {tuple(key) for shard in self.manifest["shards"] for key in shard["keys"]}
+        missing = [key for key in keys if key not in there]
+        for start in range(0, len(missing), self.shard_samples):
+            block = self.manifest["blocks"]
             samples: list[tuple[ClipKey, EncodedSample]] = []
-            for _, same_clip in groupby(keys[start : start + self.shard_samples], key=lambda key: key[0]):
+            for _, same_clip in groupby(missing[start : start + self.shard_samples], key=lambda key: key[0]):
                 of_clip = list(same_clip)
                 read = [self.dataset[key] for key in of_clip]
                 samples += zip(of_clip, self.encoders.encode_samples(read, self.window_frames), strict=True)
@@ -111,7 +113,9 @@ class CacheWriter:
             self.manifest["blocks"] = block + 1
             self.manifest["skipped"] = self.dataset.skipped
             write_file(self.folder / MANIFEST, json.dumps(self.manifest, indent=1).encode())
-            logger.info("%d of %d samples encoded", min(start + self.shard_samples, len(keys)), len(keys))
+            logger.info(
+                "%d of %d samples encoded", min(start + self.shard_samples, len(missing)), len(missing)
+            )
 
     def _save(self, name: str, pairs: list[tuple[ClipKey, EncodedSample]]) -> None:
         samples = [sample for _, sample in pairs]

@@ -16,7 +16,8 @@ import json
 import logging
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field, replace
 from fractions import Fraction
 from multiprocessing import get_context
@@ -297,6 +298,7 @@ def prepare(
     videos = sorted(path for path in raw.rglob("*") if path.suffix.lower() in VIDEO_SUFFIXES)
     if not videos:
         raise InputError(f"{raw}: holds no video ({', '.join(sorted(VIDEO_SUFFIXES))})")
+    data = data.absolute()
     FaceLandmarker()  # what is missing should be said before the work begins
     try:
         data.mkdir(parents=True, exist_ok=True)
@@ -306,22 +308,40 @@ def prepare(
         if len(waiting) < len(videos):
             tell(f"{len(videos) - len(waiting)} of {len(videos)} videos were prepared before")
         # Each worker has a thread: the networks are small, and there are as many videos as one likes.
-        with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
+        pool = ProcessPoolExecutor(workers, get_context("spawn"))
+        try:
             jobs = {
                 pool.submit(prepare_video, video, work / _digest(video, raw), settings): video
                 for video in waiting
             }
             for number, job in enumerate(as_completed(jobs), 1):
                 video = jobs[job]
-                entry = state.add(video, raw, job.result())
+                entry = state.add(video, raw, _result(job))
                 kept = sum(it["reason"] is None for it in entry)
                 tell(f"{number}/{len(waiting)} {video}: {kept} clips, {len(entry) - kept} stretches dropped")
+        finally:  # after Ctrl-C or an error, videos that were not begun are not begun
+            pool.shutdown(cancel_futures=True)
         shutil.rmtree(work, ignore_errors=True)
         state.write_lists()
         write_file(data / REPORT, _report(state.videos).encode())
     except OSError as error:
         raise cannot_write(data, error) from error
     return state.counts()
+
+
+def _result(job: "Future[list[dict[str, Any]]]") -> list[dict[str, Any]]:
+    """What became of a video; one that brings its worker to an error of another kind is dropped with that."""
+    try:
+        return job.result()
+    except BrokenProcessPool as error:
+        raise InputError(
+            "a worker was killed, perhaps for want of memory: use fewer of them; the same command goes on"
+        ) from error
+    except OSError:
+        raise
+    except Exception as error:
+        logger.exception("a video cannot be prepared")
+        return [asdict(Stretch(0, 0, f"{type(error).__name__}: {error}"))]
 
 
 class _State:
@@ -359,17 +379,27 @@ class _State:
                 shape = it["shape"]
                 taken[shape] = taken.get(shape, self._last(shape)) + 1
                 it["clip"] = f"{shape}/{self.settings.kind}/{taken[shape]:05d}"
-        self.videos[str(video.relative_to(raw))] = {"file": _file(video), "stretches": stretches}
+        name = str(video.relative_to(raw))
+        before = self.videos.get(name)
+        self.videos[name] = {"file": _file(video), "stretches": stretches}
         self._write()
+        if before is not None:  # the file was another one then
+            for it in before["stretches"]:
+                if it["reason"] is None:
+                    shutil.rmtree(self.data / it["clip"], ignore_errors=True)
         self._move(stretches)
         return stretches
 
     def _move(self, stretches: Sequence[dict[str, Any]]) -> None:
-        for it in stretches:
-            if it["reason"] is None and Path(it["work"]).exists():
-                target = self.data / it["clip"]
+        waiting = [it for it in stretches if "work" in it]
+        for it in waiting:
+            target = self.data / it["clip"]
+            if Path(it["work"]).exists() and not target.exists():
                 target.parent.mkdir(parents=True, exist_ok=True)
                 Path(it["work"]).replace(target)
+            del it["work"]  # another run may use that place
+        if waiting:
+            self._write()
 
     def _last(self, shape: Shape) -> int:
         """The highest number of a clip, also of those on disk that are in no state."""

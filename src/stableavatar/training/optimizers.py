@@ -146,6 +146,13 @@ def make_optimizer(
     )
 
 
+def set_constants(optimizer: torch.optim.Optimizer, settings: OptimizerSettings) -> None:
+    """What a resumed optimizer has of the checkpoint and shall have of the settings."""
+    for group in optimizer.param_groups:
+        group["betas"], group["eps"] = settings.betas, settings.epsilon
+        group["weight_decay"] = settings.weight_decay
+
+
 def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
     """For its next step. A rate that is a tensor (torchao's, so that it can be compiled) stays one."""
     for group in optimizer.param_groups:

@@ -47,7 +47,13 @@ from stableavatar.training.checkpoints import (
 from stableavatar.training.ema import MovingAverage
 from stableavatar.training.log import JsonLog, LossMeter
 from stableavatar.training.objective import StepLoss
-from stableavatar.training.optimizers import OptimizerSettings, clip_gradients, make_optimizer, set_rate
+from stableavatar.training.optimizers import (
+    OptimizerSettings,
+    clip_gradients,
+    make_optimizer,
+    set_constants,
+    set_rate,
+)
 from stableavatar.training.parameters import trained_parameters
 from stableavatar.training.run_state import DeepSpeedState, RunState, ShardedState, WholeState, whole_tensor
 
@@ -237,10 +243,8 @@ class Trainer(Generic[Sample]):
     def _prepare(self, module: nn.Module) -> tuple[nn.Module, torch.optim.Optimizer]:
         """Module and optimizer as this number of processes needs them."""
         settings, accelerator = self.settings, self.accelerator
-        if settings.optimizer.kind == "muon" and self.spread:
-            raise InputError(
-                "muon needs whole matrices: use adamw where parameters are spread over processes"
-            )
+        if settings.optimizer.kind == "muon" and (self.spread or self._deepspeed):
+            raise InputError("muon needs whole matrices: use adamw with DeepSpeed, and with sharding")
         if settings.sharding == "fsdp2":
             if accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.FSDP):
                 raise InputError(
@@ -300,6 +304,7 @@ class Trainer(Generic[Sample]):
                 f"{checkpoint} was trained with another {', '.join(different)}; it cannot be resumed exactly"
             )
         self._state.load(checkpoint)
+        set_constants(self.optimizer, self.settings.optimizer)
         generators = load_random(checkpoint, self.accelerator.process_index)
         if generators is not None:
             set_random_state(generators)
@@ -329,7 +334,13 @@ class Trainer(Generic[Sample]):
         deadline = time.monotonic() + 60 * settings.minutes if settings.minutes is not None else None
         batches = self._batches()
         self.module.train()
-        saved, log_step, log_time = -1, self.step, time.monotonic()
+        # A run that stands at its checkpoint need not write that again.
+        saved = (
+            self.step
+            if any(checkpoint_step(path) == self.step for path in list_checkpoints(self.folder))
+            else -1
+        )
+        log_step, log_time = self.step, time.monotonic()
         while self.step < settings.steps:
             late = deadline is not None and time.monotonic() >= deadline
             if self._anywhere(self._stop or late):
