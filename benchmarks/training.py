@@ -74,7 +74,7 @@ def _bare(sizes: Sizes) -> None:
     for _ in range(settings.steps):
         for _ in range(settings.accumulation):
             batch = stack_samples([data[0, 0]] * settings.batch_size)
-            with torch.autocast("cpu", torch.bfloat16):
+            with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
                 loss = avatar(batch, generator).loss
             (loss / settings.accumulation).backward()
         torch.nn.utils.clip_grad_norm_(parameters.values(), settings.optimizer.clip.norm)

@@ -2,6 +2,7 @@
 
 import hashlib
 import subprocess
+from fractions import Fraction
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -144,9 +145,9 @@ class TestClips:
         clip = write_puppet(tmp_path / "speech" / "00001", 941_000)
         folder = tmp_path / "speech" / "00001"
         assert extract_masks(landmarker, folder) == 5
-        opened = FolderClip(folder, 5, 25, (128, 128), "", True)  # type: ignore[arg-type]
+        opened = FolderClip(folder, 5, Fraction(25), (128, 128), "", True)
         for kind, truth in (("face_masks", clip.face_masks), ("lip_masks", clip.lip_masks)):
-            found = (255 * opened.read_masks(kind, 0, 5)).astype(np.uint8)  # type: ignore[arg-type]
+            found = (255 * opened.read_masks(kind, 0, 5)).astype(np.uint8)
             assert np.mean([overlap(*pair) for pair in zip(found, truth, strict=True)]) > 0.6
         before = (folder / "lip_masks" / "frame_0.png").stat().st_mtime_ns
         (folder / "face_masks" / "frame_3.png").unlink()

@@ -251,6 +251,6 @@ class TestFolder:
 
 def test_settings_that_cannot_be() -> None:
     with pytest.raises(InputError, match="kind"):
-        PrepareSettings(kind="whispering")  # type: ignore[arg-type]
+        PrepareSettings(kind="whispering")
     with pytest.raises(InputError, match="not possible"):
         PrepareSettings(least_seconds=3, most_seconds=2)

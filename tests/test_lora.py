@@ -126,11 +126,14 @@ def test_every_naming_is_read(model: StableAvatarTransformer3DModel, tmp_path: P
 
 
 class TestAlpha:
-    def test_beside_the_factors(self, model: StableAvatarTransformer3DModel) -> None:
-        for prefix, name in (("lora_unet_", lambda it: it.replace(".", "_")), ("diffusion_model.", str)):
-            state = named(random_lora(model), "lora_down", "lora_up", lambda it: prefix + name(published(it)))  # noqa: B023
-            state |= {f"{prefix}{name(published(it))}.alpha": torch.tensor(1.5) for it in LAYERS}
-            assert {it.scale for it in lora_from_state(state, model).layers.values()} == {0.5}
+    @pytest.mark.parametrize(("prefix", "dot"), [("lora_unet_", "_"), ("diffusion_model.", ".")])
+    def test_beside_the_factors(self, model: StableAvatarTransformer3DModel, prefix: str, dot: str) -> None:
+        def name(layer: str) -> str:
+            return prefix + published(layer).replace(".", dot)
+
+        state = named(random_lora(model), "lora_down", "lora_up", name)
+        state |= {f"{name(layer)}.alpha": torch.tensor(1.5) for layer in LAYERS}
+        assert {it.scale for it in lora_from_state(state, model).layers.values()} == {0.5}
 
     def test_in_pefts_settings(self, model: StableAvatarTransformer3DModel, tmp_path: Path) -> None:
         save_file(NAMINGS["PEFT"](random_lora(model)), tmp_path / "adapter_model.safetensors")

@@ -297,6 +297,14 @@ def test_every_optimizer_trains_and_goes_on_exactly(tmp_path: Path, kind: str) -
         assert not torch.equal(value, start[name]), name
 
 
+def test_a_resumed_optimizer_obeys_the_settings(tmp_path: Path) -> None:
+    make(tmp_path, steps=1).train()
+    rest = make(tmp_path, weight_decay=0.25, epsilon=1e-5, betas=(0.5, 0.6))
+    rest.resume("latest")
+    (group,) = rest.optimizer.param_groups
+    assert (group["weight_decay"], group["eps"], group["betas"]) == (0.25, 1e-5, (0.5, 0.6))
+
+
 def test_eight_bits_take_a_quarter_of_the_memory(tmp_path: Path) -> None:
     pytest.importorskip("torchao", reason="in the extra large; see make test-large")
     sizes = {}

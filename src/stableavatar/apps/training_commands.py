@@ -1,7 +1,8 @@
 """``stableavatar train`` and ``cache-latents``; see `stableavatar.apps.cli`."""
 
+import importlib
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -82,9 +83,8 @@ def cache_latents(
     typer.echo(f"{output}: {count} samples; train with --set data.cache={output}")
 
 
-def _import(name: str):  # type: ignore[no-untyped-def]
-    import importlib
-
+def _import(name: str) -> Any:
+    """A module that needs the extra `train`, which help does not."""
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:

@@ -8,10 +8,7 @@ in `prepare.json`, so that a run that was stopped goes on with the next video, a
 is new.
 """
 
-import base64
 import hashlib
-import html
-import io
 import json
 import logging
 import shutil
@@ -30,6 +27,7 @@ from PIL import Image
 
 from stableavatar.data.clips import PROMPTS
 from stableavatar.data.landmarks import FaceLandmarker, Points, face_mask, lip_mask
+from stableavatar.data.prepare_report import report, thumbnails
 from stableavatar.errors import InputError
 from stableavatar.media.audio import SPEECH_RATE, Sound, Speech
 from stableavatar.media.files import cannot_write, write_file
@@ -58,7 +56,6 @@ _CUT_RATIO = 4.0  # and so many times as large as differences before it
 _FACES_EVERY = 12  # frames between looks for further faces
 _OTHER_FACE = 0.5  # of the largest one's size: a smaller face is somebody in the background
 _SILENT = 1e-3  # root mean square of a stretch without sound
-_THUMBNAILS = 3
 
 
 @dataclass(frozen=True)
@@ -269,7 +266,7 @@ def prepare_video(video: Path, work: Path, settings: PrepareSettings) -> list[di
                 results[stretch.start] = {
                     "work": str(folder),
                     "shape": shape,
-                    "thumbnails": _thumbnails(folder),
+                    "thumbnails": thumbnails(folder),
                 }
             except InputError as error:
                 shutil.rmtree(folder, ignore_errors=True)
@@ -323,7 +320,7 @@ def prepare(
             pool.shutdown(cancel_futures=True)
         shutil.rmtree(work, ignore_errors=True)
         state.write_lists()
-        write_file(data / REPORT, _report(state.videos).encode())
+        write_file(data / REPORT, report(state.videos, FPS).encode())
     except OSError as error:
         raise cannot_write(data, error) from error
     return state.counts()
@@ -497,49 +494,6 @@ def _faces(landmarker: FaceLandmarker, frame: Frame) -> int:
     """Faces that are not much smaller than the largest."""
     sides = [square.side for square in landmarker.faces(frame)]
     return sum(side >= _OTHER_FACE * max(sides) for side in sides)
-
-
-def _thumbnails(folder: Path) -> list[str]:
-    """A few small pictures of a clip, as text for a page; kept with the state, as clips may be moved."""
-    files = sorted((folder / "images").iterdir(), key=lambda path: int(path.stem.rsplit("_", 1)[1]))
-    result = []
-    for place in np.linspace(0, len(files) - 1, _THUMBNAILS).round().astype(int):
-        with Image.open(files[place]) as picture:
-            picture.thumbnail((160, 160))
-            content = io.BytesIO()
-            picture.convert("RGB").save(content, "JPEG", quality=80)
-        result.append(base64.b64encode(content.getvalue()).decode())
-    return result
-
-
-def _report(videos: Mapping[str, Any]) -> str:
-    """A page that says of every stretch of every video what became of it."""
-    rows = []
-    for video, entry in sorted(videos.items()):
-        for it in entry["stretches"]:
-            start, stop = float(it["start"] / FPS), float(it["stop"] / FPS)
-            pictures = "".join(
-                f'<img alt="" src="data:image/jpeg;base64,{picture}">' for picture in it.get("thumbnails", [])
-            )
-            fate = html.escape(it.get("clip") or f"dropped: {it['reason']}")
-            kind = "kept" if it["reason"] is None else "dropped"
-            rows.append(
-                f'<tr class="{kind}"><td>{html.escape(video)}</td><td>{start:.2f} to {stop:.2f} s</td>'
-                f"<td>{fate}</td><td>{pictures}</td></tr>"
-            )
-    kept = sum(row.startswith('<tr class="kept"') for row in rows)
-    return "\n".join(
-        [
-            '<!doctype html><html lang="en"><meta charset="utf-8"><title>Prepared clips</title>',
-            "<style>body{font-family:sans-serif}td{padding:.3em .8em;vertical-align:top}"
-            ".dropped{color:#777}img{height:90px;margin-right:4px}</style>",
-            f"<h1>{kept} clips of {len(videos)} videos</h1>",
-            f"<p>{len(rows) - kept} stretches were dropped.</p>",
-            "<table><tr><th>video</th><th>stretch</th><th>clip</th><th></th></tr>",
-            *rows,
-            "</table></html>\n",
-        ]
-    )
 
 
 def _digest(video: Path, raw: Path) -> str:

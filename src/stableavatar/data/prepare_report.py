@@ -1,0 +1,57 @@
+"""The page that `data.prepare` leaves: every stretch of every video, and what became of it."""
+
+import base64
+import html
+import io
+from collections.abc import Mapping
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+_THUMBNAILS = 3
+
+
+def thumbnails(folder: Path) -> list[str]:
+    """A few small pictures of a clip, as text for a page; kept with the state, as clips may be moved."""
+    files = sorted((folder / "images").iterdir(), key=lambda path: int(path.stem.rsplit("_", 1)[1]))
+    result = []
+    for place in np.linspace(0, len(files) - 1, _THUMBNAILS).round().astype(int):
+        with Image.open(files[place]) as picture:
+            picture.thumbnail((160, 160))
+            content = io.BytesIO()
+            picture.convert("RGB").save(content, "JPEG", quality=80)
+        result.append(base64.b64encode(content.getvalue()).decode())
+    return result
+
+
+def report(videos: Mapping[str, Any], fps: Fraction) -> str:
+    """A page that says of every stretch of every video what became of it."""
+    rows = []
+    for video, entry in sorted(videos.items()):
+        for it in entry["stretches"]:
+            start, stop = float(it["start"] / fps), float(it["stop"] / fps)
+            pictures = "".join(
+                f'<img alt="" src="data:image/jpeg;base64,{picture}">' for picture in it.get("thumbnails", [])
+            )
+            fate = html.escape(it.get("clip") or f"dropped: {it['reason']}")
+            kind = "kept" if it["reason"] is None else "dropped"
+            rows.append(
+                f'<tr class="{kind}"><td>{html.escape(video)}</td><td>{start:.2f} to {stop:.2f} s</td>'
+                f"<td>{fate}</td><td>{pictures}</td></tr>"
+            )
+    kept = sum(row.startswith('<tr class="kept"') for row in rows)
+    return "\n".join(
+        [
+            '<!doctype html><html lang="en"><meta charset="utf-8"><title>Prepared clips</title>',
+            "<style>body{font-family:sans-serif}td{padding:.3em .8em;vertical-align:top}"
+            ".dropped{color:#777}img{height:90px;margin-right:4px}</style>",
+            f"<h1>{kept} clips of {len(videos)} videos</h1>",
+            f"<p>{len(rows) - kept} stretches were dropped.</p>",
+            "<table><tr><th>video</th><th>stretch</th><th>clip</th><th></th></tr>",
+            *rows,
+            "</table></html>\n",
+        ]
+    )
