@@ -23,7 +23,7 @@ from transformers import CLIPVisionModel, PreTrainedTokenizerBase, UMT5EncoderMo
 
 from stableavatar.checkpoints import hub
 from stableavatar.checkpoints.layout import OWN_PARTS, detect_layout, find_published
-from stableavatar.checkpoints.lora import lora_from_state, merge_loras, parse_lora, read_lora
+from stableavatar.checkpoints.lora import lora_file, lora_from_state, merge_loras, parse_lora, read_lora
 from stableavatar.checkpoints.own import check_own
 from stableavatar.checkpoints.published import load_published
 from stableavatar.conditioning.image import picture_tensor
@@ -169,6 +169,7 @@ class AvatarPipeline(DiffusionPipeline, WanLoraLoaderMixin):
             InputError: there is no such folder; a variant or a size is asked of a folder that holds one
                 model.
         """
+        loras = _chosen_loras(lora)  # what is missing should be said before a large model is read
         published = {"variant": variant or "square", "size": size or "1.3b"}
         folder = TINY if str(source) == "tiny" else Path(source).expanduser()
         if folder == TINY and not folder.is_dir():
@@ -189,7 +190,7 @@ class AvatarPipeline(DiffusionPipeline, WanLoraLoaderMixin):
             pipeline = super().from_pretrained(folder, dtype=dtype, **kwargs)
             pipeline.speech_encoder.float()  # its features feed every window, and it is small
             pipeline.origin = {"model": str(source)}
-            pipeline._merge(lora)
+            pipeline._merge(loras)
             return pipeline
         if kwargs:
             raise InputError(f"{', '.join(kwargs)} cannot be used with the published checkpoints in {folder}")
@@ -199,16 +200,10 @@ class AvatarPipeline(DiffusionPipeline, WanLoraLoaderMixin):
             "variant": published["variant"],
             "model_size": published["size"],
         }
-        pipeline._merge(lora)
+        pipeline._merge(loras)
         return pipeline
 
-    def _merge(self, lora: LoraChoice | Sequence[LoraChoice]) -> None:
-        alone = isinstance(lora, str | Path) or (len(lora) == 2 and isinstance(lora[1], int | float))
-        several: Any = [lora] if alone else lora
-        chosen = [
-            parse_lora(it) if isinstance(it, str) else (it, 1.0) if isinstance(it, Path) else it
-            for it in several
-        ]
+    def _merge(self, chosen: Sequence[tuple[str | Path, float]]) -> None:
         merge_loras(self.transformer, [(read_lora(file, self.transformer), scale) for file, scale in chosen])
         if chosen:
             self.origin["lora"] = [f"{file}:{scale:g}" for file, scale in chosen]
@@ -460,3 +455,15 @@ def _options(values: dict[str, Any]) -> GenerateOptions:
             near = difflib.get_close_matches(name, known, n=1)
             raise InputError(f"there is no option {name}" + (f"; did you mean {near[0]}?" if near else ""))
     return GenerateOptions(**values)
+
+
+def _chosen_loras(lora: LoraChoice | Sequence[LoraChoice]) -> list[tuple[str | Path, float]]:
+    """Files that are there, and their scales."""
+    alone = isinstance(lora, str | Path) or (len(lora) == 2 and isinstance(lora[1], int | float))
+    several: Any = [lora] if alone else lora
+    chosen = [
+        parse_lora(it) if isinstance(it, str) else (it, 1.0) if isinstance(it, Path) else it for it in several
+    ]
+    for file, _ in chosen:
+        lora_file(file)
+    return chosen

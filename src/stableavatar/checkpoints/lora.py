@@ -146,6 +146,12 @@ def read_lora(source: Path | str, model: nn.Module) -> Lora:
     Raises:
         CheckpointError: missing or damaged; for another model; another kind of adapter than LoRA.
     """
+    path = lora_file(source)
+    return _Parser(f"LoRA {path}", model, _settings(path)).parse(read_state_dict(path))
+
+
+def lora_file(source: Path | str) -> Path:
+    """The file of a LoRA: itself, or the one in a folder. Raises CheckpointError where there is none."""
     path = Path(source).expanduser()
     if path.is_dir():
         found = [path / name for name in LORA_FILES if (path / name).is_file()]
@@ -154,7 +160,7 @@ def read_lora(source: Path | str, model: nn.Module) -> Lora:
         path = found[0]
     elif not path.is_file():
         raise CheckpointError(f"LoRA {path}: there is no such file or folder")
-    return _Parser(f"LoRA {path}", model, _settings(path)).parse(read_state_dict(path))
+    return path
 
 
 def lora_from_state(state: Mapping[str, torch.Tensor], model: nn.Module) -> Lora:
