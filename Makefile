@@ -7,14 +7,16 @@ STAMP  := $(VENV)/.installed
 MODEL  ?= tiny
 PARITY ?= ../shared/parity
 DEMO   := src/stableavatar/assets/demo
-# Where the embedded model is trained: data and checkpoints, outside the checkout; every step goes on where it stopped.
-WORK   ?= $(if $(XDG_CACHE_HOME),$(XDG_CACHE_HOME),$(HOME)/.cache)/stableavatar/train
-STORE  ?= $(WORK)/puppets
-CLIPS  ?= 3000
+# Where the embedded model is trained: data and checkpoints; every step goes on where it stopped. START=tiny begins with
+# the weights that ship, in place of none; MINUTES are the autoencoder's.
+WORK    := runs/tiny
+CLIPS   ?= 3000
+MINUTES ?= 240
+START   ?=
 # What `make bench` measures, by default all: transformer peak decode generate first-frame processes training.
 PARTS  ?=
 
-.PHONY: help demo test test-large lint parity tiny evaluate-tiny bench format clean
+.PHONY: help demo test test-large lint parity tiny evaluate-tiny evaluate-lora bench format clean
 help:            ## what can be made
 	@grep -E '^[a-z-]+: .*##|^[a-z-]+:  +##' $(MAKEFILE_LIST) | sed 's/:.*##/:/' | column -t -s:
 
@@ -53,22 +55,29 @@ evaluate-tiny: $(STAMP) ## the embedded model against its bars (QUICK=1: a subse
 	$(BIN)/python -m stableavatar.evaluation.tiny --model $(MODEL) \
 	    $(if $(QUICK),--quick,--out docs/tiny.md $(if $(wildcard $(WORK)),--curves $(WORK)))
 
+evaluate-lora: $(STAMP) ## what a LoRA of one unseen person gains, into docs/training.md
+	$(BIN)/python -m stableavatar.evaluation.lora data --folder runs/tiny-lora/data
+	$(BIN)/stableavatar train recipes/tiny-lora.yaml --resume
+	$(BIN)/python -m stableavatar.evaluation.lora measure --lora runs/tiny-lora/lora --out docs/training.md
+
 bench: $(STAMP)  ## speed and memory beside diffusers, into docs/performance.md (QUICK=1 prints small sizes)
 	$(BIN)/python -m benchmarks.run $(if $(QUICK),--quick) $(PARTS)
 
 tiny: $(STAMP)   ## train the embedded model anew, from puppets to weights (many hours on two cores)
-	$(BIN)/python -m stableavatar.data.puppets store --folder $(STORE) --clips $(CLIPS)
-	$(BIN)/python -m stableavatar.training.tiny.autoencoder --out $(WORK)/autoencoder --puppets $(STORE) \
-	    --minutes 240 --resume
-	test -e $(WORK)/speech_encoder/final/config.json || \
-	    $(BIN)/python -m stableavatar.training.tiny.speech_encoder --out $(WORK)/speech_encoder --puppets $(STORE)
-	$(BIN)/python -m stableavatar.training.tiny.latents --store $(STORE) --out $(WORK)/latents \
-	    --autoencoder $(WORK)/autoencoder/model --speech-encoder $(WORK)/speech_encoder/final
-	$(BIN)/python -m stableavatar.training.tiny.transformer --cache $(WORK)/latents --out $(WORK)/transformer \
-	    --compile --resume
-	$(BIN)/python -m stableavatar.training.tiny.meter --autoencoder $(WORK)/autoencoder/model
-	$(BIN)/python -m stableavatar.training.tiny.assemble --autoencoder $(WORK)/autoencoder/model \
-	    --speech-encoder $(WORK)/speech_encoder/final --avatar $(WORK)/transformer/export
+	$(BIN)/python -m stableavatar.data.puppets store --folder $(WORK)/puppets --clips $(CLIPS)
+	mkdir -p $(WORK)/encoders
+	test -e $(WORK)/encoders/vae || { $(BIN)/python -m stableavatar.training.tiny.autoencoder --resume \
+	    --out $(WORK)/autoencoder --puppets $(WORK)/puppets --minutes $(MINUTES) \
+	    $(if $(START),--start-from src/stableavatar/assets/$(START)/vae) && \
+	    cp -R $(WORK)/autoencoder/model $(WORK)/encoders/vae; }
+	test -e $(WORK)/encoders/speech_encoder || { $(BIN)/python -m stableavatar.training.tiny.speech_encoder \
+	    --out $(WORK)/speech_encoder --puppets $(WORK)/puppets && \
+	    cp -R $(WORK)/speech_encoder/final $(WORK)/encoders/speech_encoder; }
+	$(BIN)/stableavatar cache-latents recipes/tiny.yaml --output $(WORK)/latents
+	OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node 2 -m stableavatar train recipes/tiny.yaml --resume \
+	    $(if $(START),--set model.embedded.start=$(START))
+	$(BIN)/python -m stableavatar.training.tiny.meter --autoencoder $(WORK)/encoders/vae
+	rm -rf src/stableavatar/assets/tiny && cp -R $(WORK)/model src/stableavatar/assets/tiny
 
 clean:           ## remove what the targets made
 	rm -rf $(VENV) out .pytest_cache .mypy_cache .ruff_cache

@@ -14,11 +14,13 @@ from stableavatar.data.sampler import ClipKey
 from stableavatar.training.objective import ObjectiveSettings
 from stableavatar.training.optimizers import OptimizerSettings, make_optimizer
 from stableavatar.training.parameters import trained_parameters
+from stableavatar.training.settings import TrainerSettings
 from stableavatar.training.tiny.avatar import TinyAvatar
-from stableavatar.training.trainer import Trainer, TrainerSettings
+from stableavatar.training.trainer import Trainer
 
 _CLIPS = 64
 _AUDIO_DIM = 192
+_CHANNELS = 24
 _FRAMES, _SIDE = 9, 16  # latent frames, and rows and columns, of tiny's windows
 _FEATURES = 65  # of their speech
 
@@ -27,10 +29,11 @@ class _Drawn:
     """Samples of noise, on whose values the time does not depend."""
 
     groups = ("one size",) * _CLIPS
+    fingerprint = "noise"
 
     def __init__(self) -> None:
         generator = torch.Generator().manual_seed(0)
-        latents = torch.randn(16, _FRAMES, _SIDE, _SIDE, generator=generator)
+        latents = torch.randn(_CHANNELS, _FRAMES, _SIDE, _SIDE, generator=generator)
         self.sample = EncodedSample(
             latents=latents,
             reference=latents,
@@ -47,7 +50,7 @@ class _Drawn:
 
 def _model() -> TinyAvatar:
     torch.manual_seed(0)
-    avatar = TinyAvatar(ObjectiveSettings(), audio_dim=_AUDIO_DIM)
+    avatar = TinyAvatar(ObjectiveSettings(), audio_dim=_AUDIO_DIM, latent_channels=_CHANNELS)
     avatar.use_explicit_attention()
     return avatar
 

@@ -1,6 +1,8 @@
 """Training clips from the layout on disk, and the cache of what encoders make of them."""
 
+import copy
 import json
+import shutil
 import wave
 from collections import Counter
 from fractions import Fraction
@@ -181,8 +183,8 @@ def test_masks_shrink_trilinearly_to_a_quarter_of_the_frames() -> None:
 def test_every_clip_once_a_pass_and_one_size_a_step() -> None:
     groups = ["a"] * 7 + ["b"] * 4
     sampler = GroupedSampler(groups, 3, seed=1)
-    count = sampler.steps_per_round
-    assert (count, sampler.passes_at_once) == (5, 1)
+    count = sampler.steps_per_pass
+    assert count == 5
     passes = []
     for epoch in range(3):
         steps = [sampler.step(epoch * count + k)[0] for k in range(count)]
@@ -206,10 +208,11 @@ def test_pieces_of_a_step_share_its_clips(world: int, accumulation: int) -> None
     together = GroupedSampler(groups, 2, seed=4, accumulation=world * accumulation)
     streams = [rank.from_step(0) for rank in ranks]
     seen: list[int] = []
-    for number in range(together.steps_per_round):
-        pieces = [next(stream) for _ in range(accumulation) for stream in streams]
-        assert pieces == together.step(number)
-        assert all(pieces)
+    for number in range(together.steps_per_pass):
+        taken = [next(stream) for _ in range(accumulation) for stream in streams]
+        pieces = together.step(number)
+        assert taken == [piece or pieces[0][:1] for piece in pieces]
+        assert max(map(len, pieces)) <= 2
         assert len({groups[index] for piece in pieces for index, _ in piece}) == 1
         seen += [index for piece in pieces for index, _ in piece]
         weights = [rank.weight(number, micro) for micro in range(accumulation) for rank in ranks]
@@ -219,13 +222,23 @@ def test_pieces_of_a_step_share_its_clips(world: int, accumulation: int) -> None
     assert sorted(seen) == list(range(19))
 
 
-def test_few_clips_are_gone_over_several_times_at_once() -> None:
+def test_where_a_step_has_too_few_clips_one_stands_in_and_counts_nothing() -> None:
     sampler = GroupedSampler(["a"] * 5 + ["b"], 1, seed=0, accumulation=3)
-    assert sampler.passes_at_once == 3
-    steps = [sampler.step(k) for k in range(sampler.steps_per_round)]
-    assert all(all(pieces) for pieces in steps)
-    keys = sorted(key for pieces in steps for piece in pieces for key in piece)
-    assert keys == [(clip, epoch) for clip in range(6) for epoch in range(3)]
+    assert sampler.steps_per_pass == 3
+    taken = sampler.from_step(0)
+    clips = []
+    for number in range(3):
+        pieces = sampler.step(number)
+        for micro_step, piece in enumerate(pieces):
+            found = next(taken)
+            assert len(found) == 1
+            if piece:
+                clips.append(found[0])
+            else:
+                assert found == pieces[0]
+                assert sampler.weight(number, micro_step) == 0
+        assert sum(sampler.weight(number, micro_step) for micro_step in range(3)) == pytest.approx(3)
+    assert sorted(clips) == [(clip, 0) for clip in range(6)]
 
 
 @pytest.fixture(scope="module")
@@ -361,3 +374,36 @@ def test_windows_of_a_cache_of_longer_clips(
     for frames in (8, 21):
         with pytest.raises(InputError, match="window_frames must be"):
             CacheWriter(dataset, root / "bad", Encoders(vae, speech_encoder), window_frames=frames)
+
+
+def test_a_data_set_is_told_by_its_clips_and_settings(root: Path, tmp_path: Path) -> None:
+    folders = [write_clip(root / "speech" / f"{k:05d}", frames=12) for k in range(2)]
+    settings = ClipDatasetSettings(frames=9)
+    told = ClipDataset.from_folders(folders, settings).fingerprint
+    assert ClipDataset.from_folders(folders, settings).fingerprint == told
+    moved = [shutil.copytree(folder, tmp_path / "elsewhere" / "speech" / folder.name) for folder in folders]
+    assert ClipDataset.from_folders(moved, settings).fingerprint == told
+    others = [
+        ClipDataset.from_folders(folders[::-1], settings),
+        ClipDataset.from_folders(folders[:1], settings),
+        ClipDataset.from_folders(folders, ClipDatasetSettings(frames=9, seed=1)),
+    ]
+    assert len({told, *(other.fingerprint for other in others)}) == 4
+
+
+def test_a_cache_is_told_by_what_it_holds_and_knows_its_encoders(
+    root: Path, tmp_path: Path, encoders: tuple[AutoencoderKLWan, Wav2Vec2Model]
+) -> None:
+    dataset = three_clips(root)
+    told = []
+    for count in (3, 3, 7):
+        folder = tmp_path / str(len(told))
+        CacheWriter(dataset, folder, Encoders(*encoders)).write(KEYS[:count])
+        told.append(LatentCache(folder).fingerprint)
+    assert told[0] == told[1] != told[2]
+    LatentCache(folder).check_encoders(Encoders(*encoders))
+    other = copy.deepcopy(encoders[0])
+    with torch.no_grad():
+        other.quant_conv.bias += 1
+    with pytest.raises(InputError, match="another vae"):
+        LatentCache(folder).check_encoders(Encoders(other, encoders[1]))

@@ -1,5 +1,6 @@
 """The trainer in several processes: the same run as one process that sees all of their clips."""
 
+import json
 import os
 import subprocess
 import sys
@@ -17,7 +18,8 @@ from stableavatar.errors import InputError
 from stableavatar.training.log import read_log
 from stableavatar.training.objective import StepLoss
 from stableavatar.training.optimizers import ClipSettings, OptimizerSettings
-from stableavatar.training.trainer import Trainer, TrainerSettings
+from stableavatar.training.settings import TrainerSettings
+from stableavatar.training.trainer import Trainer
 
 CLIPS = 8
 CLIP = ClipSettings(norm=1.0, start_steps=0, abnormal_ratio=None)
@@ -27,6 +29,7 @@ class Points:
     """Clips that are numbers."""
 
     groups = ("one size",) * CLIPS
+    fingerprint = "eight points"
 
     def __getitem__(self, key: tuple[int, int]) -> torch.Tensor:
         return torch.tensor([key[0] / CLIPS + 0.01 * key[1]])
@@ -44,6 +47,7 @@ class Fit(nn.Module):
         torch.manual_seed(5)
         self.layers = nn.Sequential(nn.Linear(1, 6), nn.Tanh(), nn.Linear(6, 1))
         self.seldom = nn.Linear(1, 1)
+        self.fixed = nn.Parameter(torch.linspace(-1, 1, 5), requires_grad=False)
 
     def forward(self, batch: torch.Tensor, generator: torch.Generator) -> StepLoss:
         made = self.layers(batch)[:, 0]
@@ -71,9 +75,12 @@ def train(folder: Path, batch: int, steps: int, resume: bool = False, **given: A
         trainer.resume("latest")
     trainer.train()
     final = {name: trainer.final_parameters(average=name == "average") for name in ("average", "weights")}
+    final["frozen"] = trainer.frozen_state()
     if trainer.accelerator.is_main_process:
         for name, parameters in final.items():
             save_file(parameters, folder / f"{name}.safetensors")
+    else:
+        assert not any(final.values())
     trainer.close()
 
 
@@ -107,7 +114,7 @@ def assert_same_curve(one: Path, two: Path, average: bool = True) -> None:
     for a, b in zip(first, second, strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
         assert a["gradient_norm"] == pytest.approx(b["gradient_norm"], rel=1e-4)
-    for kind in ("average", "weights") if average else ("weights",):
+    for kind in ("average", "weights", "frozen") if average else ("weights", "frozen"):
         wanted, found = (load_file(folder / f"{kind}.safetensors") for folder in (one, two))
         assert wanted.keys() == found.keys()
         for name, value in wanted.items():
@@ -132,8 +139,13 @@ def test_spread_over_two_processes_it_is_the_run_of_one(one: Path, tmp_path: Pat
 @pytest.mark.parametrize("stage", ["2", "3"])
 def test_deepspeed_is_the_run_of_one(one: Path, tmp_path: Path, stage: str) -> None:
     pytest.importorskip("deepspeed", reason="in the extra large; see make test-large")
+    # Parameters below the threshold are left whole: as small as these, all of them.
+    zero = {"stage": int(stage), "stage3_param_persistence_threshold": 0}
+    config = {"zero_optimization": zero, "train_micro_batch_size_per_gpu": "auto"}
+    (tmp_path / "deepspeed.json").write_text(json.dumps(config))
     settings = {
         "ACCELERATE_USE_DEEPSPEED": "true",
+        "ACCELERATE_DEEPSPEED_CONFIG_FILE": str(tmp_path / "deepspeed.json"),
         "ACCELERATE_DEEPSPEED_ZERO_STAGE": stage,
         "DS_ACCELERATOR": "cpu",
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKLWan
-from diffusers.models.autoencoders.autoencoder_kl_wan import WanRMS_norm
+from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d, WanRMS_norm
 from PIL import Image
 from transformers import Wav2Vec2Model
 
@@ -19,14 +20,21 @@ from stableavatar.training.tiny.autoencoder import (
     AutoencoderSettings,
     AutoencoderTrainer,
     Batches,
+    detail,
+    reconstruction_loss,
 )
-from stableavatar.training.tiny.autoencoder_model import build_autoencoder, peak_signal_to_noise, reconstruct
+from stableavatar.training.tiny.autoencoder_model import (
+    build_autoencoder,
+    peak_signal_to_noise,
+    reconstruct,
+    start_from,
+)
 from stableavatar.training.tiny.feature_memory import (
     FeatureMemory,
     chunk_lengths,
     decode_chunk,
     encode_chunk,
-    use_quick_norms,
+    use_training_kernels,
 )
 from stableavatar.training.tiny.pictures import PictureClips, find_pictures, load_pictures, procedural_picture
 from stableavatar.training.tiny.puppet_clips import PuppetClips
@@ -39,7 +47,14 @@ from stableavatar.training.tiny.speech_encoder import (
 )
 
 SMALL = AutoencoderSettings(
-    minutes=60, base_channels=8, frames_a_step=2, image_steps=0, whole_frames=0.0, warmup_steps=1, processes=1
+    minutes=60,
+    base_channels=8,
+    latent_channels=16,
+    frames_a_step=2,
+    image_steps=0,
+    whole_frames=0.0,
+    warmup_steps=1,
+    processes=1,
 )
 
 
@@ -59,7 +74,7 @@ def test_autoencoder_compresses_8_times_in_space_and_4_in_time() -> None:
     assert 2_500_000 < sum(value.numel() for value in vae.parameters()) < 2_900_000
     with torch.no_grad():
         latents = vae.encode(torch.zeros(1, 3, 9, 64, 32)).latent_dist.mode()
-        assert latents.shape == (1, 16, 3, 8, 4)
+        assert latents.shape == (1, 24, 3, 8, 4)
         assert vae.decode(latents).sample.shape == (1, 3, 9, 64, 32)
 
 
@@ -99,7 +114,7 @@ def test_quick_norms_change_nothing() -> None:
     torch.nn.init.uniform_(norm.gamma, 0.5, 2)
     x = torch.randn(2, 8, 3, 4, 4)
     expected = norm(x)
-    use_quick_norms(torch.nn.ModuleList([norm]))
+    use_training_kernels(torch.nn.ModuleList([norm]))
     assert "forward" in vars(norm)
     torch.testing.assert_close(norm(x), expected)
 
@@ -397,3 +412,68 @@ def test_speech_encoder_learns_and_is_written(
     )
     assert Wav2Vec2Model.from_pretrained(tmp_path / "out" / "final").config.hidden_size == 48
     assert json.loads((tmp_path / "out" / "figures.json").read_text()) == figures
+
+
+def test_a_trained_autoencoder_is_grown_without_a_change_to_its_pictures(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    trained = build_autoencoder(8, latent_channels=4)
+    with torch.no_grad():
+        for value in trained.parameters():
+            value.add_(0.05 * torch.randn_like(value))
+    trained.save_pretrained(tmp_path)
+    grown = build_autoencoder(8, latent_channels=6)
+    start_from(grown, tmp_path)
+    frames = torch.rand(1, 3, 5, 32, 32) * 2 - 1
+    assert torch.equal(reconstruct(trained.eval(), frames), reconstruct(grown.eval(), frames))
+    with torch.no_grad():
+        mean, log_variance = encode_chunk(grown, frames, FeatureMemory(grown))
+    assert mean.std(dim=(0, 2, 3, 4)).min() > 0.05  # the new channels say something, with little noise
+    assert log_variance[:, 4:].max() == -6
+    same = build_autoencoder(8, latent_channels=4)
+    start_from(same, tmp_path)
+    assert all(torch.equal(value, trained.state_dict()[name]) for name, value in same.state_dict().items())
+    with pytest.raises(ValueError, match="more than 2 latent channels"):
+        start_from(build_autoencoder(8, latent_channels=2), tmp_path)
+
+
+def test_detail_is_missed_where_pixels_are_smooth_and_not_told_by_its_place() -> None:
+    generator = torch.Generator().manual_seed(0)
+    true, other = torch.rand(2, 1, 3, 1, 32, 32, generator=generator) * 2 - 1
+    smooth = torch.zeros_like(true)
+    assert detail(smooth).max() < 0.01
+    assert (detail(other) - detail(true)).abs().mean() < 0.4 * (detail(smooth) - detail(true)).abs().mean()
+    weight = torch.ones(1, 1, 1, 32, 32)
+    alone = AutoencoderSettings(detail_weight=0.0)
+    settings = AutoencoderSettings(detail_weight=1.0)
+    added = reconstruction_loss(settings, smooth, true, weight) - reconstruction_loss(
+        alone, smooth, true, weight
+    )
+    assert added == pytest.approx((detail(smooth) - detail(true)).abs().mean().item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("kernel", [(1, 1, 1), (3, 3, 3), (3, 1, 1)])
+@pytest.mark.parametrize("size", [16, 64])
+def test_the_training_kernels_give_right_gradients_on_any_processor(
+    kernel: tuple[int, int, int], size: int
+) -> None:
+    torch.manual_seed(0)
+    plain = WanCausalConv3d(32, 32, kernel, padding=tuple(reach // 2 for reach in kernel))
+    ours = copy.deepcopy(plain)
+    use_training_kernels(torch.nn.ModuleList([ours]))
+    x = torch.randn(2, 32, 5, size, size)
+    inputs = [x.clone().requires_grad_() for _ in range(2)]
+    expected = plain(inputs[0])
+    upstream = torch.randn_like(expected)
+    expected.backward(upstream)
+    exact = ours(inputs[1])
+    torch.testing.assert_close(exact, expected, rtol=1e-4, atol=1e-4)
+    with torch.autocast("cpu", torch.bfloat16):
+        made = ours(inputs[1])
+    assert made.dtype == torch.bfloat16
+    made.float().backward(upstream)
+    for got, wanted in (
+        (inputs[1].grad, inputs[0].grad),
+        (ours.weight.grad, plain.weight.grad),
+        (ours.bias.grad, plain.bias.grad),
+    ):
+        assert (got - wanted).norm() < 0.01 * wanted.norm()

@@ -1,6 +1,7 @@
 """The training of `tiny`'s transformer: from clips to an exported model, and its parts."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -8,9 +9,10 @@ import torch
 from accelerate.state import AcceleratorState
 from diffusers import AutoencoderKLWan
 from torch import nn
-from transformers import CLIPVisionModel, UMT5EncoderModel, Wav2Vec2Config, Wav2Vec2Model
+from transformers import Wav2Vec2Config, Wav2Vec2Model
 
 from clip_folders import write_clip
+from command_line import portrait, speech
 from stableavatar.conditioning.image import picture_tensor, portrait_embeddings
 from stableavatar.conditioning.text import encode_prompts
 from stableavatar.data.cache import CachedWindows, CacheWriter, LatentCache
@@ -18,17 +20,21 @@ from stableavatar.data.dataset import ClipDataset, ClipDatasetSettings
 from stableavatar.data.encoding import Encoders, stack_samples
 from stableavatar.data.puppets import make_clip
 from stableavatar.data.puppets.store import build_store
-from stableavatar.models.transformer import StableAvatarTransformer3DModel
+from stableavatar.errors import CheckpointError, InputError
+from stableavatar.media.reading import probe
+from stableavatar.pipeline import AvatarPipeline
 from stableavatar.training.checkpoints import list_checkpoints, load_checkpoint
-from stableavatar.training.log import read_log
 from stableavatar.training.muon import MuonAdamW
 from stableavatar.training.objective import ObjectiveSettings, draw_step
-from stableavatar.training.tiny import latents, transformer
-from stableavatar.training.tiny.avatar import TinyAvatar
-from stableavatar.training.tiny.preview import Preview
+from stableavatar.training.recipes import load_recipe
+from stableavatar.training.run import Training, cache_latents, prepare_training
+from stableavatar.training.tiny.assemble import SAMPLING_DEFAULTS
+from stableavatar.training.tiny.avatar import TinyAvatar, grow_transformer
+
+RECIPE = Path(__file__).parents[1] / "recipes" / "tiny.yaml"
 
 
-def toy_encoders(folder: Path) -> tuple[Path, Path]:
+def toy_encoders(folder: Path) -> Path:
     torch.manual_seed(0)
     vae = AutoencoderKLWan(
         base_dim=4, z_dim=16, dim_mult=[1, 1, 1], num_res_blocks=1, temperal_downsample=[True, True], is_residual=True,
@@ -41,62 +47,151 @@ def toy_encoders(folder: Path) -> tuple[Path, Path]:
         )
     )  # fmt: skip
     vae.save_pretrained(folder / "vae")
-    speech.save_pretrained(folder / "speech")
-    return folder / "vae", folder / "speech"
+    speech.save_pretrained(folder / "speech_encoder")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _fresh_accelerator() -> Iterator[None]:
+    AcceleratorState._reset_state(True)
+    yield
+    AcceleratorState._reset_state(True)
 
 
 @pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def encoders(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return toy_encoders(tmp_path_factory.mktemp("encoders"))
+
+
+@pytest.fixture(scope="module")
+def cache(encoders: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Windows of five frames of six small clips of nine."""
     folder = tmp_path_factory.mktemp("tiny")
-    vae, speech = toy_encoders(folder)
     clips = [
         write_clip(folder / "speech" / str(k), frames=10, prompt=f"A person {k} talks") for k in range(6)
     ]
     dataset = ClipDataset.from_folders(clips, ClipDatasetSettings(frames=9, portrait=0.5))
-    CacheWriter(
-        dataset,
-        folder / "cache",
-        Encoders(AutoencoderKLWan.from_pretrained(vae), Wav2Vec2Model.from_pretrained(speech)),
-        torch.bfloat16,
-        window_frames=5,
-    ).write([(k, 0) for k in range(6)])
+    parts = Encoders(
+        AutoencoderKLWan.from_pretrained(encoders / "vae"),
+        Wav2Vec2Model.from_pretrained(encoders / "speech_encoder"),
+    )
+    CacheWriter(dataset, folder / "cache", parts, torch.bfloat16, window_frames=5).write(
+        [(k, 0) for k in range(6)]
+    )
     return folder / "cache"
 
 
-def run(cache: Path, out: Path, *options: str) -> None:
+def prepared(encoders: Path, out: Path, *more: str, resume: bool = False) -> Training:
+    """The recipe at toy size."""
     AcceleratorState._reset_state(True)
-    transformer.main(
-        ["--cache", str(cache), "--out", str(out), "--heads", "1", "--layers", "1", "--piece", "2", "--threads", "1",
-         *options]
+    toy = (
+        f"output={out}", f"model.source={encoders}", "model.encoder_dtype=float32", "model.embedded.heads=1", "model.embedded.layers=1",
+        "trainer.compile=false", "trainer.optimizer.schedule=constant",
+        "trainer.optimizer.decay_steps=null", "data.window_frames=5", "data.clips.frames=9",
+        "trainer.batch_size=2", *more,
     )  # fmt: skip
-    AcceleratorState._reset_state(True)
+    return prepare_training(load_recipe(RECIPE, toy), resume=resume)
 
 
-def test_from_a_cache_to_an_exported_model(cache: Path, tmp_path: Path) -> None:
-    run(cache, tmp_path / "whole", "--steps", "3")
-    run(cache, tmp_path / "parts", "--steps", "2")
-    run(cache, tmp_path / "parts", "--steps", "3", "--resume")
+def test_the_recipe_makes_a_model_that_generates(encoders: Path, cache: Path, tmp_path: Path) -> None:
+    at = f"data.cache={cache}"
+    _, made = prepared(encoders, tmp_path / "whole", at, "trainer.steps=3").run()
+    prepared(encoders, tmp_path / "parts", at, "trainer.steps=2").run()
+    prepared(encoders, tmp_path / "parts", at, "trainer.steps=3", resume=True).run()
     whole, parts = (load_checkpoint(list_checkpoints(tmp_path / name)[-1]) for name in ("whole", "parts"))
     assert whole.counters["step"] == parts.counters["step"] == 3
     for name, value in whole.model.items():
         assert torch.equal(value, parts.model[name]), name
-    assert read_log(tmp_path / "whole" / "log.jsonl") == []  # a line every ten steps
 
-    export = tmp_path / "whole" / "export"
-    model = StableAvatarTransformer3DModel.from_pretrained(export / "transformer")
+    assert made == tmp_path / "whole" / "model"
+    pipeline = AvatarPipeline.from_pretrained(made)
     assert whole.ema is not None
-    torch.testing.assert_close(model.proj_out.weight, whole.ema["transformer.proj_out.weight"])
-    UMT5EncoderModel.from_pretrained(export / "text_encoder")
-    CLIPVisionModel.from_pretrained(export / "image_encoder")
-    (export / "transformer" / "config.json").unlink()
-    run(cache, tmp_path / "whole", "--export-only")
-    assert json.loads((export / "transformer" / "config.json").read_text())["num_layers"] == 1
+    torch.testing.assert_close(
+        pipeline.transformer.proj_out.weight, whole.ema["transformer.proj_out.weight"], rtol=1e-2, atol=1e-4
+    )
+    assert pipeline.defaults.window == SAMPLING_DEFAULTS["window"]
+    assert pipeline.scheduler.config.shift == 3
+    puppet = make_clip(1, 0.4, size=32)
+    frames = list(pipeline.stream(puppet.portrait, puppet.samples, steps=1, width=32, height=32))
+    assert len(frames) == len(puppet.frames)
+    config = json.loads((made / "transformer" / "config.json").read_text())
+    assert "_name_or_path" not in config
+
+
+def test_it_goes_on_from_a_model_with_fewer_latent_channels(
+    encoders: Path, cache: Path, tmp_path: Path
+) -> None:
+    at = f"data.cache={cache}"
+    _, made = prepared(encoders, tmp_path / "first", at, "trainer.steps=1").run()
+    start = f"model.embedded.start={made}"
+    again = prepared(encoders, tmp_path / "second", at, start).avatar
+    assert isinstance(again, TinyAvatar)
+    exported = AvatarPipeline.from_pretrained(made)
+    for part in ("transformer", "text_encoder", "image_encoder"):
+        given = getattr(exported, part).state_dict()
+        for name, value in getattr(again, part).state_dict().items():
+            torch.testing.assert_close(value, given[name].float(), rtol=0, atol=0)
+
+    grown = TinyAvatar(ObjectiveSettings(), heads=1, layers=1, audio_dim=16, latent_channels=18)
+    grown.start_from(made)
+    batch = stack_samples([CachedWindows(LatentCache(cache))[0, 0]])
+    inputs = again.inputs(batch)
+    more = torch.randn(1, 2, *batch.latents.shape[2:])
+    condition = torch.cat([batch.condition, more], dim=1)
+    others = (torch.tensor([500.0]), inputs.prompt, inputs.portrait, inputs.speech, [0])
+    with torch.no_grad():
+        plain = again.transformer(batch.latents, batch.condition, *others).sample
+        wider = grown.transformer(torch.cat([batch.latents, more], dim=1), condition, *others).sample
+    torch.testing.assert_close(wider[:, :16], plain, rtol=1e-4, atol=1e-5)
+    assert not wider[:, 16:].any()
+
+    with pytest.raises(InputError, match="has num_layers 1, the model 2"):
+        TinyAvatar(ObjectiveSettings(), heads=1, layers=2, audio_dim=16, latent_channels=16).start_from(made)
+    with pytest.raises(InputError, match="has 18 latent channels, the model 16"):
+        grow_transformer(again.transformer, grown.transformer)
+    (made / "text_encoder" / "model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match="text_encoder cannot be started from"):
+        prepared(encoders, tmp_path / "third", at, start)
+
+
+@pytest.mark.parametrize(
+    ("override", "what"),
+    [
+        ("data.window_frames=9", "holds windows of 5 frames, not of 9"),
+        ("data.window_frames=null", "data.window_frames=5"),
+        ("model.embedded.heads=0", "at least 1"),
+        ("model.variant=square", "embedded.start"),
+        ("lora.rank=2", "leave embedded out"),
+    ],
+)
+def test_what_the_embedded_model_cannot_be(
+    encoders: Path, cache: Path, tmp_path: Path, override: str, what: str
+) -> None:
+    with pytest.raises(InputError, match=what):
+        prepared(encoders, tmp_path, f"data.cache={cache}", override)
+
+
+def test_windows_need_a_cache(encoders: Path, tmp_path: Path) -> None:
+    build_store(tmp_path / "store", [3], seconds=0.6, size=32, processes=1)
+    puppets = f"data.puppets=[{tmp_path / 'store'}]"
+    with pytest.raises(InputError, match="of a cache"):
+        prepared(encoders, tmp_path / "run", "data.cache=null", puppets, "data.clips.frames=9")
+
+
+def test_puppets_are_trained_on_without_a_cache_too(encoders: Path, tmp_path: Path) -> None:
+    build_store(tmp_path / "store", [3, 4], seconds=0.6, size=32, processes=1)
+    training = prepared(
+        encoders, tmp_path / "run", "data.cache=null", f"data.puppets=[{tmp_path / 'store'}]",
+        "data.clips.frames=9", "data.window_frames=null", "trainer.steps=1",
+    )  # fmt: skip
+    assert training.run()[0].step == 1
 
 
 def avatar() -> TinyAvatar:
     torch.manual_seed(1)
-    made = TinyAvatar(ObjectiveSettings(prompt_dropping=0.3), heads=1, layers=2, audio_dim=16)
+    made = TinyAvatar(
+        ObjectiveSettings(prompt_dropping=0.3), heads=1, layers=2, audio_dim=16, latent_channels=16
+    )
     with torch.no_grad():
         made.transformer.proj_out.weight.normal_()
     return made
@@ -171,13 +266,18 @@ def test_the_optimizer_is_adamw_outside_of_blocks_and_orthogonal_within() -> Non
     assert torch.equal(copy.state[matrix]["momentum"], one.state[matrix]["momentum"])
 
 
-def test_a_store_of_puppets_becomes_a_cache_and_a_preview(tmp_path: Path) -> None:
-    vae, speech = toy_encoders(tmp_path)
+def test_a_store_of_puppets_becomes_a_cache_and_validation_videos(encoders: Path, tmp_path: Path) -> None:
     build_store(tmp_path / "store", [3, 4], seconds=1.7, size=32, processes=1)
-    latents.main(
-        ["--store", str(tmp_path / "store"), "--autoencoder", str(vae), "--speech-encoder", str(speech), "--out",
-         str(tmp_path / "cache"), "--frames", "41"]
-    )  # fmt: skip
+    recipe = load_recipe(
+        RECIPE,
+        [
+            f"model.source={encoders}",
+            "model.encoder_dtype=float32",
+            f"data.puppets=[{tmp_path / 'store'}]",
+            "data.clips.frames=41",
+        ],
+    )
+    assert cache_latents(recipe, tmp_path / "cache", passes=1, dtype=torch.bfloat16) == 2
     cached = LatentCache(tmp_path / "cache")
     assert len(cached) == 2
     assert cached[0, 0].latents.shape == (16, 11, 4, 4)
@@ -185,30 +285,15 @@ def test_a_store_of_puppets_becomes_a_cache_and_a_preview(tmp_path: Path) -> Non
     assert cached[0, 0].reference.shape == (16, 9, 4, 4)
     assert cached[0, 0].prompt == make_clip(3, 0.1, size=32).prompt
 
-    run(
-        tmp_path / "cache", tmp_path / "run", "--steps", "1", "--autoencoder", str(vae), "--speech-encoder",
-        str(speech), "--preview-every", "1", "--preview-clips", "2",
-    )  # fmt: skip
-    (line,) = read_log(tmp_path / "run" / "preview" / "preview.jsonl")
-    assert line["step"] == 1
-    assert (tmp_path / "run" / "preview" / "sheet-000001.png").stat().st_size > 1000
-
-
-def test_a_preview_tells_right_speech_from_wrong(tmp_path: Path) -> None:
-    vae, speech = toy_encoders(tmp_path)
-    preview = Preview(
-        avatar(),
-        AutoencoderKLWan.from_pretrained(vae),
-        Wav2Vec2Model.from_pretrained(speech),
-        tmp_path,
-        clips=2,
-        frames=9,
-        sheet_every=2,
-        steps=2,
-    )
-    preview(1)
-    preview(2)
-    first, second = read_log(tmp_path / "preview.jsonl")
-    assert first["lips_right_0.6"] != first["lips_wrong_0.6"]
-    assert {**first, "step": 2} == second
-    assert [path.name for path in tmp_path.glob("sheet-*")] == ["sheet-000002.png"]
+    case = {
+        "portrait": str(portrait(tmp_path / "face.png")),
+        "speech": str(speech(tmp_path / "speech.wav", 2.0)),
+        "seconds": 0.6,
+    }
+    validation = {"cases": [case], "options": {"steps": 1, "width": 32, "height": 32}}
+    prepared(
+        encoders, tmp_path / "run", f"data.cache={tmp_path / 'cache'}", "data.window_frames=33", "data.clips.frames=41", "trainer.steps=1",
+        "trainer.callback_every=1", f"validation={json.dumps(validation)}",
+    ).run()  # fmt: skip
+    (video,) = (tmp_path / "run" / "validation").rglob("*.mp4")
+    assert probe(video).frames == 15

@@ -29,7 +29,8 @@ from stableavatar.training.log import read_log
 from stableavatar.training.objective import StepLoss
 from stableavatar.training.optimizers import ClipSettings, OptimizerSettings, clip_gradients
 from stableavatar.training.parameters import freeze_others, trained_by_recipe, trained_parameters
-from stableavatar.training.trainer import Trainer, TrainerSettings
+from stableavatar.training.settings import TrainerSettings
+from stableavatar.training.trainer import Trainer
 
 SAMPLES = 7
 
@@ -45,6 +46,7 @@ class Points:
     """Samples of two sizes, each telling which clip in which pass it is."""
 
     groups = ("small", "large", "small", "small", "large", "small", "large")
+    fingerprint = "seven points"
 
     def __getitem__(self, key: tuple[int, int]) -> torch.Tensor:
         index, epoch = key
@@ -412,6 +414,7 @@ def test_resuming_another_run_is_refused(tmp_path: Path) -> None:
 
     class More(Points):
         groups = (*Points.groups, "small")
+        fingerprint = "eight points"
 
     other = Trainer(Fit(), More(), torch.stack, settings(), tmp_path)
     with pytest.raises(InputError, match="another clips"):

@@ -164,6 +164,8 @@ class LatentCache(Dataset[EncodedSample]):
             raise InputError(f"the cache {folder} holds no samples yet")
         self._places = [[passes[epoch] for epoch in sorted(passes)] for _, passes in sorted(places.items())]
         self.groups = [tuple(self.manifest["groups"][clip]) for clip in sorted(places)]
+        told = [self.manifest["origin"], sorted((clip, *sorted(passes)) for clip, passes in places.items())]
+        self.fingerprint = _digest(json.dumps(told, sort_keys=True).encode())
         self._has_prompts = "text_encoder" in self.manifest["origin"]
 
     def __len__(self) -> int:
@@ -182,6 +184,14 @@ class LatentCache(Dataset[EncodedSample]):
             prompt_embeddings=self._prompt(prompt),
             empty_prompt=self._prompt(""),
         )
+
+    def check_encoders(self, encoders: Encoders) -> None:
+        """Raises InputError: the cache was made with other weights than these."""
+        for name, part in encoders.parts.items():
+            if self.manifest["origin"].get(name) != _weights_digest(part):
+                raise InputError(
+                    f"{self.folder} was made with another {name}, or in another dtype; make it again"
+                )
 
     def _prompt(self, text: str) -> torch.Tensor | None:
         """Read each time: there may be a prompt a clip."""
@@ -203,18 +213,24 @@ class CachedWindows(Dataset[EncodedSample]):
     A window that does not start with its clip has latents as they stand in the middle of a video, which is
     what all windows but the first meet when sampling. One in four starts with the clip.
 
+    Args:
+        window_frames: what the cache must have been made with; None: anything.
+
     Raises:
-        InputError: the cache was made without `window_frames`.
+        InputError: the cache was made without `window_frames`, or with others.
     """
 
-    def __init__(self, cache: LatentCache, seed: int = 0) -> None:
+    def __init__(self, cache: LatentCache, seed: int = 0, *, window_frames: int | None = None) -> None:
         frames = cache.manifest["origin"].get("window_frames")
         if frames is None:
             raise InputError(f"{cache.folder} holds no windows: make the cache with window_frames")
+        if window_frames not in (None, frames):
+            raise InputError(f"{cache.folder} holds windows of {frames} frames, not of {window_frames}")
         self.cache = cache
         self.seed = seed
         self.window = (int(frames) - 1) // 4 + 1
         self.groups = cache.groups
+        self.fingerprint = cache.fingerprint
 
     def __len__(self) -> int:
         return len(self.cache)

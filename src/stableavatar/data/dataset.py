@@ -2,9 +2,11 @@
 instant, masks, the prompt.
 """
 
+import hashlib
+import json
 import logging
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
@@ -148,7 +150,9 @@ class ClipDataset(Dataset[ClipSample]):
     """Clips as samples; a key is `(index, pass)`, so that every pass over the data draws other windows,
     reproducibly.
 
-    `skipped` has what was left out with `on_error="skip"`: names and reasons.
+    Attributes:
+        skipped: what was left out with `on_error="skip"`: names and reasons.
+        groups: width, height and frame rate of every clip: what may share a batch.
 
     Args:
         clips: of any mixture of sizes and frame rates.
@@ -159,9 +163,7 @@ class ClipDataset(Dataset[ClipSample]):
     """
 
     def __init__(self, clips: Iterable[TrainingClip], settings: ClipDatasetSettings) -> None:
-        self.settings = settings
-        self.skipped: dict[str, str] = {}
-        self.clips: list[TrainingClip] = []
+        self._begin(settings)
         for clip in clips:
             self._add(clip.name, partial(self._checked, clip))
         self._require_clips()
@@ -170,7 +172,7 @@ class ClipDataset(Dataset[ClipSample]):
     def from_folders(cls, folders: Iterable[Path], settings: ClipDatasetSettings) -> "ClipDataset":
         """Open clip folders; those that cannot be opened raise or are skipped as `settings.on_error` says."""
         dataset = cls.__new__(cls)
-        dataset.settings, dataset.skipped, dataset.clips = settings, {}, []
+        dataset._begin(settings)
         for folder in folders:
             dataset._add(str(folder), partial(dataset._opened, folder))
         dataset._require_clips()
@@ -180,9 +182,15 @@ class ClipDataset(Dataset[ClipSample]):
         return len(self.clips)
 
     @property
-    def groups(self) -> list[tuple[int, int, Fraction]]:
-        """Width, height and frame rate of every clip: what may share a batch."""
-        return [(*clip.size, clip.fps) for clip in self.clips]
+    def fingerprint(self) -> str:
+        """Another one for other clips (the folders' own names count, not where they lie), another order or
+        other settings."""
+        clips = [
+            (Path(clip.name).name, clip.length, *map(str, group))
+            for clip, group in zip(self.clips, self.groups, strict=True)
+        ]
+        told = json.dumps([clips, asdict(self.settings)])
+        return hashlib.sha256(told.encode()).hexdigest()
 
     def __getitem__(self, key: ClipKey) -> ClipSample:
         """Sample of clip `index` in pass `epoch`. With `on_error="skip"`, the next readable clip of its size
@@ -204,10 +212,17 @@ class ClipDataset(Dataset[ClipSample]):
             f"no clip of {self.clips[index].size} pixels can be read; {len(self.skipped)} were skipped"
         )
 
+    def _begin(self, settings: ClipDatasetSettings) -> None:
+        self.settings = settings
+        self.skipped: dict[str, str] = {}
+        self.clips: list[TrainingClip] = []
+        self.groups: list[tuple[int, int, Fraction]] = []
+
     def _add(self, name: str, read: Callable[[], TrainingClip]) -> None:
         clip = self._guarded(name, read)
         if clip is not None:
             self.clips.append(clip)
+            self.groups.append((*clip.size, clip.fps))
 
     def _require_clips(self) -> None:
         if not self.clips:

@@ -18,9 +18,10 @@ class GroupedSampler:
     """Steps of clips of one size, in an order drawn anew for every pass; every clip once a pass.
 
     A step's clips are dealt into pieces, one for every process and micro-step, so that two processes train
-    what one process does with twice the accumulation. The last step of a size may have fewer clips; a rest
-    that would leave a piece empty joins the step before it. Where a size has fewer clips than there are
-    pieces, so many passes are made as one that each piece has a clip.
+    what one process does with twice the accumulation. The last step of a size may have fewer clips, and even
+    pieces with none: their process then goes over another clip of the step, which counts nothing
+    (`weight`), since all processes have to do the same work. So a piece never has more than `batch_size`
+    clips, and a pass has every clip once.
 
     Args:
         groups: for each clip what it may share a step with (its size).
@@ -50,24 +51,24 @@ class GroupedSampler:
         for index, group in enumerate(groups):
             members.setdefault(group, []).append(index)
         self.pieces = accumulation * world_size
-        self.passes_at_once = max(-(-self.pieces // len(indices)) for indices in members.values())
         self._members = list(members.values())
         self._step_size = batch_size * self.pieces
         self._accumulation, self._rank, self._world_size = accumulation, rank, world_size
         self._seed = seed
-        self._round: tuple[int, list[list[ClipKey]]] = (0, self._steps(0))
+        self._pass: tuple[int, list[list[ClipKey]]] = (0, self._steps(0))
 
     @property
-    def steps_per_round(self) -> int:
-        """Of `passes_at_once` passes; the same for every round."""
-        return len(self._round[1])
+    def steps_per_pass(self) -> int:
+        """The same for every pass."""
+        return len(self._pass[1])
 
     def step(self, number: int) -> list[list[ClipKey]]:
-        """The pieces of step `number` (counted from 0 over all passes), by micro-step and then by process."""
-        place, within = divmod(number, self.steps_per_round)
-        if place != self._round[0]:
-            self._round = (place, self._steps(place))
-        keys = self._round[1][within]
+        """The pieces of step `number` (counted from 0 over all passes), by micro-step and then by process;
+        those that have no clip are empty."""
+        epoch, within = divmod(number, self.steps_per_pass)
+        if epoch != self._pass[0]:
+            self._pass = (epoch, self._steps(epoch))
+        keys = self._pass[1][within]
         return [keys[piece :: self.pieces] for piece in range(self.pieces)]
 
     def piece(self, micro_step: int) -> int:
@@ -76,29 +77,25 @@ class GroupedSampler:
 
     def weight(self, number: int, micro_step: int) -> float:
         """How much the mean over this process's clips at a micro-step counts, for the mean over the pieces to
-        be that over the step's clips: 1 where all pieces are of one size."""
+        be that over the step's clips: 1 where all pieces are of one size, 0 where a clip only stands in."""
         pieces = self.step(number)
         return len(pieces[self.piece(micro_step)]) * self.pieces / sum(map(len, pieces))
 
     def from_step(self, number: int) -> Iterator[list[ClipKey]]:
-        """The clips that this process takes at every micro-step from step `number` on, without end."""
+        """The clips that this process takes at every micro-step from step `number` on, without end; where it
+        has none, one that stands in."""
         while True:
             pieces = self.step(number)
-            yield from (pieces[self.piece(micro_step)] for micro_step in range(self._accumulation))
+            stand_in = pieces[0][:1]
+            yield from (
+                pieces[self.piece(micro_step)] or stand_in for micro_step in range(self._accumulation)
+            )
             number += 1
 
-    def _steps(self, place: int) -> list[list[ClipKey]]:
-        rng = np.random.default_rng((self._seed, place))
+    def _steps(self, epoch: int) -> list[list[ClipKey]]:
+        rng = np.random.default_rng((self._seed, epoch))
         steps = []
         for members in self._members:
-            keys = [
-                (members[i], place * self.passes_at_once + extra)
-                for extra in range(self.passes_at_once)
-                for i in rng.permutation(len(members))
-            ]
-            cut = [keys[i : i + self._step_size] for i in range(0, len(keys), self._step_size)]
-            if len(cut) > 1 and len(cut[-1]) < self.pieces:
-                rest = cut.pop()
-                cut[-1] += rest
-            steps += cut
+            keys = [(members[i], epoch) for i in rng.permutation(len(members))]
+            steps += [keys[i : i + self._step_size] for i in range(0, len(keys), self._step_size)]
         return [steps[i] for i in rng.permutation(len(steps))]

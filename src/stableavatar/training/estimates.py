@@ -15,6 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from stableavatar.config import SIZES
+from stableavatar.errors import InputError
 from stableavatar.evaluation.report import put_between
 from stableavatar.models.transformer import StableAvatarTransformer3DModel
 from stableavatar.training.lora import add_lora
@@ -39,7 +40,8 @@ class Estimate:
 
     Attributes:
         weights, gradients, optimizer, average, activations: bytes.
-        operations: multiplications and additions of a clip's forward, recomputed forward and backward pass.
+        operations: multiplications and additions of a clip's forward pass, again where it is recomputed, and
+            of its backward pass: as many for what flows through, and as many for weights that are trained.
         trained: parameters.
     """
 
@@ -65,8 +67,14 @@ def estimate(recipe: Recipe, gpus: int) -> Estimate:
     """Compute the estimate of a recipe for its largest clips.
 
     Weights, gradients and states lie on every GPU, or are spread over them (FSDP2), whole only for the block
-    that runs. Gradient checkpointing keeps every block's input and, one at a time, what is within a block.
+    that runs and for what is not in blocks. Gradient checkpointing keeps every block's input and, one at a
+    time, what is within a block.
+
+    Raises:
+        InputError: the recipe trains the embedded model, whose sizes are not among those of `config.SIZES`.
     """
+    if _is_embedded(recipe):
+        raise InputError("estimates are of the released sizes")
     settings = SIZES[recipe.model.size].transformer
     with torch.device("meta"):
         model = StableAvatarTransformer3DModel(**settings)
@@ -80,6 +88,7 @@ def estimate(recipe: Recipe, gpus: int) -> Estimate:
     of_optimizer = 2 if recipe.trainer.optimizer.kind == "adamw-8bit" else 8
     share = gpus if recipe.trainer.sharding == "fsdp2" else 1
     block = sum(p.numel() for p in model.blocks[0].parameters())
+    outside = trained + frozen - sum(p.numel() for p in model.blocks.parameters())
     frames = (recipe.data.clips.frames - 1) // 4 + 1
     shapes = {
         shape for path in recipe.data.lists for name, shape in SHAPES.items() if f"_{name}_" in path.name
@@ -91,18 +100,27 @@ def estimate(recipe: Recipe, gpus: int) -> Estimate:
     # In a block: bfloat16 q, k, v and results of four attentions, float32 copies for norms and modulation,
     # and the feed-forward's hidden layer before and after its activation.
     inside = tokens * (dim * (2 * 12 + 4 * 6) + settings["ffn_dim"] * 4)
-    kept = tokens * dim * 2 * settings["num_layers"]
+    layers = settings["num_layers"]
+    recomputed = recipe.trainer.gradient_checkpointing
+    activations = tokens * dim * 2 * layers + inside if recomputed else inside * layers
+    passes = 1 + recomputed + (1 if recipe.lora is not None else 2)
     spread = 1 / share
     return Estimate(
-        weights=(4 * trained + of_frozen * frozen) * spread + (4 * block if share > 1 else 0) + 2 * block,
+        weights=(4 * trained + of_frozen * frozen) * spread
+        + (4 * (block + outside) if share > 1 else 0)
+        + 2 * block,
         gradients=4 * trained * spread,
         optimizer=of_optimizer * trained * spread,
         average=4 * trained * spread if recipe.trainer.ema_decay else 0.0,
-        activations=clips * (kept + inside),
-        operations=4
+        activations=clips * activations,
+        operations=passes
         * _forward_operations(recipe.model.size, frames, height // 8, width // 8, _features(recipe)),
         trained=trained,
     )
+
+
+def _is_embedded(recipe: Recipe) -> bool:
+    return recipe.model.embedded is not None or str(recipe.model.source) == "tiny"
 
 
 def _features(recipe: Recipe) -> int:
@@ -141,6 +159,8 @@ def table(folder: Path, gpus: Sequence[int]) -> str:
     lines = ["| " + " | ".join(headings) + " |", "|" + " --- |" * len(headings)]
     for path in sorted(folder.glob("*.yaml")):
         recipe = load_recipe(path)
+        if _is_embedded(recipe):
+            continue
         spread = recipe.trainer.sharding == "fsdp2"
         for count in gpus if spread else [1]:
             found = estimate(recipe, count)
@@ -158,7 +178,8 @@ def table(folder: Path, gpus: Sequence[int]) -> str:
         [
             "Computed from sizes, not measured: GB a GPU for the recipe's largest clips, without the "
             "encoders (cache-latents, or offload_encoders) and what the CUDA libraries take; operations "
-            "counted of a forward pass, times four (recomputed, and twice for the gradients); seconds at "
+            "counted of a forward pass, times four (recomputed, and twice for the gradients; times three "
+            "for a LoRA); seconds at "
             f"{REACHED:.0%} of {GPU_TFLOPS} TFLOP/s.",
             "",
             *lines,

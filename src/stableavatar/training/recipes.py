@@ -24,9 +24,30 @@ from stableavatar.data.dataset import ClipDatasetSettings
 from stableavatar.errors import InputError
 from stableavatar.training.lora import LoraSettings
 from stableavatar.training.objective import ObjectiveSettings
-from stableavatar.training.trainer import TrainerSettings
+from stableavatar.training.settings import TrainerSettings
 
 _FORBID: dict[str, Any] = {"extra": "forbid"}
+
+
+@dataclass(frozen=True)
+class EmbeddedModel:
+    """The small model that ships in the package: transformer, prompt and portrait encoder, trained together.
+
+    Attributes:
+        heads: of 64 channels each. layers: blocks of the transformer.
+        start: a folder with a `transformer`, `text_encoder` and `image_encoder` of these sizes to go on from,
+            of which the transformer may know fewer latent channels; None: from scratch.
+    """
+
+    __pydantic_config__: ClassVar = _FORBID
+
+    heads: int = 3
+    layers: int = 6
+    start: Path | None = None
+
+    def __post_init__(self) -> None:
+        if self.heads < 1 or self.layers < 1:
+            raise InputError("model.embedded: heads and layers must be at least 1")
 
 
 @dataclass(frozen=True)
@@ -34,12 +55,14 @@ class ModelChoice:
     """What is trained, and from where it starts.
 
     Attributes:
-        source: a folder: the published checkpoints, or this project's own.
+        source: a folder: the published checkpoints, or this project's own; `tiny` is the embedded model.
         size: of the published checkpoints.
         variant: the published transformer that the training goes on from; None: the base video model, whose
             audio adapter starts anew.
         transformer: a transformer's file or folder to go on from, such as a training's export, in the
             variant's place.
+        embedded: train a small model of these sizes instead; of `source` only `vae` and `speech_encoder` are
+            taken, which stay as they are.
         dtype: of the weights; those that are trained need float32, those beside a LoRA do not.
         encoder_dtype: of the frozen encoders. offload_encoders: keep them in main memory between uses.
     """
@@ -50,6 +73,7 @@ class ModelChoice:
     size: ModelSize = "1.3b"
     variant: Variant | None = None
     transformer: Path | None = None
+    embedded: EmbeddedModel | None = None
     dtype: StoredDtype = "float32"
     encoder_dtype: StoredDtype = "bfloat16"
     offload_encoders: bool = False
@@ -57,6 +81,10 @@ class ModelChoice:
     def __post_init__(self) -> None:
         if self.variant is not None and self.transformer is not None:
             raise InputError("model: give a variant or a transformer to go on from, not both")
+        if self.embedded is not None and (self.variant is not None or self.transformer is not None):
+            raise InputError(
+                "model: an embedded model goes on from embedded.start, not variant or transformer"
+            )
 
 
 @dataclass(frozen=True)
@@ -65,20 +93,25 @@ class DataChoice:
 
     Attributes:
         lists: files with a clip folder a line. folders: below which every clip folder is taken.
+        puppets: stores of rendered clips (`python -m stableavatar.data.puppets store`).
         cache: made by `stableavatar cache-latents`; clips and encoders are then not read.
         clips: how samples are drawn.
+        window_frames: with a cache: its samples, of `clips.frames`, are longer than what is trained on, which
+            are windows of so many frames; one encoding of a clip then serves many.
     """
 
     __pydantic_config__: ClassVar = _FORBID
 
     lists: tuple[Path, ...] = ()
     folders: tuple[Path, ...] = ()
+    puppets: tuple[Path, ...] = ()
     cache: Path | None = None
     clips: ClipDatasetSettings = field(default_factory=ClipDatasetSettings)
+    window_frames: int | None = None
 
     def __post_init__(self) -> None:
-        if not (self.lists or self.folders or self.cache):
-            raise InputError("data: name lists, folders or a cache")
+        if not (self.lists or self.folders or self.puppets or self.cache):
+            raise InputError("data: name lists, folders, puppets or a cache")
 
 
 @dataclass(frozen=True)
@@ -126,6 +159,8 @@ class Recipe:
     validation: ValidationSettings | None = None
 
     def __post_init__(self) -> None:
+        if self.lora is not None and self.model.embedded is not None:
+            raise InputError("model: a LoRA is trained beside a model that is there: leave embedded out")
         if self.lora is None and self.model.dtype != "float32":
             raise InputError("model: weights that are trained need dtype float32; those beside a LoRA do not")
         if self.model.dtype != "float32" and self.trainer.precision == "no":

@@ -21,26 +21,30 @@ from stableavatar.checkpoints.files import read_json
 from stableavatar.checkpoints.layout import detect_layout, find_published
 from stableavatar.checkpoints.published import sampling_defaults
 from stableavatar.config import SIZES
-from stableavatar.data.cache import CacheWriter, LatentCache
-from stableavatar.data.clips import find_clips, read_path_list
+from stableavatar.data.cache import CachedWindows, CacheWriter, LatentCache
+from stableavatar.data.clips import FolderClip, TrainingClip, find_clips, read_path_list
 from stableavatar.data.dataset import ClipDataset
 from stableavatar.data.encoding import Encoders, stack_samples
+from stableavatar.data.puppets import ClipStore
 from stableavatar.errors import InputError
 from stableavatar.models.transformer import StableAvatarTransformer3DModel
-from stableavatar.pipeline import AvatarPipeline
+from stableavatar.pipeline import TINY, AvatarPipeline
 from stableavatar.placement.device import DTYPES
+from stableavatar.placement.slow_kernels import avoid_slow_kernels
 from stableavatar.training.avatar import Avatar
 from stableavatar.training.checkpoints import list_checkpoints
 from stableavatar.training.lora import add_lora, save_lora
 from stableavatar.training.parameters import freeze_others, trained_by_recipe
 from stableavatar.training.recipes import DataChoice, ModelChoice, Recipe
-from stableavatar.training.run_state import whole_tensor
+from stableavatar.training.tiny.assemble import assemble, embedded_pipeline
+from stableavatar.training.tiny.avatar import TinyAvatar
 from stableavatar.training.trainer import Trainer, TrainingResult, process_device
 
 logger = logging.getLogger(__name__)
 
 TRANSFORMER = "transformer"
 LORA = "lora"
+EMBEDDED = "model"
 
 
 @dataclass(frozen=True)
@@ -55,7 +59,8 @@ class Training:
         """Train until the end, a signal, or the recipe's minutes; then write the result.
 
         Returns:
-            How it ended, and the transformer's folder or the LoRA's file below `recipe.output`.
+            How it ended, and the folder of the transformer, or of the embedded model, or the LoRA's file,
+            below `recipe.output`.
         """
         with _stopped_by_signals(self.trainer):
             result = self.trainer.train()
@@ -66,20 +71,28 @@ class Training:
     def export(self) -> Path:
         """Write what was trained; called on every process."""
         trained = self.trainer.final_parameters()
+        if isinstance(self.avatar, TinyAvatar):
+            return self._export_embedded(self.avatar, trained)
         prefix = "transformer."
         trained = {name.removeprefix(prefix): value for name, value in trained.items()}
         leads = self.trainer.accelerator.is_main_process
         lora, output = self.recipe.lora, self.recipe.output
         if lora is not None:
             return save_lora(trained, lora, output / LORA) if leads else output / LORA
-        frozen = {
-            name: whole_tensor(value).cpu()
-            for name, value in self.avatar.transformer.state_dict().items()
-            if name not in trained
-        }
+        frozen = {name.removeprefix(prefix): value for name, value in self.trainer.frozen_state().items()}
         if leads:
             _save_transformer(self.avatar.transformer, {**frozen, **trained}, output / TRANSFORMER)
         return output / TRANSFORMER
+
+    def _export_embedded(self, avatar: TinyAvatar, trained: Mapping[str, torch.Tensor]) -> Path:
+        folder = self.recipe.output / EMBEDDED
+        if self.trainer.accelerator.is_main_process:
+            encoders = load_encoders(self.recipe.model, None, torch.device("cpu"))
+            with torch.device("meta"):
+                written = embedded_avatar(self.recipe, avatar.transformer.config)
+            written.load_state_dict({**avatar.state_dict(), **trained}, assign=True)
+            assemble(written, encoders.vae, encoders.speech_encoder, folder)
+        return folder
 
 
 def prepare_training(recipe: Recipe, *, resume: bool = False, new_data: bool = False) -> Training:
@@ -93,23 +106,29 @@ def prepare_training(recipe: Recipe, *, resume: bool = False, new_data: bool = F
         InputError, CheckpointError: a file that is missing, damaged or does not fit.
     """
     torch.manual_seed(recipe.trainer.seed)
-    transformer = load_start(recipe.model)
-    if recipe.lora is not None:
-        add_lora(transformer, recipe.lora)
-    else:
-        freeze_others(transformer, trained_by_recipe)
-    avatar = Avatar(transformer, recipe.objective)
-    device = process_device()
+    device = process_device(recipe.trainer)
     encoders = None
+    if recipe.model.embedded is None:
+        transformer = load_start(recipe.model)
+        if recipe.lora is not None:
+            add_lora(transformer, recipe.lora)
+        else:
+            freeze_others(transformer, trained_by_recipe)
+        avatar = Avatar(transformer, recipe.objective)
+    else:
+        encoders = load_encoders(recipe.model, None, device)
+        avatar = start_embedded(recipe, encoders, device)
     source: Any
     collate: Callable[[list[Any]], Any]
     prepare: Callable[[Any, torch.device], Any]
     if recipe.data.cache is not None:
-        source, collate = LatentCache(recipe.data.cache), stack_samples
+        source, collate = open_cache(recipe, encoders), stack_samples
         prepare = _to_device
     else:
+        if recipe.data.window_frames is not None:
+            raise InputError("data: window_frames are of a cache: make one with stableavatar cache-latents")
         source, collate = open_clips(recipe.data), list
-        encoders = load_encoders(recipe.model, transformer, device)
+        encoders = encoders or load_encoders(recipe.model, avatar.transformer, device)
         prepare = _Encode(encoders)
     callbacks = []
     if recipe.validation is not None:
@@ -129,14 +148,68 @@ def prepare_training(recipe: Recipe, *, resume: bool = False, new_data: bool = F
     return Training(recipe, avatar, trainer)
 
 
+def embedded_avatar(recipe: Recipe, sizes: Mapping[str, Any]) -> TinyAvatar:
+    """The untrained parts of an embedded model for an autoencoder and a speech encoder of these sizes."""
+    assert recipe.model.embedded is not None
+    return TinyAvatar(
+        recipe.objective,
+        heads=recipe.model.embedded.heads,
+        layers=recipe.model.embedded.layers,
+        audio_dim=sizes["audio_dim"],
+        latent_channels=sizes["out_channels"],
+    )
+
+
+def start_embedded(recipe: Recipe, encoders: Encoders, device: torch.device) -> TinyAvatar:
+    """The embedded model that a training starts from. Raises CheckpointError, InputError."""
+    sizes = {
+        "audio_dim": encoders.speech_encoder.config.hidden_size,
+        "out_channels": encoders.vae.config.z_dim,
+    }
+    avatar = embedded_avatar(recipe, sizes)
+    assert recipe.model.embedded is not None
+    if recipe.model.embedded.start is not None:
+        avatar.start_from(model_folder(recipe.model.embedded.start))
+    if device.type == "cpu":
+        avatar.use_explicit_attention()
+    return avatar
+
+
+def open_cache(recipe: Recipe, encoders: Encoders | None) -> Any:
+    """The cache of a recipe, or windows of its samples, checked against what of the encoders is there.
+
+    Raises:
+        InputError: there is none, or it was made otherwise.
+    """
+    assert recipe.data.cache is not None
+    cache = LatentCache(recipe.data.cache)
+    if encoders is not None:
+        cache.check_encoders(encoders)
+    stored, frames = cache.manifest["origin"]["dataset"]["frames"], recipe.data.clips.frames
+    if stored != frames:
+        raise InputError(f"{cache.folder} holds samples of {stored} frames; the recipe's have {frames}")
+    if recipe.data.window_frames is None:
+        frames = cache.manifest["origin"]["window_frames"]
+        if frames is not None:
+            raise InputError(f"{cache.folder} holds windows: train with --set data.window_frames={frames}")
+        return cache
+    return CachedWindows(cache, recipe.trainer.seed, window_frames=recipe.data.window_frames)
+
+
+def model_folder(source: Path) -> Path:
+    """The folder of a model; the embedded one's for `tiny`."""
+    return TINY if str(source) == "tiny" else source
+
+
 def load_start(choice: ModelChoice) -> StableAvatarTransformer3DModel:
     """The transformer that a training starts from. Raises CheckpointError."""
     dtype = DTYPES[choice.dtype]
-    if detect_layout(choice.source) == "own":
+    source = model_folder(choice.source)
+    if detect_layout(source) == "own":
         if choice.variant is not None:
-            raise InputError(f"{choice.source} is one model: variant chooses among the published checkpoints")
-        return loading.load_transformer(choice.transformer or choice.source / TRANSFORMER, dtype=dtype)
-    found = find_published(choice.source)
+            raise InputError(f"{source} is one model: variant chooses among the published checkpoints")
+        return loading.load_transformer(choice.transformer or source / TRANSFORMER, dtype=dtype)
+    found = find_published(source)
     base, overlay = found.transformer_files(choice.variant, choice.size)
     overlay = choice.transformer or overlay
     adapter: dict[str, Any] = {}
@@ -149,15 +222,24 @@ def load_start(choice: ModelChoice) -> StableAvatarTransformer3DModel:
 
 
 def load_encoders(
-    choice: ModelChoice, transformer: StableAvatarTransformer3DModel, device: torch.device
+    choice: ModelChoice, transformer: StableAvatarTransformer3DModel | None, device: torch.device
 ) -> Encoders:
-    """The frozen encoders of a model. Raises CheckpointError."""
+    """The frozen encoders of a model; of an embedded one, whose others are trained, autoencoder and speech
+    encoder. Raises CheckpointError."""
     dtype = DTYPES[choice.encoder_dtype]
-    if detect_layout(choice.source) == "own":
-        pipeline = AvatarPipeline.from_pretrained(choice.source, dtype=dtype, transformer=transformer)
-        parts = pipeline.components
+    source = model_folder(choice.source)
+    parts: dict[str, Any]
+    if choice.embedded is not None:
+        parts = {
+            "vae": loading.load_vae(source / "vae", dtype=dtype),
+            "speech_encoder": loading.load_speech_encoder(source / "speech_encoder", dtype=torch.float32),
+        }
+    elif detect_layout(source) == "own":
+        pipeline = AvatarPipeline.from_pretrained(source, dtype=dtype, transformer=transformer)
+        names = ("vae", "speech_encoder", "text_encoder", "tokenizer", "image_encoder")
+        parts = {name: pipeline.components[name] for name in names}
     else:
-        found = find_published(choice.source)
+        found = find_published(source)
         found.require(None, choice.size)
         parts = {
             "vae": loading.load_vae(_there(found.vae), dtype=dtype),
@@ -166,10 +248,11 @@ def load_encoders(
             "image_encoder": loading.load_image_encoder(_there(found.image_encoder), dtype=dtype),
             "speech_encoder": loading.load_speech_encoder(_there(found.speech_encoder), dtype=torch.float32),
         }
-    names = ("vae", "speech_encoder", "text_encoder", "tokenizer", "image_encoder")
+    if device.type == "cpu":
+        avoid_slow_kernels(parts["vae"])
     return Encoders(
-        **{name: parts[name] for name in names},
-        text_length=transformer.config.text_length,
+        **parts,
+        text_length=512 if transformer is None else transformer.config.text_length,
         device=device,
         offload=choice.offload_encoders,
     )
@@ -179,7 +262,10 @@ def open_clips(choice: DataChoice) -> ClipDataset:
     """The clips of a recipe. Raises InputError for what cannot be read."""
     folders = [folder for path in choice.lists for folder in read_path_list(path)]
     folders += [folder for root in choice.folders for folder in find_clips(root)]
-    return ClipDataset.from_folders(folders, choice.clips)
+    if not choice.puppets:
+        return ClipDataset.from_folders(folders, choice.clips)
+    clips: list[TrainingClip] = [clip for store in choice.puppets for clip in ClipStore(store)]
+    return ClipDataset([*clips, *map(FolderClip.open, folders)], choice.clips)
 
 
 def cache_latents(recipe: Recipe, folder: Path, *, passes: int, dtype: torch.dtype) -> int:
@@ -194,10 +280,10 @@ def cache_latents(recipe: Recipe, folder: Path, *, passes: int, dtype: torch.dty
         InputError, CheckpointError: see `prepare_training` and `CacheWriter`.
     """
     clips = open_clips(replace(recipe.data, cache=None))
-    transformer = load_start(recipe.model)
+    transformer = None if recipe.model.embedded else load_start(recipe.model)
     encoders = load_encoders(recipe.model, transformer, process_device())
     keys = [(clip, epoch) for clip in range(len(clips)) for epoch in range(passes)]
-    CacheWriter(clips, folder, encoders, dtype).write(keys)
+    CacheWriter(clips, folder, encoders, dtype, window_frames=recipe.data.window_frames).write(keys)
     return len(keys)
 
 
@@ -221,17 +307,7 @@ class ValidationVideos:
         encoders = self.encoders or load_encoders(self.recipe.model, self.avatar.transformer, device)
         for part in encoders.parts.values():
             part.to(device)
-        model = self.recipe.model
-        pipeline = AvatarPipeline(
-            transformer=self.avatar.transformer,
-            vae=encoders.vae,
-            text_encoder=encoders.text_encoder,
-            tokenizer=encoders.tokenizer,
-            image_encoder=encoders.image_encoder,
-            speech_encoder=encoders.speech_encoder,
-            scheduler=FlowMatchEulerDiscreteScheduler(shift=self.recipe.objective.shift),
-            sampling_defaults=sampling_defaults(model.variant or "square", model.size),
-        )
+        pipeline = self._pipeline(encoders)
         precision = self.recipe.trainer.precision
         with contextlib.ExitStack() as stack:
             stack.enter_context(torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"))
@@ -253,6 +329,29 @@ class ValidationVideos:
             for part in self.encoders.parts.values():
                 part.to("cpu")
         logger.info("validation videos of step %d: %s", step, folder)
+
+    def _pipeline(self, encoders: Encoders) -> AvatarPipeline:
+        """The model as it stands, with the settings for sampling that belong to it."""
+        model = self.recipe.model
+        if isinstance(self.avatar, TinyAvatar):
+            return embedded_pipeline(self.avatar, encoders.vae, encoders.speech_encoder)
+        source = model_folder(model.source)
+        if detect_layout(source) == "own":
+            scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(source, subfolder="scheduler")
+            defaults = AvatarPipeline.load_config(source).get("sampling_defaults")
+        else:
+            scheduler = FlowMatchEulerDiscreteScheduler(shift=self.recipe.objective.shift)
+            defaults = sampling_defaults(model.variant or "square", model.size)
+        return AvatarPipeline(
+            transformer=self.avatar.transformer,
+            vae=encoders.vae,
+            text_encoder=encoders.text_encoder,
+            tokenizer=encoders.tokenizer,
+            image_encoder=encoders.image_encoder,
+            speech_encoder=encoders.speech_encoder,
+            scheduler=scheduler,
+            sampling_defaults=defaults,
+        )
 
 
 class _Encode:

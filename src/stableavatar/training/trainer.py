@@ -12,10 +12,11 @@ import importlib
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
-from typing import Any, ClassVar, Generic, Literal, Protocol, TypeVar, get_args
+from typing import Any, Generic, Literal, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -47,93 +48,27 @@ from stableavatar.training.checkpoints import (
 from stableavatar.training.ema import MovingAverage
 from stableavatar.training.log import JsonLog, LossMeter
 from stableavatar.training.objective import StepLoss
-from stableavatar.training.optimizers import (
-    OptimizerSettings,
-    clip_gradients,
-    make_optimizer,
-    set_constants,
-    set_rate,
-)
+from stableavatar.training.optimizers import clip_gradients, make_optimizer, set_constants, set_rate
 from stableavatar.training.parameters import trained_parameters
 from stableavatar.training.run_state import DeepSpeedState, RunState, ShardedState, WholeState, whole_tensor
+from stableavatar.training.settings import TrainerSettings
 
 logger = logging.getLogger(__name__)
 
 Sample = TypeVar("Sample")
 SampleOut = TypeVar("SampleOut", covariant=True)
-Precision = Literal["no", "bf16"]
-Sharding = Literal["none", "fsdp2"]
-Tracker = Literal["tensorboard", "wandb"]
 Callback = Callable[[int], None]
 
 PROJECT = "stableavatar"
 
 
-@dataclass(frozen=True)
-class TrainerSettings:
-    """How the loop runs. The defaults are the published recipe's (spec 4, "Objective").
-
-    Attributes:
-        steps: optimizer steps at which the run is over.
-        batch_size: clips a process and micro-step; `accumulation` micro-steps make an optimizer step.
-        ema_decay: of the moving average of the weights; 0 keeps none.
-        precision: `bf16` runs the forward pass in autocast; weights and optimizer stay float32 (with
-            DeepSpeed, what its own settings say).
-        gradient_checkpointing: recompute activations in the backward pass, for memory.
-        sharding: `fsdp2` spreads parameters, gradients and optimizer over the processes; `none` leaves that
-            to what `accelerate launch` was told.
-        minutes: stop (with a checkpoint) after so much time in this call; None: no limit.
-        checkpoint_every: steps between checkpoints, of which the last `keep_checkpoints` stay.
-        log_every: steps between lines of the log.
-        trackers: who gets the log's lines beside the file; TensorBoard's go to the folder `trackers`.
-        callback_every: steps between calls of the callbacks.
-        max_bad_steps: so many steps in a row with a loss or gradient that is not finite end the run; each is
-            skipped and counted.
-        workers: processes that read samples; 0 reads in the loop.
-    """
-
-    __pydantic_config__: ClassVar = {"extra": "forbid"}
-
-    steps: int
-    seed: int = 0
-    batch_size: int = 1
-    accumulation: int = 1
-    optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
-    ema_decay: float = 0.0
-    precision: Precision = "bf16"
-    gradient_checkpointing: bool = False
-    sharding: Sharding = "none"
-    minutes: float | None = None
-    checkpoint_every: int = 500
-    keep_checkpoints: int = 3
-    log_every: int = 10
-    trackers: tuple[Tracker, ...] = ()
-    callback_every: int = 500
-    max_bad_steps: int = 10
-    workers: int = 0
-
-    def __post_init__(self) -> None:
-        at_least = {
-            "steps": 1, "seed": 0, "batch_size": 1, "accumulation": 1, "checkpoint_every": 1,
-            "keep_checkpoints": 1, "log_every": 1, "callback_every": 1, "max_bad_steps": 1, "workers": 0,
-        }  # fmt: skip
-        for name, least in at_least.items():
-            if getattr(self, name) < least:
-                raise InputError(f"{name} must be at least {least}, not {getattr(self, name)}")
-        if not 0 <= self.ema_decay < 1:
-            raise InputError(f"ema_decay must be at least 0 and below 1, not {self.ema_decay}")
-        for name, choices in (("precision", get_args(Precision)), ("sharding", get_args(Sharding))):
-            if getattr(self, name) not in choices:
-                raise InputError(f"{name} must be one of {', '.join(choices)}, not {getattr(self, name)!r}")
-        for tracker in self.trackers:
-            if tracker not in get_args(Tracker):
-                raise InputError(f"trackers are {', '.join(get_args(Tracker))}; {tracker!r} is none")
-        if self.minutes is not None and self.minutes <= 0:
-            raise InputError(f"minutes must be above 0, not {self.minutes}")
-
-
 class SampleSource(Protocol[SampleOut]):
     """A data set whose samples are asked for by clip and pass, and which says what may share a step."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Another one for other clips, in another order, or drawn otherwise."""
+        ...
 
     @property
     def groups(self) -> Sequence[Any]:
@@ -205,11 +140,13 @@ class Trainer(Generic[Sample]):
             # A step in which no clip hears its speech leaves the adapter without a gradient.
             kwargs_handlers=[
                 DistributedDataParallelKwargs(find_unused_parameters=True),
-                InitProcessGroupKwargs(backend=_backend()),
+                InitProcessGroupKwargs(backend=_backend(), timeout=timedelta(minutes=settings.wait_minutes)),
             ],
         )
         if settings.gradient_checkpointing:
             _enable_gradient_checkpointing(module)
+        if settings.compile:
+            _compile_blocks(module)
         self.sampler = GroupedSampler(
             source.groups,
             settings.batch_size,
@@ -409,12 +346,37 @@ class Trainer(Generic[Sample]):
 
     def final_parameters(self, *, average: bool = True) -> dict[str, torch.Tensor]:
         """Trained parameters by name, whole, float32 and on the CPU: their average, where one is kept and
-        wanted. Called on every process."""
+        wanted. Called on every process; all but the first get none."""
         values = self.ema.state if self.ema and average else self.parameters
         if self._deepspeed and values is self.parameters:
             whole = importlib.import_module("deepspeed.utils").safe_get_full_fp32_param
-            return {name: whole(value).cpu() for name, value in values.items()}
-        return {name: whole_tensor(value.detach()).float().cpu() for name, value in values.items()}
+            return self._kept(values, whole)
+        return self._kept(values, lambda value: whole_tensor(value.detach()).float())
+
+    def frozen_state(self) -> dict[str, torch.Tensor]:
+        """Everything of the module's state that is not trained, by name, whole and on the CPU. Called on
+        every process; all but the first get nothing."""
+        state = self.accelerator.unwrap_model(self.module).state_dict(keep_vars=True)
+        frozen = {name: value for name, value in state.items() if name not in self.parameters}
+        return self._kept(frozen, self._gathered_by_zero if self._deepspeed else whole_tensor)
+
+    def _kept(
+        self, values: Mapping[str, torch.Tensor], whole: Callable[[torch.Tensor], torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        """All processes put a tensor together, one after the other, and only the first keeps them."""
+        kept = {}
+        for name, value in values.items():
+            gathered = whole(value)
+            if self.accelerator.is_main_process:
+                kept[name] = gathered.detach().cpu()
+        return kept
+
+    def _gathered_by_zero(self, value: torch.Tensor) -> torch.Tensor:
+        if not hasattr(value, "ds_id"):  # ZeRO-2, buffers
+            return value
+        gather = importlib.import_module("deepspeed").zero.GatheredParameters
+        with gather([value]):
+            return value.detach().clone()
 
     def _optimizer_step(self, batches: Iterator[Any]) -> tuple[float, float, int]:
         """One optimizer step; its gradient norm, learning rate and number of clips."""
@@ -430,8 +392,10 @@ class Trainer(Generic[Sample]):
             with self.accelerator.accumulate(self.module):
                 with self._autocast():
                     result: StepLoss = self.module(batch, self._generator(micro_step))
-                self.accelerator.backward(result.loss * self.sampler.weight(self.step, micro_step))
-                results.append(result)
+                weight = self.sampler.weight(self.step, micro_step)
+                self.accelerator.backward(result.loss * weight)
+                if weight:
+                    results.append(result)
         if self._deepspeed:
             engine: Any = self.module
             norm = torch.tensor(float(engine.get_global_grad_norm() or 0.0))
@@ -471,8 +435,9 @@ class Trainer(Generic[Sample]):
 
     def _gathered(self, results: Sequence[StepLoss]) -> tuple[torch.Tensor, torch.Tensor]:
         """Error and sigma of every clip of a step, of all processes."""
-        errors = torch.cat([result.per_clip for result in results])
-        sigmas = torch.cat([result.sigma for result in results])
+        nothing = torch.zeros(0, device=self.accelerator.device)
+        errors = torch.cat([nothing, *(result.per_clip for result in results)])
+        sigmas = torch.cat([nothing, *(result.sigma for result in results)])
         if self.accelerator.num_processes == 1:
             return errors, sigmas
         everyone: list[tuple[torch.Tensor, torch.Tensor]] = gather_object([(errors.cpu(), sigmas.cpu())])
@@ -520,14 +485,16 @@ class Trainer(Generic[Sample]):
             "seed": settings.seed,
             "batch_size": settings.batch_size,
             "accumulation": settings.accumulation,
-            "clips": len(self.source.groups),
+            "clips": self.source.fingerprint,
             "processes": self.accelerator.num_processes,
         }
 
 
-def process_device() -> torch.device:
-    """Where this process trains, known before there is a trainer."""
-    device: torch.device = PartialState(cpu=_on_cpu(), backend=_backend()).device
+def process_device(settings: TrainerSettings | None = None) -> torch.device:
+    """Where this process trains, known before there is a trainer; of which `settings` are to be the
+    trainer's."""
+    wait = {} if settings is None else {"timeout": timedelta(minutes=settings.wait_minutes)}
+    device: torch.device = PartialState(cpu=_on_cpu(), backend=_backend(), **wait).device
     return device
 
 
@@ -559,6 +526,20 @@ def _enable_gradient_checkpointing(module: nn.Module) -> None:
         raise InputError("gradient_checkpointing was asked for, but no part of the model supports it")
     for model in models:
         model.enable_gradient_checkpointing()
+
+
+def _compile_blocks(module: nn.Module) -> None:
+    models = [
+        part
+        for part in module.modules()
+        if isinstance(part, ModelMixin) and part._repeated_blocks is not None
+    ]
+    if not models:
+        raise InputError("compile was asked for, but no part of the model has repeated blocks")
+    # A block is smaller than a bucket of the gradients that processes share: nothing to split it for.
+    torch._dynamo.config.optimize_ddp = False
+    for model in models:
+        model.compile_repeated_blocks()
 
 
 def _finite(line: dict[str, Any]) -> dict[str, Any]:

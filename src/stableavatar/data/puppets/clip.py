@@ -72,6 +72,7 @@ def make_clip(
     size: int = 128,
     expression: str | None = None,
     samples: Samples | None = None,
+    identity: Identity | None = None,
 ) -> PuppetClip:
     """Render the clip that belongs to `seed`; the same arguments always give the same bytes.
 
@@ -82,6 +83,7 @@ def make_clip(
         size: side of the square picture in pixels, at least 32.
         expression: one of `EXPRESSIONS` in place of the seed's own.
         samples: float32 mono at 16 kHz in place of the seed's own speech.
+        identity: in place of the seed's own; voice, words and motion stay the seed's.
 
     Raises:
         InputError: an argument out of range, or the synthesiser or scikit-image is missing.
@@ -90,7 +92,8 @@ def make_clip(
         raise InputError(f"A clip needs a seed >= 0 and a length above 0 s, got seed {seed} and {seconds} s.")
     frames = max(1, round(seconds * FPS))
     length = frames * SAMPLE_RATE // FPS
-    identity = Identity.from_seed(seed)
+    if identity is None:
+        identity = Identity.from_seed(seed)
     sound = clip_speech(seed, length / SAMPLE_RATE, identity.person) if samples is None else samples
     sound = np.pad(sound[:length], (0, max(0, length - len(sound)))).astype(np.float32)
     articulation = articulate(sound, SAMPLE_RATE, FPS)

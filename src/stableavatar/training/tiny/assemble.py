@@ -1,30 +1,21 @@
-"""Puts the trained parts of `tiny` together as one model folder, the one that ships with the package.
+"""Puts the trained parts of `tiny` together as one model folder, of the kind that ships with the package."""
 
-    python -m stableavatar.training.tiny.assemble --autoencoder A --speech-encoder S --avatar T --out FOLDER
-
-The weights are stored in bfloat16, the folder is in diffusers' layout like every model of this project's.
-"""
-
-import argparse
 import json
-import logging
+import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler
-from transformers import ByT5Tokenizer, CLIPVisionModel, UMT5EncoderModel, Wav2Vec2Model
+from transformers import Wav2Vec2Model
 
 from stableavatar.errors import InputError
-from stableavatar.models.transformer import StableAvatarTransformer3DModel
-from stableavatar.pipeline import TINY, AvatarPipeline
-
-logger = logging.getLogger(__name__)
+from stableavatar.pipeline import AvatarPipeline
+from stableavatar.training.tiny.avatar import TinyAvatar
 
 MAX_BYTES = 25 * 2**20  # what ships inside the package (spec 6)
 
-# Of the training: windows of 33 frames at 128x128, prompts dropped to "", sigmas shifted by 3.
-SHIFT = 3.0
+# Of the training: windows of 33 frames at 128x128, prompts dropped to "".
 SAMPLING_DEFAULTS: dict[str, Any] = {
     "steps": 10,
     "text_scale": 2.0,
@@ -37,57 +28,42 @@ SAMPLING_DEFAULTS: dict[str, Any] = {
 }
 
 
-def assemble(autoencoder: Path, speech_encoder: Path, avatar: Path, out: Path) -> int:
-    """Write the model folder.
+def embedded_pipeline(
+    avatar: TinyAvatar, vae: AutoencoderKLWan, speech_encoder: Wav2Vec2Model
+) -> AvatarPipeline:
+    """What the parts make together; they are shared, not copied."""
+    return AvatarPipeline(
+        transformer=avatar.transformer,
+        vae=vae,
+        text_encoder=avatar.text_encoder,
+        tokenizer=avatar.tokenizer,
+        image_encoder=avatar.image_encoder,
+        speech_encoder=speech_encoder,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=avatar.objective.shift),
+        sampling_defaults=SAMPLING_DEFAULTS,
+    )
 
-    Args:
-        autoencoder, speech_encoder: folders of the two frozen parts.
-        avatar: folder with `transformer`, `text_encoder`, `image_encoder`, which were trained together.
-        out: the folder to write.
 
-    Returns:
-        its size in bytes.
+def assemble(avatar: TinyAvatar, vae: AutoencoderKLWan, speech_encoder: Wav2Vec2Model, folder: Path) -> int:
+    """Write the model folder, in bfloat16, complete under its name or not there; its size in bytes.
+
+    The parts are in bfloat16 afterwards.
 
     Raises:
         InputError: it is larger than what may ship.
     """
-    pipeline = AvatarPipeline(
-        transformer=StableAvatarTransformer3DModel.from_pretrained(avatar / "transformer"),
-        vae=AutoencoderKLWan.from_pretrained(autoencoder),
-        text_encoder=UMT5EncoderModel.from_pretrained(avatar / "text_encoder"),
-        tokenizer=ByT5Tokenizer(),
-        image_encoder=CLIPVisionModel.from_pretrained(avatar / "image_encoder"),
-        speech_encoder=Wav2Vec2Model.from_pretrained(speech_encoder),
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=SHIFT),
-        sampling_defaults=SAMPLING_DEFAULTS,
-    )
-    pipeline.to(torch.bfloat16).save_pretrained(out)
-    for config in out.rglob("config.json"):  # diffusers writes where it was loaded from
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    embedded_pipeline(avatar, vae, speech_encoder).to(torch.bfloat16).save_pretrained(partial)
+    for config in partial.rglob("config.json"):  # diffusers writes where it was loaded from
         settings = json.loads(config.read_text(encoding="utf-8"))
         settings.pop("_name_or_path", None)
         config.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-    size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
+    size = sum(file.stat().st_size for file in partial.rglob("*") if file.is_file())
     if size > MAX_BYTES:
         raise InputError(
-            f"{out}: {size / 2**20:.1f} MiB is more than the {MAX_BYTES / 2**20:.0f} that may ship"
+            f"{partial}: {size / 2**20:.1f} MiB is more than the {MAX_BYTES / 2**20:.0f} that may ship"
         )
+    shutil.rmtree(folder, ignore_errors=True)
+    partial.rename(folder)
     return size
-
-
-def main(arguments: list[str] | None = None) -> None:
-    """The command."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--autoencoder", type=Path, required=True)
-    parser.add_argument("--speech-encoder", type=Path, required=True)
-    parser.add_argument("--avatar", type=Path, required=True)
-    parser.add_argument("--out", type=Path, default=TINY)
-    given = parser.parse_args(arguments)
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    size = assemble(given.autoencoder, given.speech_encoder, given.avatar, given.out)
-    logger.info("%s: %.1f MiB", given.out, size / 2**20)
-
-
-if __name__ == "__main__":
-    main()

@@ -2,11 +2,12 @@
 
     python -m stableavatar.training.tiny.autoencoder --out FOLDER --minutes 75 --puppets STORE [--resume]
 
-8x in space, 4x in time, 16 latent channels, 2.7M parameters. Puppets and free pictures as clips of mixed
+8x in space, 4x in time, 24 latent channels, 2.7M parameters. Puppets and free pictures as clips of mixed
 length; long clips run in chunks with the causal feature memory carried over. A checkpoint is written every
-few minutes and `--resume` goes on from it. `--freeze-encoder` trains the decoder alone, so that latents
-made before stay valid. The result is `FOLDER/model` in diffusers' layout: averaged weights, float32, with
-the latents' mean and standard deviation in its config (spec/6-embedded-model.md).
+few minutes and `--resume` goes on from it. `--start-from FOLDER` begins with the weights of a trained one;
+`--freeze-encoder` trains the decoder alone, so that latents made before stay valid. The result is
+`FOLDER/model` in diffusers' layout: averaged weights, float32, with the latents' mean and standard deviation
+in its config (spec/6-embedded-model.md).
 """
 
 from __future__ import annotations
@@ -30,13 +31,13 @@ import torch.nn.functional as F
 from torch.multiprocessing.spawn import spawn
 
 from stableavatar.training.muon import Muon
-from stableavatar.training.tiny.autoencoder_model import build_autoencoder, measure_latents
+from stableavatar.training.tiny.autoencoder_model import build_autoencoder, measure_latents, start_from
 from stableavatar.training.tiny.feature_memory import (
     FeatureMemory,
     chunk_lengths,
     decode_chunk,
     encode_chunk,
-    use_quick_norms,
+    use_training_kernels,
 )
 from stableavatar.training.tiny.pictures import PictureClips, find_pictures, load_pictures
 from stableavatar.training.tiny.puppet_clips import PuppetClips
@@ -54,6 +55,7 @@ class AutoencoderSettings:
     minutes: float = 60.0
     base_channels: int = 32
     residual_blocks: int = 1
+    latent_channels: int = 24
     # Of AdamW (biases and gains) and of Muon (kernels).
     learning_rate: float = 5e-4
     kernel_learning_rate: float = 1.2e-3
@@ -76,6 +78,7 @@ class AutoencoderSettings:
     squared_weight: float = 2.0
     edge_weight: float = 0.25
     coarse_weight: float = 0.5
+    detail_weight: float = 0.2
     kl_weight: float = 1e-5
     face_weight: float = 0.5
     lip_weight: float = 1.5
@@ -106,7 +109,10 @@ def rate_factor(settings: AutoencoderSettings, step: int, minutes: float) -> flo
 def reconstruction_loss(
     settings: AutoencoderSettings, made: torch.Tensor, true: torch.Tensor, weight: torch.Tensor
 ) -> torch.Tensor:
-    """Absolute, squared, edge and coarse colour error of clips [B, 3, F, H, W]; weights [B, 1, F, H, W]."""
+    """Absolute, squared, edge, coarse colour and detail error of clips [B, 3, F, H, W].
+
+    The weights of pixels are [B, 1, F, H, W].
+    """
     difference = made - true
     per_pixel = difference.abs() + settings.squared_weight * difference.square()
     loss = (per_pixel * weight).sum() / (weight.sum() * 3)
@@ -118,7 +124,23 @@ def reconstruction_loss(
     cells = F.avg_pool3d(difference, (1, 8, 8))
     red, green, blue = cells.unbind(dim=1)
     coarse = (cells.mean(dim=1).abs() + (red - green).abs() + (blue - green).abs()).mean()
-    return loss + settings.edge_weight * edges + settings.coarse_weight * coarse
+    loss = loss + settings.edge_weight * edges + settings.coarse_weight * coarse
+    return loss + settings.detail_weight * (detail(made) - detail(true)).abs().mean()
+
+
+def detail(clips: torch.Tensor) -> torch.Tensor:
+    """How much fine detail there is around each pixel of clips [B, 3, F, H, W]: [B, 1, F, H-6, W-6].
+
+    The root of the Laplacian's energy over 5x5 pixels, of brightness. Errors of pixels alone are smallest
+    where hair and cloth, whose place the latents cannot tell, are left smooth; this one is smallest where
+    they have as much detail as the truth.
+    """
+    grey = clips.mean(dim=1, keepdim=True)
+    middle = grey[..., 1:-1, 1:-1]
+    beside = grey[..., :-2, 1:-1] + grey[..., 2:, 1:-1] + grey[..., 1:-1, :-2] + grey[..., 1:-1, 2:]
+    energy = F.avg_pool3d((4 * middle - beside).square(), (1, 5, 5), stride=1)
+    # A step of one level of 255: below it detail is rounding.
+    return (energy + 1 / 127.5**2).sqrt()
 
 
 class Batches:
@@ -174,18 +196,26 @@ class Batches:
 class AutoencoderTrainer:
     """The model, its moving average, the optimisers, steps and minutes; saved whole, resumed whole."""
 
-    def __init__(self, settings: AutoencoderSettings, batches: Batches, out: Path, rank: int = 0) -> None:
+    def __init__(
+        self,
+        settings: AutoencoderSettings,
+        batches: Batches,
+        out: Path,
+        rank: int = 0,
+        start: Path | None = None,
+    ) -> None:
         torch.manual_seed(settings.seed)
         self.settings = settings
         self.batches = batches
         self.out = out
         self.rank = rank
-        self.vae = build_autoencoder(settings.base_channels, settings.residual_blocks).train()
-        self.average = (
-            build_autoencoder(settings.base_channels, settings.residual_blocks).requires_grad_(False).eval()
-        )
+        sizes = (settings.base_channels, settings.residual_blocks, settings.latent_channels)
+        self.vae = build_autoencoder(*sizes).train()
+        if start is not None:
+            start_from(self.vae, start)
+        self.average = build_autoencoder(*sizes).requires_grad_(False).eval()
         self.average.load_state_dict(self.vae.state_dict())
-        use_quick_norms(self.vae)
+        use_training_kernels(self.vae)
         kernels: list[torch.nn.Parameter] = []
         others: list[torch.nn.Parameter] = []
         for parameter in self.vae.parameters():
@@ -308,7 +338,7 @@ class AutoencoderTrainer:
         Raises FileNotFoundError, or ValueError when the model's sizes differ.
         """
         state: dict[str, Any] = torch.load(self.out / "checkpoint.pt", weights_only=True)
-        for name in ("base_channels", "residual_blocks"):
+        for name in ("base_channels", "residual_blocks", "latent_channels"):
             if state["settings"][name] != getattr(self.settings, name):
                 raise ValueError(
                     f"{self.out}/checkpoint.pt was trained with {name} {state['settings'][name]}"
@@ -386,6 +416,7 @@ class Job:
     puppets: list[Path]
     resume: bool
     freeze_encoder: bool
+    start_from: Path | None
 
 
 def run_process(rank: int, job: Job, rendezvous: str) -> None:
@@ -399,7 +430,7 @@ def run_process(rank: int, job: Job, rendezvous: str) -> None:
         dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=ranks)
     puppets = PuppetClips(job.puppets) if job.puppets else None
     batches = Batches(job.settings, PictureClips(job.pictures), puppets)
-    trainer = AutoencoderTrainer(job.settings, batches, job.out, rank)
+    trainer = AutoencoderTrainer(job.settings, batches, job.out, rank, job.start_from)
     if job.resume and (job.out / "checkpoint.pt").exists():
         trainer.load()
     if job.freeze_encoder:
@@ -431,6 +462,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--resume", action="store_true", help="go on from the folder's checkpoint, if any")
     parser.add_argument("--freeze-encoder", action="store_true", help="train the decoder alone from now on")
+    parser.add_argument(
+        "--start-from", type=Path, help="a trained autoencoder of no more channels to begin with"
+    )
     for field in fields(AutoencoderSettings):
         if isinstance(field.default, int | float):
             parser.add_argument(
@@ -454,6 +488,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         puppets=options.puppets,
         resume=options.resume,
         freeze_encoder=options.freeze_encoder,
+        start_from=options.start_from,
     )
     with tempfile.TemporaryDirectory() as folder:
         arguments_of_all = (job, f"{folder}/rendezvous")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKLWan
@@ -10,17 +11,19 @@ from diffusers import AutoencoderKLWan
 from stableavatar.training.tiny.feature_memory import FeatureMemory, chunk_lengths, decode_chunk, encode_chunk
 
 
-def build_autoencoder(base_channels: int = 32, residual_blocks: int = 1) -> AutoencoderKLWan:
-    """The untrained autoencoder: 8x in space, 4x in time, 16 channels, 4n+1 frames to n+1 latent frames."""
+def build_autoencoder(
+    base_channels: int = 32, residual_blocks: int = 1, latent_channels: int = 24
+) -> AutoencoderKLWan:
+    """The untrained autoencoder: 8x in space, 4x in time, 4n+1 frames to n+1 latent frames."""
     vae = AutoencoderKLWan(
         base_dim=base_channels,
-        z_dim=16,
+        z_dim=latent_channels,
         dim_mult=[1, 2, 2],
         num_res_blocks=residual_blocks,
         attn_scales=[],
         temperal_downsample=[True, True],
-        latents_mean=[0.0] * 16,
-        latents_std=[1.0] * 16,
+        latents_mean=[0.0] * latent_channels,
+        latents_std=[1.0] * latent_channels,
         is_residual=True,
         in_channels=12,
         out_channels=12,
@@ -39,15 +42,65 @@ def _start_as_skips(vae: AutoencoderKLWan) -> None:
     With the usual start the branches grow to a hundred times the skips within a thousand steps, colour drowns
     on the way, and the latents end up with six effective dimensions of sixteen.
     """
+    channels: int = vae.config.z_dim
     for name, module in vae.named_modules():
         if name.endswith(("conv2", "resample.1", "proj")):
             module.weight.zero_()
             module.bias.zero_()
-    torch.nn.init.orthogonal_(vae.quant_conv.weight[:16].view(16, -1), gain=2.0)
-    torch.nn.init.orthogonal_(vae.post_quant_conv.weight.view(16, -1))
+    torch.nn.init.orthogonal_(vae.quant_conv.weight[:channels].view(channels, -1), gain=2.0)
+    torch.nn.init.orthogonal_(vae.post_quant_conv.weight.view(channels, -1))
     # Latents start almost without noise; at unit variance it would drown what the encoder says at first.
-    vae.quant_conv.weight[16:] = 0
-    vae.quant_conv.bias[16:] = -6.0
+    vae.quant_conv.weight[channels:] = 0
+    vae.quant_conv.bias[channels:] = -6.0
+
+
+@torch.no_grad()
+def start_from(vae: AutoencoderKLWan, folder: Path) -> None:
+    """Takes over the weights of a trained autoencoder of the same widths and no more latent channels.
+
+    The channels that it lacks are added so that at first every picture comes out as from the file: the
+    encoder fills them with new features of its last layer, the decoder does not listen to them yet.
+
+    Raises:
+        ValueError: other widths, or more latent channels.
+    """
+    given = AutoencoderKLWan.from_pretrained(folder)
+    old, new = given.config.z_dim, vae.config.z_dim
+    widths = ("base_dim", "dim_mult", "num_res_blocks", "patch_size", "is_residual")
+    if old > new or any(given.config[name] != vae.config[name] for name in widths):
+        raise ValueError(f"{folder}: its sizes differ, or it has more than {new} latent channels")
+    own = vae.state_dict()
+    for name, value in given.state_dict().items():
+        if old == new or value.shape == own[name].shape:
+            own[name].copy_(value)
+        elif name.startswith("encoder.conv_out."):
+            own[name][: 2 * old] = value
+        elif name == "decoder.conv_in.weight":
+            own[name].zero_()
+            own[name][:, :old] = value
+        elif name.startswith("post_quant_conv."):
+            grown = torch.zeros_like(own[name])
+            grown[:old] = (
+                torch.nn.functional.pad(value, (*(0, 0) * 3, 0, new - old)) if value.ndim > 1 else value
+            )
+            if value.ndim > 1:
+                grown[old:, old:] = torch.eye(new - old).view(new - old, new - old, 1, 1, 1)
+            own[name].copy_(grown)
+        else:  # quant_conv: means first, then log-variances
+            grown = torch.zeros_like(own[name])
+            for half in (0, 1):
+                part = value[half * old : (half + 1) * old]
+                if value.ndim > 1:
+                    grown[half * new : half * new + old, : 2 * old] = part
+                else:
+                    grown[half * new : half * new + old] = part
+            if value.ndim > 1:
+                added = torch.empty(new - old, 2 * (new - old))
+                torch.nn.init.orthogonal_(added, gain=2.0)
+                grown[old:new, 2 * old :] = added.view(new - old, -1, 1, 1, 1)
+            else:
+                grown[new + old :] = -6.0
+            own[name].copy_(grown)
 
 
 @torch.no_grad()
@@ -71,7 +124,8 @@ def peak_signal_to_noise(made: torch.Tensor, true: torch.Tensor) -> torch.Tensor
 @torch.no_grad()
 def measure_latents(vae: AutoencoderKLWan, clips: Iterator[torch.Tensor]) -> tuple[list[float], list[float]]:
     """Mean and standard deviation of each latent channel over clips [1, 3, 4n+1, H, W]."""
-    total, squares, count = torch.zeros(16, dtype=torch.float64), torch.zeros(16, dtype=torch.float64), 0
+    total, squares = torch.zeros(2, vae.config.z_dim, dtype=torch.float64)
+    count = 0
     for clip in clips:
         with torch.autocast("cpu", torch.bfloat16):
             mean, _ = encode_chunk(vae, clip, FeatureMemory(vae))

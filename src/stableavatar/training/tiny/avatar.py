@@ -5,15 +5,18 @@ from elsewhere. Autoencoder and speech encoder are trained before and frozen; th
 cache.
 """
 
+import math
 from pathlib import Path
 
 import torch
 from torch import nn
 from transformers import ByT5Tokenizer, CLIPVisionConfig, CLIPVisionModel, UMT5Config, UMT5EncoderModel
 
+from stableavatar.checkpoints.loading import load_transformer
 from stableavatar.conditioning.image import portrait_pixels
 from stableavatar.conditioning.text import encode_tokens
 from stableavatar.data.encoding import EncodedBatch
+from stableavatar.errors import CheckpointError, InputError
 from stableavatar.models.attention import KernelProcessor
 from stableavatar.models.transformer import StableAvatarTransformer3DModel
 from stableavatar.training.avatar import Avatar
@@ -21,6 +24,7 @@ from stableavatar.training.objective import ModelInputs, ObjectiveSettings
 
 TEXT_WIDTH = 128
 IMAGE_WIDTH = 128
+MASK_CHANNELS = 4
 TEXT_LENGTH = 96  # bytes; the longest prompt of a puppet has 87
 
 
@@ -33,7 +37,9 @@ class ExplicitAttention(KernelProcessor):
         return (scores.softmax(-1).to(v.dtype) @ v).transpose(1, 2)
 
 
-def build_transformer(heads: int, layers: int, audio_dim: int) -> StableAvatarTransformer3DModel:
+def build_transformer(
+    heads: int, layers: int, audio_dim: int, latent_channels: int
+) -> StableAvatarTransformer3DModel:
     """The untrained transformer of `tiny`: `heads` heads of 64 channels.
 
     Trained from scratch there is no plain video model to keep, so the audio keys and values start at random
@@ -41,6 +47,8 @@ def build_transformer(heads: int, layers: int, audio_dim: int) -> StableAvatarTr
     learn from the first step on (a choice, not yet compared with the published start).
     """
     model = StableAvatarTransformer3DModel(
+        in_channels=2 * latent_channels + MASK_CHANNELS,
+        out_channels=latent_channels,
         num_attention_heads=heads,
         attention_head_dim=64,
         text_dim=TEXT_WIDTH,
@@ -61,13 +69,57 @@ def build_transformer(heads: int, layers: int, audio_dim: int) -> StableAvatarTr
     return model
 
 
+@torch.no_grad()
+def grow_transformer(model: StableAvatarTransformer3DModel, given: StableAvatarTransformer3DModel) -> None:
+    """Take over the weights of a transformer that differs only in having fewer latent channels.
+
+    What it does with the channels that it knows stays as it is; of those that it does not know it makes
+    nothing yet.
+
+    Raises:
+        InputError: it differs in other things, or has more channels.
+    """
+    old, new = given.config.out_channels, model.config.out_channels
+    if old > new:
+        raise InputError(f"the transformer to start from has {old} latent channels, the model {new}")
+    for name in ("num_layers", "num_attention_heads", "attention_head_dim", "audio_heads", "patch_size"):
+        if given.config[name] != model.config[name]:
+            raise InputError(
+                f"the transformer to start from has {name} {given.config[name]}, "
+                f"the model {model.config[name]}"
+            )
+    state = dict(given.state_dict())
+    # Into the first layer go noisy latents, the mask, and the reference's latents.
+    kernel = torch.zeros_like(model.patch_embedding.weight)
+    kernel[:, :old] = given.patch_embedding.weight[:, :old]
+    kernel[:, new : new + MASK_CHANNELS + old] = given.patch_embedding.weight[:, old:]
+    state["patch_embedding.weight"] = kernel
+    # The last layer gives all channels of a pixel of the patch, then those of the next.
+    pixels = math.prod(model.config.patch_size)
+    for name in ("proj_out.weight", "proj_out.bias"):
+        head = torch.zeros_like(model.state_dict()[name]).unflatten(0, (pixels, new))
+        head[:, :old] = state[name].unflatten(0, (pixels, old))
+        state[name] = head.flatten(0, 1)
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        first = str(error).splitlines()[1].strip()
+        raise InputError(f"the transformer to start from has other sizes: {first}") from error
+
+
 class TinyAvatar(Avatar):
     """Transformer, prompt encoder and portrait encoder; calling it gives the loss of a step."""
 
     def __init__(
-        self, objective: ObjectiveSettings, *, heads: int = 3, layers: int = 8, audio_dim: int = 192
+        self,
+        objective: ObjectiveSettings,
+        *,
+        heads: int = 3,
+        layers: int = 6,
+        audio_dim: int = 192,
+        latent_channels: int = 24,
     ) -> None:
-        super().__init__(build_transformer(heads, layers, audio_dim), objective)
+        super().__init__(build_transformer(heads, layers, audio_dim, latent_channels), objective)
         self.tokenizer = ByT5Tokenizer()
         self.text_encoder = UMT5EncoderModel(
             UMT5Config(
@@ -96,20 +148,28 @@ class TinyAvatar(Avatar):
         for name, parameter in self.image_encoder.named_parameters():
             parameter.requires_grad_("layers.2." not in name and "post_layernorm" not in name)
 
+    def start_from(self, folder: Path) -> None:
+        """Go on from the parts below `folder`, whose transformer may know fewer latent channels.
+
+        Raises:
+            CheckpointError: a part is missing or damaged. InputError: its sizes are others.
+        """
+        grow_transformer(self.transformer, load_transformer(folder / "transformer", dtype=torch.float32))
+        for name in ("text_encoder", "image_encoder"):
+            mine = getattr(self, name)
+            try:
+                given = type(mine).from_pretrained(folder / name, dtype=torch.float32)
+                mine.load_state_dict(given.state_dict())
+            except (OSError, RuntimeError) as error:
+                raise CheckpointError(
+                    f"{folder / name} cannot be started from: {str(error).splitlines()[0]}"
+                ) from error
+
     def use_explicit_attention(self) -> None:
         """Attention that trains faster on a CPU, with the same result up to rounding."""
         for part in self.transformer.modules():
             if hasattr(part, "set_processor") and hasattr(part, "to_q"):
                 part.set_processor(ExplicitAttention())
-
-    def compile_blocks(self) -> None:
-        """Compile the blocks of transformer and adapter, for about a fifth more clips a second; the first
-        steps take minutes. Needs a C++ compiler.
-        """
-        # A block is smaller than a bucket of the gradients that processes share: nothing to split it for.
-        torch._dynamo.config.optimize_ddp = False
-        for block in (*self.transformer.blocks, *self.transformer.vocal_projector.blocks):
-            block.compile()
 
     def encode_prompts(self, prompts: tuple[str, ...]) -> torch.Tensor:
         """Embeddings `[B, text_length, C]`; equal prompts are encoded once."""
@@ -147,10 +207,3 @@ class TinyAvatar(Avatar):
             lip_mask=batch.lip_mask,
             judged=judged,
         )
-
-    def export(self, folder: Path) -> None:
-        """Write the parts in diffusers' layout: `transformer`, `text_encoder`, `image_encoder`,
-        `tokenizer`.
-        """
-        for name in ("transformer", "text_encoder", "image_encoder", "tokenizer"):
-            getattr(self, name).save_pretrained(folder / name)

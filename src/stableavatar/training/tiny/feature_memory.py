@@ -11,7 +11,13 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKLWan
-from diffusers.models.autoencoders.autoencoder_kl_wan import WanRMS_norm, patchify, unpatchify
+from diffusers.models.autoencoders.autoencoder_kl_wan import (
+    WanCausalConv3d,
+    WanRMS_norm,
+    patchify,
+    unpatchify,
+)
+from torch.nn.grad import conv2d_weight, conv3d_input
 
 
 class FeatureMemory:
@@ -33,7 +39,7 @@ class FeatureMemory:
 def encode_chunk(
     vae: AutoencoderKLWan, frames: torch.Tensor, memory: FeatureMemory
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Frames [B, 3, F, H, W] in [-1, 1] to mean and log-variance of latents, each [B, 16, f, H/8, W/8].
+    """Frames [B, 3, F, H, W] in [-1, 1] to mean and log-variance of latents, each [B, C, f, H/8, W/8].
 
     A clip's first chunk has F = 4f-3 frames, every later one F = 4f; ValueError otherwise.
     """
@@ -51,7 +57,7 @@ def encode_chunk(
 
 
 def decode_chunk(vae: AutoencoderKLWan, latents: torch.Tensor, memory: FeatureMemory) -> torch.Tensor:
-    """Latents [B, 16, f, h, w] (not normalised) to frames [B, 3, F, 8h, 8w], not clamped.
+    """Latents [B, C, f, h, w] (not normalised) to frames [B, 3, F, 8h, 8w], not clamped.
 
     F = 4f-3 first, 4f later.
     """
@@ -80,14 +86,67 @@ class _QuickNorm:
         return result
 
 
-def use_quick_norms(vae: AutoencoderKLWan) -> None:
-    """Replaces the arithmetic of the norms of `vae` by a faster equal one.
+class _Convolution(torch.autograd.Function):
+    """A 3D convolution without stride or padding, the gradient of its kernel taken as of 2D convolutions.
+
+    On processors with AMX oneDNN's bfloat16 gradient of a 3D kernel is wrong at many sizes, by a tenth or
+    not a number, and for a kernel of one pixel it writes past its memory (torch 2.13). Of 2D kernels it is
+    right and as fast.
+    """
+
+    @staticmethod
+    @torch.amp.custom_fwd(device_type="cpu", cast_inputs=torch.bfloat16)
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.has_bias = bias is not None
+        return torch.nn.functional.conv3d(x, weight, bias)
+
+    @staticmethod
+    @torch.amp.custom_bwd(device_type="cpu")
+    def backward(
+        ctx: Any, gradient: torch.Tensor
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+        x, weight = ctx.saved_tensors
+        of_input, of_weight, of_bias = None, None, None
+        if ctx.needs_input_grad[0]:
+            of_input = conv3d_input(x.shape, weight, gradient)
+        if ctx.needs_input_grad[1]:
+            frames = gradient.shape[2]
+            flat = gradient.transpose(1, 2).flatten(0, 1)
+            shape = (weight.shape[0], weight.shape[1], *weight.shape[3:])
+            of_weight = torch.stack(
+                [
+                    conv2d_weight(x[:, :, at : at + frames].transpose(1, 2).flatten(0, 1), shape, flat)
+                    for at in range(weight.shape[2])
+                ],
+                dim=2,
+            )
+        if ctx.has_bias and ctx.needs_input_grad[2]:
+            of_bias = gradient.sum(dim=(0, 2, 3, 4))
+        return of_input, of_weight, of_bias
+
+
+class _TrainedConvolution(WanCausalConv3d):
+    """Wan's causal convolution, which pads before it calls this."""
+
+    def _conv_forward(
+        self, input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+    ) -> torch.Tensor:
+        result: torch.Tensor = _Convolution.apply(input, weight, bias)
+        return result
+
+
+def use_training_kernels(vae: AutoencoderKLWan) -> None:
+    """Replaces the arithmetic of the norms of `vae` by a faster equal one, that of its 3D convolutions by one
+    whose gradient is right.
 
     Parameters and files stay as they are.
     """
     for module in vae.modules():
         if isinstance(module, WanRMS_norm) and isinstance(module.bias, float):
             module.forward = _QuickNorm(module)
+        elif type(module) is WanCausalConv3d and module.stride == (1, 1, 1):
+            module.__class__ = _TrainedConvolution
 
 
 def chunk_lengths(frames: int, longest: int) -> list[int]:

@@ -1,0 +1,77 @@
+"""A LoRA of one person for the embedded model, by its recipe, and the measure of what it gains."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from accelerate.state import AcceleratorState
+
+from stableavatar.data.puppets import Identity, make_clip
+from stableavatar.errors import InputError
+from stableavatar.evaluation import lora
+from stableavatar.training.recipes import load_recipe
+from stableavatar.training.run import prepare_training
+
+RECIPE = Path(__file__).parents[1] / "recipes" / "tiny-lora.yaml"
+
+
+@pytest.fixture(autouse=True)
+def _fresh_accelerator() -> Iterator[None]:
+    AcceleratorState._reset_state(True)
+    yield
+    AcceleratorState._reset_state(True)
+
+
+def test_clips_are_of_one_person_who_says_different_things() -> None:
+    trained = list(lora.training_clips(2, 1.0))
+    measured = list(lora.measured_clips(2, 1.0))
+    clips = [*trained, *measured]
+    assert {clip.identity.seed for clip in clips} == {lora.PERSON}
+    assert all(np.array_equal(clip.portrait, clips[0].portrait) for clip in clips)
+    for index, clip in enumerate(clips):
+        assert not any(np.array_equal(clip.samples, other.samples) for other in clips[:index])
+    assert Identity.from_seed(lora.PERSON) != make_clip(lora.FIRST_SEED, 0.1).identity
+
+
+def test_from_the_clips_to_the_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert lora.main(["data", "--folder", str(tmp_path / "data"), "--clips", "2", "--seconds", "0.6"]) == 0
+    listing = capsys.readouterr().out.strip()
+    recipe = load_recipe(
+        RECIPE,
+        [
+            f"output={tmp_path}", f"data.lists=[{listing}]", "data.clips.frames=9", "trainer.steps=2",
+            "trainer.batch_size=1", "trainer.accumulation=1", "lora.rank=2", "trainer.optimizer.learning_rate=0.1",
+        ],
+    )  # fmt: skip
+    result, made = prepare_training(recipe).run()
+    assert (result.step, result.skipped_steps) == (2, 0)
+    arguments = ["--lora", str(made), "--clips", "1", "--seconds", "0.6", "--scales", "1", "--steps", "1"]
+    document = tmp_path / "training.md"
+    assert lora.main(["measure", *arguments, "--out", str(document)]) == 0
+    rows = {
+        line.split("|")[1].strip(): line.split("|")[2:5]
+        for line in document.read_text().splitlines()
+        if line.startswith("| ")
+    }
+    assert rows["without"] == rows["scale 0"] != rows["scale 1"]
+    assert lora.main(["measure", "--lora", str(tmp_path / "none"), "--clips", "1", "--seconds", "0.4"]) == 2
+
+
+def test_frames_that_differ_at_scale_0_are_an_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """By what a scale of 0 must be held against: a model that is another each time."""
+    clips = list(lora.measured_clips(1, 0.2))
+    made = iter(range(10))
+
+    def different(*_: object) -> lora.LoraFigures:
+        return lora.LoraFigures(0.5, 0.5, 0.5, (np.full((1, 2, 2, 3), next(made), np.uint8),))
+
+    class Pipeline:
+        def load_lora_weights(self, *_: object, **__: object) -> None: ...
+
+        def set_adapters(self, *_: object) -> None: ...
+
+    monkeypatch.setattr(lora, "measure", different)
+    monkeypatch.setattr(lora, "load", lambda _: Pipeline())
+    with pytest.raises(InputError, match="at scale 0"):
+        lora.compare("tiny", tmp_path, clips, [1.0])
