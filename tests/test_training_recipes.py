@@ -17,7 +17,7 @@ from published_toy import write_published
 from stableavatar.checkpoints.lora import merge_loras, read_lora
 from stableavatar.config import SIZES
 from stableavatar.errors import InputError
-from stableavatar.media.reading import probe
+from stableavatar.media.reading import probe, read_metadata
 from stableavatar.models.transformer import StableAvatarTransformer3DModel
 from stableavatar.pipeline import AvatarPipeline
 from stableavatar.training.log import read_log
@@ -177,8 +177,10 @@ def test_interrupted_and_resumed_a_recipe_gives_the_same_weights(data: Path, tmp
     assert curve(tmp_path / "whole") == curve(tmp_path / "parts")
 
 
-@pytest.mark.parametrize("cached", [False, True])
-def test_validation_videos_have_sound_and_change_nothing(data: Path, tmp_path: Path, cached: bool) -> None:
+@pytest.mark.parametrize(("cached", "offload"), [(False, False), (False, True), (True, True)])
+def test_validation_videos_have_sound_and_change_nothing(
+    data: Path, tmp_path: Path, cached: bool, offload: bool
+) -> None:
     case = {
         "portrait": str(portrait(tmp_path / "face.png")),
         "speech": str(speech(tmp_path / "speech.wav", 2.0)),
@@ -186,9 +188,11 @@ def test_validation_videos_have_sound_and_change_nothing(data: Path, tmp_path: P
     }
     validation = {
         "cases": [case],
-        "options": {"steps": 1, "width": 32, "height": 32, "window": 17, "overlap": 2},
+        "options": {"steps": 1, "width": 32, "height": 32},
     }
-    more = [f"validation={json.dumps(validation)}", "trainer.callback_every=1"]
+    more = [
+        f"validation={json.dumps(validation)}", "trainer.callback_every=1", f"model.offload_encoders={offload}".lower(),
+    ]  # fmt: skip
     if cached:
         cache_latents(
             load_recipe(SQUARE, toy(data, tmp_path)), tmp_path / "cache", passes=1, dtype=torch.float32
@@ -199,6 +203,8 @@ def test_validation_videos_have_sound_and_change_nothing(data: Path, tmp_path: P
     assert [video.parent.name for video in videos] == ["step-00000001", "step-00000002"]
     found = probe(videos[0])
     assert (found.frames, found.width) == (15, 32)
+    settings = json.loads(read_metadata(videos[0])["stableavatar"])
+    assert settings["window"] == 17  # the model's own
     assert found.sound_seconds == pytest.approx(0.6, abs=0.05)
     AcceleratorState._reset_state(True)
     prepare_training(load_recipe(SQUARE, toy(data, tmp_path / "alone", *more[2:]))).run()

@@ -136,7 +136,7 @@ def test_it_goes_on_from_a_model_with_fewer_latent_channels(
     grown.start_from(made)
     batch = stack_samples([CachedWindows(LatentCache(cache))[0, 0]])
     inputs = again.inputs(batch)
-    more = torch.randn(1, 2, *batch.latents.shape[2:])
+    more = torch.zeros(1, 2, *batch.latents.shape[2:])
     condition = torch.cat([batch.condition, more], dim=1)
     others = (torch.tensor([500.0]), inputs.prompt, inputs.portrait, inputs.speech, [0])
     with torch.no_grad():
@@ -144,6 +144,13 @@ def test_it_goes_on_from_a_model_with_fewer_latent_channels(
         wider = grown.transformer(torch.cat([batch.latents, more], dim=1), condition, *others).sample
     torch.testing.assert_close(wider[:, :16], plain, rtol=1e-4, atol=1e-5)
     assert not wider[:, 16:].any()
+    loss = (
+        grown.transformer(torch.cat([batch.latents, more + 1], dim=1), condition, *others)
+        .sample.square()
+        .sum()
+    )
+    loss.backward()
+    assert grown.transformer.patch_embedding.weight.grad[:, 16:18].any()
 
     with pytest.raises(InputError, match="has num_layers 1, the model 2"):
         TinyAvatar(ObjectiveSettings(), heads=1, layers=2, audio_dim=16, latent_channels=16).start_from(made)

@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import cpu_offload_with_hook
+from accelerate.hooks import remove_hook_from_module
 from diffusers import FlowMatchEulerDiscreteScheduler
 
 from stableavatar.checkpoints import loading
@@ -38,6 +40,7 @@ from stableavatar.training.parameters import freeze_others, trained_by_recipe
 from stableavatar.training.recipes import DataChoice, ModelChoice, Recipe
 from stableavatar.training.tiny.assemble import assemble, embedded_pipeline
 from stableavatar.training.tiny.avatar import TinyAvatar
+from stableavatar.training.tiny.feature_memory import use_training_kernels
 from stableavatar.training.trainer import Trainer, TrainingResult, process_device
 
 logger = logging.getLogger(__name__)
@@ -249,7 +252,7 @@ def load_encoders(
             "speech_encoder": loading.load_speech_encoder(_there(found.speech_encoder), dtype=torch.float32),
         }
     if device.type == "cpu":
-        avoid_slow_kernels(parts["vae"])
+        (avoid_slow_kernels if parts["vae"].dtype == torch.float32 else use_training_kernels)(parts["vae"])
     return Encoders(
         **parts,
         text_length=512 if transformer is None else transformer.config.text_length,
@@ -305,12 +308,11 @@ class ValidationVideos:
         folder = self.recipe.output / "validation" / f"step-{step:08d}"
         device = process_device()
         encoders = self.encoders or load_encoders(self.recipe.model, self.avatar.transformer, device)
-        for part in encoders.parts.values():
-            part.to(device)
         pipeline = self._pipeline(encoders)
         precision = self.recipe.trainer.precision
         with contextlib.ExitStack() as stack:
             stack.enter_context(torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"))
+            stack.enter_context(_placed(encoders, device))
             if not self.leads:
                 folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
             folder.mkdir(parents=True, exist_ok=True)
@@ -325,9 +327,6 @@ class ValidationVideos:
                     duration=case.seconds,
                     **options,
                 )
-        if self.encoders is not None and self.encoders.offload:
-            for part in self.encoders.parts.values():
-                part.to("cpu")
         logger.info("validation videos of step %d: %s", step, folder)
 
     def _pipeline(self, encoders: Encoders) -> AvatarPipeline:
@@ -352,6 +351,26 @@ class ValidationVideos:
             scheduler=scheduler,
             sampling_defaults=defaults,
         )
+
+
+@contextlib.contextmanager
+def _placed(encoders: Encoders, device: torch.device) -> Iterator[None]:
+    """The encoders where a pipeline needs them: on the device, or, if they are offloaded, one at a time."""
+    parts = list(encoders.parts.values())
+    if not encoders.offload:
+        for part in parts:
+            part.to(device)
+        yield
+        return
+    before = None
+    for part in parts:
+        _, before = cpu_offload_with_hook(part, device, before)
+    try:
+        yield
+    finally:
+        for part in parts:
+            remove_hook_from_module(part)
+            part.to("cpu")
 
 
 class _Encode:

@@ -73,8 +73,8 @@ def build_transformer(
 def grow_transformer(model: StableAvatarTransformer3DModel, given: StableAvatarTransformer3DModel) -> None:
     """Take over the weights of a transformer that differs only in having fewer latent channels.
 
-    What it does with the channels that it knows stays as it is; of those that it does not know it makes
-    nothing yet.
+    Where the channels that it does not know are zero it does what it did. It hears them as an untrained model
+    does, and of them makes nothing yet: were both silent, neither would learn for long.
 
     Raises:
         InputError: it differs in other things, or has more channels.
@@ -90,7 +90,7 @@ def grow_transformer(model: StableAvatarTransformer3DModel, given: StableAvatarT
             )
     state = dict(given.state_dict())
     # Into the first layer go noisy latents, the mask, and the reference's latents.
-    kernel = torch.zeros_like(model.patch_embedding.weight)
+    kernel = model.patch_embedding.weight.clone()
     kernel[:, :old] = given.patch_embedding.weight[:, :old]
     kernel[:, new : new + MASK_CHANNELS + old] = given.patch_embedding.weight[:, old:]
     state["patch_embedding.weight"] = kernel
