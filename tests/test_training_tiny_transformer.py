@@ -164,8 +164,9 @@ def test_it_goes_on_from_a_model_with_fewer_latent_channels(
 @pytest.mark.parametrize(
     ("override", "what"),
     [
-        ("data.window_frames=9", "holds windows of 5 frames, not of 9"),
-        ("data.window_frames=null", "data.window_frames=5"),
+        ("data.window_frames=9", "data.window_frames 5, and the recipe has 9"),
+        ("data.window_frames=null", "data.window_frames 5, and the recipe has None"),
+        ("data.clips.frames=13", "data.clips.frames 9, and the recipe has 13"),
         ("model.embedded.heads=0", "at least 1"),
         ("model.variant=square", "embedded.start"),
         ("lora.rank=2", "leave embedded out"),

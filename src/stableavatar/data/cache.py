@@ -213,19 +213,14 @@ class CachedWindows(Dataset[EncodedSample]):
     A window that does not start with its clip has latents as they stand in the middle of a video, which is
     what all windows but the first meet when sampling. One in four starts with the clip.
 
-    Args:
-        window_frames: what the cache must have been made with; None: anything.
-
     Raises:
-        InputError: the cache was made without `window_frames`, or with others.
+        InputError: the cache was made without `window_frames`.
     """
 
-    def __init__(self, cache: LatentCache, seed: int = 0, *, window_frames: int | None = None) -> None:
+    def __init__(self, cache: LatentCache, seed: int = 0) -> None:
         frames = cache.manifest["origin"].get("window_frames")
         if frames is None:
             raise InputError(f"{cache.folder} holds no windows: make the cache with window_frames")
-        if window_frames not in (None, frames):
-            raise InputError(f"{cache.folder} holds windows of {frames} frames, not of {window_frames}")
         self.cache = cache
         self.seed = seed
         self.window = (int(frames) - 1) // 4 + 1

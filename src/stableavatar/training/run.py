@@ -188,15 +188,16 @@ def open_cache(recipe: Recipe, encoders: Encoders | None) -> Any:
     cache = LatentCache(recipe.data.cache)
     if encoders is not None:
         cache.check_encoders(encoders)
-    stored, frames = cache.manifest["origin"]["dataset"]["frames"], recipe.data.clips.frames
-    if stored != frames:
-        raise InputError(f"{cache.folder} holds samples of {stored} frames; the recipe's have {frames}")
-    if recipe.data.window_frames is None:
-        frames = cache.manifest["origin"]["window_frames"]
-        if frames is not None:
-            raise InputError(f"{cache.folder} holds windows: train with --set data.window_frames={frames}")
-        return cache
-    return CachedWindows(cache, recipe.trainer.seed, window_frames=recipe.data.window_frames)
+    origin = cache.manifest["origin"]
+    for name, stored, wanted in (
+        ("clips.frames", origin["dataset"]["frames"], recipe.data.clips.frames),
+        ("window_frames", origin["window_frames"], recipe.data.window_frames),
+    ):
+        if stored != wanted:
+            raise InputError(
+                f"{cache.folder} was made with data.{name} {stored}, and the recipe has {wanted}"
+            )
+    return cache if recipe.data.window_frames is None else CachedWindows(cache, recipe.trainer.seed)
 
 
 def model_folder(source: Path) -> Path:

@@ -91,7 +91,7 @@ class _Convolution(torch.autograd.Function):
 
     On processors with AMX oneDNN's bfloat16 gradient of a 3D kernel is wrong at many sizes, by a tenth or
     not a number, and for a kernel of one pixel it writes past its memory (torch 2.13). Of 2D kernels it is
-    right and as fast.
+    right, and a training step takes 1.0 s in place of 0.8.
     """
 
     @staticmethod
