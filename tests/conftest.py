@@ -1,6 +1,10 @@
-"""What several tests look at: puppets that nothing was trained on, and the meter of the mouth."""
+"""What several tests look at: puppets that nothing was trained on, and the meter of the mouth; and what they
+leave behind in a process."""
+
+from collections.abc import Iterator
 
 import pytest
+from accelerate.state import AcceleratorState
 
 from stableavatar.data.puppets import EVALUATION_SEED, PuppetClip, make_clip
 from stableavatar.evaluation.meter import MouthMeter, shipped_meter
@@ -19,3 +23,11 @@ def clip(clips: list[PuppetClip]) -> PuppetClip:
 @pytest.fixture(scope="session")
 def meter() -> MouthMeter:
     return shipped_meter()
+
+
+@pytest.fixture
+def fresh_accelerator() -> Iterator[None]:
+    """What accelerate knows of processes and devices is forgotten, before and after."""
+    AcceleratorState._reset_state(True)
+    yield
+    AcceleratorState._reset_state(True)

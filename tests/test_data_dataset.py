@@ -324,6 +324,30 @@ def test_an_interrupted_cache_is_finished_and_another_ones_refused(
         LatentCache(root / "nothing")
 
 
+def test_a_cache_grows_with_its_data_set(
+    root: Path, tmp_path: Path, encoders: tuple[AutoencoderKLWan, Wav2Vec2Model]
+) -> None:
+    folders = [write_clip(root / "speech" / f"{k:05d}", frames=12 + k) for k in range(3)]
+    settings = ClipDatasetSettings(frames=9)
+    two = ClipDataset.from_folders(folders[:2], settings)
+    CacheWriter(two, tmp_path / "cache", Encoders(*encoders)).write([(0, 0), (1, 0)])
+    first = LatentCache(tmp_path / "cache")[0, 0]
+
+    moved = [shutil.copytree(folder, tmp_path / "elsewhere" / "speech" / folder.name) for folder in folders]
+    three = ClipDataset.from_folders(moved, settings)
+    writer = CacheWriter(three, tmp_path / "cache", Encoders(*encoders))
+    writer.write([(0, 0), (1, 0), (2, 0)])
+    assert [len(shard["keys"]) for shard in writer.manifest["shards"]] == [2, 1]
+    grown = LatentCache(tmp_path / "cache")
+    assert len(grown) == len(grown.groups) == 3
+    assert torch.equal(grown[0, 0].latents, first.latents)
+    assert grown[2, 0].latents.shape == first.latents.shape
+
+    for other in (folders[:2], folders[::-1]):
+        with pytest.raises(InputError, match="another clips"):
+            CacheWriter(ClipDataset.from_folders(other, settings), tmp_path / "cache", Encoders(*encoders))
+
+
 def test_training_from_the_cache_in_half_precision_is_close(
     root: Path, encoders: tuple[AutoencoderKLWan, Wav2Vec2Model]
 ) -> None:

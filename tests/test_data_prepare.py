@@ -15,15 +15,9 @@ from media_files import tone, write_video
 from stableavatar.data.clips import FolderClip, read_path_list
 from stableavatar.data.dataset import ClipDataset, ClipDatasetSettings
 from stableavatar.data.landmarks import NETWORKS, FaceLandmarker, networks_folder
-from stableavatar.data.prepare import (
-    PrepareSettings,
-    Stretch,
-    find_stretches,
-    judge,
-    prepare,
-    shape_of,
-)
+from stableavatar.data.prepare import prepare, shape_of
 from stableavatar.data.puppets import make_clip
+from stableavatar.data.stretches import PrepareSettings, Stretch, find_stretches, judge
 from stableavatar.errors import InputError
 from stableavatar.media.audio import Speech
 from stableavatar.media.reading import probe, read_frames, read_frames_at

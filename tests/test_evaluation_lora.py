@@ -1,11 +1,9 @@
 """A LoRA of one person for the embedded model, by its recipe, and the measure of what it gains."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
-from accelerate.state import AcceleratorState
 
 from stableavatar.data.puppets import Identity, make_clip
 from stableavatar.errors import InputError
@@ -13,14 +11,9 @@ from stableavatar.evaluation import lora
 from stableavatar.training.recipes import load_recipe
 from stableavatar.training.run import prepare_training
 
+pytestmark = pytest.mark.usefixtures("fresh_accelerator")
+
 RECIPE = Path(__file__).parents[1] / "recipes" / "tiny-lora.yaml"
-
-
-@pytest.fixture(autouse=True)
-def _fresh_accelerator() -> Iterator[None]:
-    AcceleratorState._reset_state(True)
-    yield
-    AcceleratorState._reset_state(True)
 
 
 def test_clips_are_of_one_person_who_says_different_things() -> None:

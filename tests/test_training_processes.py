@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,8 @@ from stableavatar.training.objective import StepLoss
 from stableavatar.training.optimizers import ClipSettings, OptimizerSettings
 from stableavatar.training.settings import TrainerSettings
 from stableavatar.training.trainer import Trainer
+
+pytestmark = pytest.mark.usefixtures("fresh_accelerator")
 
 CLIPS = 8
 CLIP = ClipSettings(norm=1.0, start_steps=0, abnormal_ratio=None)
@@ -90,13 +91,6 @@ def train_in_two_processes(folder: Path, *options: str, **environment: str) -> N
          str(folder), *options],
         check=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
     )  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def _fresh_accelerator() -> Iterator[None]:
-    AcceleratorState._reset_state(True)
-    yield
-    AcceleratorState._reset_state(True)
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,6 @@
 """Recipes: every one is read and run at toy size; what they refuse; caches; validation; the commands."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,8 @@ from stableavatar.training.recipes import load_recipe
 from stableavatar.training.run import cache_latents, prepare_training
 from toy import toy_transformer
 
+pytestmark = pytest.mark.usefixtures("fresh_accelerator")
+
 # That of `tiny` is run in test_training_tiny_transformer.py.
 RECIPES = sorted(
     path
@@ -33,13 +34,6 @@ RECIPES = sorted(
     if not path.stem.startswith("tiny")
 )
 SQUARE = RECIPES[0].with_name("1.3b-square.yaml")
-
-
-@pytest.fixture(autouse=True)
-def _fresh_accelerator() -> Iterator[None]:
-    AcceleratorState._reset_state(True)
-    yield
-    AcceleratorState._reset_state(True)
 
 
 @pytest.fixture(scope="module")

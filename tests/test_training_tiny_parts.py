@@ -269,13 +269,22 @@ def test_the_command_trains_in_processes_and_refuses_to_overwrite(
         autoencoder.main(command)
 
 
-def test_muon_makes_singular_values_equal_and_refuses_vectors() -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(16, 54), (54, 16)])
+def test_muon_makes_singular_values_equal(shape: tuple[int, int], dtype: torch.dtype) -> None:
     torch.manual_seed(0)
-    values = torch.linalg.svdvals(
-        orthogonalize(torch.randn(16, 54) @ torch.diag(torch.linspace(0.01, 1, 54)))
-    )
+    matrix = torch.randn(shape) * torch.linspace(0.01, 1, 54).view(-1, 1 if shape[0] == 54 else 54)
+    made = orthogonalize(matrix, dtype=dtype)
+    assert made.dtype == torch.float32
+    values = torch.linalg.svdvals(made)
     assert values.min() > 0.5
     assert values.max() < 1.3
+    if dtype == torch.bfloat16:  # it does multiply in that
+        assert 1e-4 < (made - orthogonalize(matrix)).norm() / made.norm() < 0.05
+
+
+def test_muon_takes_steps_of_adamws_size_and_refuses_vectors() -> None:
+    torch.manual_seed(0)
     kernel = torch.nn.Parameter(torch.ones(4, 2, 3, 3))
     optimizer = Muon([kernel], lr=0.1, weight_decay=0.5)
     kernel.grad = torch.randn(4, 2, 3, 3)

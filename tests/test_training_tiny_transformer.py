@@ -1,7 +1,6 @@
 """The training of `tiny`'s transformer: from clips to an exported model, and its parts."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -31,6 +30,8 @@ from stableavatar.training.run import Training, cache_latents, prepare_training
 from stableavatar.training.tiny.assemble import SAMPLING_DEFAULTS
 from stableavatar.training.tiny.avatar import TinyAvatar, grow_transformer
 
+pytestmark = pytest.mark.usefixtures("fresh_accelerator")
+
 RECIPE = Path(__file__).parents[1] / "recipes" / "tiny.yaml"
 
 
@@ -49,13 +50,6 @@ def toy_encoders(folder: Path) -> Path:
     vae.save_pretrained(folder / "vae")
     speech.save_pretrained(folder / "speech_encoder")
     return folder
-
-
-@pytest.fixture(autouse=True)
-def _fresh_accelerator() -> Iterator[None]:
-    AcceleratorState._reset_state(True)
-    yield
-    AcceleratorState._reset_state(True)
 
 
 @pytest.fixture(scope="module")

@@ -5,14 +5,12 @@ import math
 import multiprocessing
 import random
 import time
-from collections.abc import Iterator
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from torch import nn
 
 from stableavatar.errors import CheckpointError, InputError
@@ -32,14 +30,9 @@ from stableavatar.training.parameters import freeze_others, trained_by_recipe, t
 from stableavatar.training.settings import TrainerSettings
 from stableavatar.training.trainer import Trainer
 
+pytestmark = pytest.mark.usefixtures("fresh_accelerator")
+
 SAMPLES = 7
-
-
-@pytest.fixture(autouse=True)
-def _fresh_accelerator() -> Iterator[None]:
-    AcceleratorState._reset_state(True)
-    yield
-    AcceleratorState._reset_state(True)
 
 
 class Points:

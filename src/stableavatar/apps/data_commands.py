@@ -42,8 +42,9 @@ def prepare(
     interrupted run goes on with the next video; another run does only what is new.
     """
     from stableavatar.data import prepare as preparing
+    from stableavatar.data.stretches import PrepareSettings
 
-    settings = preparing.PrepareSettings(
+    settings = PrepareSettings(
         kind, prompt, least_seconds, most_seconds, least_face=least_face, most_motion=most_motion
     )
     counts = preparing.prepare(

@@ -41,7 +41,8 @@ class CacheWriter:
     """Encodes samples of a data set into a cache folder.
 
     Args:
-        folder: made if it is not there; what it holds already is kept.
+        folder: made if it is not there; what it holds already is kept. Where it was made of the first clips
+            of the data set, those that came after are added.
         encoders: on the device and in the dtype they shall run in.
         dtype: of latents, features and masks in the shards.
         shard_samples: samples a shard.
@@ -68,15 +69,19 @@ class CacheWriter:
         self.folder.mkdir(parents=True, exist_ok=True)
         origin = {
             "dataset": asdict(self.dataset.settings),
-            "clips": _digest("\n".join(clip.name for clip in self.dataset.clips).encode()),
+            "clips": self.dataset.clips_digest(),
             **{name: _weights_digest(part) for name, part in self.encoders.parts.items()},
             "dtype": str(self.dtype).removeprefix("torch."),
             "shard_samples": self.shard_samples,
             "window_frames": self.window_frames,
         }
+        groups = [[width, height, str(fps)] for width, height, fps in self.dataset.groups]
         if (self.folder / MANIFEST).exists():
             self.manifest = read_manifest(self.folder)
             stored = self.manifest["origin"]
+            if stored["clips"] == self.dataset.clips_digest(len(self.manifest["groups"])):
+                # Of the first of these clips, which others have joined.
+                stored["clips"], self.manifest["groups"] = origin["clips"], groups
             different = [name for name in {**origin, **stored} if origin.get(name) != stored.get(name)]
             if different:
                 raise InputError(
@@ -84,7 +89,6 @@ class CacheWriter:
                     "choose another folder or remove it"
                 )
         else:
-            groups = [[width, height, str(fps)] for width, height, fps in self.dataset.groups]
             self.manifest = {
                 "format": FORMAT,
                 "origin": origin,

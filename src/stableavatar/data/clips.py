@@ -7,7 +7,7 @@
 `images/` may be missing: the frames are then decoded from `sub_clip.mp4`, which also knows the frame rate.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import islice
@@ -33,6 +33,10 @@ PROMPTS = {
 }
 
 MaskKind = Literal["face_masks", "lip_masks"]
+Shape = Literal["square", "rec", "vec"]
+
+# Width and height of the trained shapes.
+SHAPES: Mapping[Shape, tuple[int, int]] = {"square": (512, 512), "rec": (832, 480), "vec": (480, 832)}
 
 
 class TrainingClip(Protocol):

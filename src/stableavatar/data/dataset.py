@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
-from typing import ClassVar, Literal, TypeVar, get_args
+from typing import Any, ClassVar, Literal, TypeVar, get_args
 
 import numpy as np
 import torch
@@ -183,14 +183,18 @@ class ClipDataset(Dataset[ClipSample]):
 
     @property
     def fingerprint(self) -> str:
-        """Another one for other clips (the folders' own names count, not where they lie), another order or
-        other settings."""
-        clips = [
-            (Path(clip.name).name, clip.length, *map(str, group))
-            for clip, group in zip(self.clips, self.groups, strict=True)
-        ]
-        told = json.dumps([clips, asdict(self.settings)])
-        return hashlib.sha256(told.encode()).hexdigest()
+        """Another one for other clips, another order or other settings."""
+        return _digest([self.clips_digest(), asdict(self.settings)])
+
+    def clips_digest(self, count: int | None = None) -> str:
+        """Of the first `count` clips, or of all: names of their own folders (where these lie does not count),
+        lengths, sizes and rates."""
+        return _digest(
+            [
+                (Path(clip.name).name, clip.length, *map(str, group))
+                for clip, group in zip(self.clips[:count], self.groups[:count], strict=True)
+            ]
+        )
 
     def __getitem__(self, key: ClipKey) -> ClipSample:
         """Sample of clip `index` in pass `epoch`. With `on_error="skip"`, the next readable clip of its size
@@ -251,3 +255,7 @@ class ClipDataset(Dataset[ClipSample]):
             self.skipped[name] = str(error)
             logger.warning("skipped (%d so far): %s", len(self.skipped), error)
             return None
+
+
+def _digest(told: Any) -> str:
+    return hashlib.sha256(json.dumps(told).encode()).hexdigest()

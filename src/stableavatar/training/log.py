@@ -68,3 +68,19 @@ def read_log(path: Path) -> list[dict[str, Any]]:
         if text.endswith("\n"):
             lines.append(json.loads(text))
     return lines
+
+
+def finite(line: dict[str, Any]) -> dict[str, Any]:
+    """What a tracker can draw."""
+    return {name: value for name, value in line.items() if value is not None and math.isfinite(value)}
+
+
+def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Settings for trackers, which know words and numbers alone."""
+    result: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, dict):
+            result |= flat(value, f"{prefix}{name}.")
+        else:
+            result[prefix + name] = value if isinstance(value, bool | int | float) else str(value)
+    return result

@@ -16,16 +16,22 @@ from torch import nn
 QUINTIC = (3.4445, -4.7750, 2.0315)
 
 
-def orthogonalize(matrix: torch.Tensor, rounds: int = 5) -> torch.Tensor:
-    """The matrix [m, n] with its singular values driven near 1, in the type of the input."""
+def orthogonalize(
+    matrix: torch.Tensor, rounds: int = 5, *, dtype: torch.dtype = torch.float32
+) -> torch.Tensor:
+    """The matrix [m, n] with its singular values driven near 1, in the type of the input.
+
+    Args:
+        dtype: of the products. The iteration goes by far coarser steps than bfloat16's.
+    """
     a, b, c = QUINTIC
     x = matrix.float()
     tall = x.shape[0] > x.shape[1]
     x = x.mT if tall else x
-    x = x / x.norm().clamp_min(1e-7)
+    x = (x / x.norm().clamp_min(1e-7)).to(dtype).contiguous()
     for _ in range(rounds):
         gram = x @ x.mT
-        x = a * x + (b * gram + c * gram @ gram) @ x
+        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     result: torch.Tensor = (x.mT if tall else x).to(matrix.dtype)
     return result
 
@@ -77,6 +83,7 @@ class MuonAdamW(torch.optim.Optimizer):
     Args:
         parameters: trained parameters by name; those with two dimensions and `blocks.` or `layers.` in their
             name get Muon.
+        dtype: of the products that make an update orthogonal.
     """
 
     def __init__(
@@ -88,7 +95,9 @@ class MuonAdamW(torch.optim.Optimizer):
         betas: tuple[float, float] = (0.9, 0.98),
         eps: float = 1e-8,
         weight_decay: float = 0.01,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
+        self.dtype = dtype
         matrices = [p for name, p in parameters.items() if p.ndim == 2 and _within_block(name)]
         chosen = {id(parameter) for parameter in matrices}
         others = [p for p in parameters.values() if id(p) not in chosen]
@@ -117,14 +126,13 @@ class MuonAdamW(torch.optim.Optimizer):
                     update(parameter, parameter.grad, self.state[parameter], group)
         return result
 
-    @staticmethod
     def _muon(
-        parameter: nn.Parameter, gradient: torch.Tensor, state: dict[str, Any], group: dict[str, Any]
+        self, parameter: nn.Parameter, gradient: torch.Tensor, state: dict[str, Any], group: dict[str, Any]
     ) -> None:
         if not state:
             state["momentum"] = torch.zeros_like(parameter)
         momentum = state["momentum"].lerp_(gradient, 1 - group["momentum"])
-        direction = orthogonalize(gradient.lerp(momentum, group["momentum"]))
+        direction = orthogonalize(gradient.lerp(momentum, group["momentum"]), dtype=self.dtype)
         parameter.add_(direction, alpha=-group["lr"] * 0.2 * max(parameter.shape) ** 0.5)
 
     @staticmethod

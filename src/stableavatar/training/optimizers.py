@@ -108,9 +108,14 @@ class OptimizerSettings:
 
 
 def make_optimizer(
-    settings: OptimizerSettings, parameters: Mapping[str, nn.Parameter]
+    settings: OptimizerSettings,
+    parameters: Mapping[str, nn.Parameter],
+    dtype: torch.dtype = torch.float32,
 ) -> torch.optim.Optimizer:
     """The optimizer of trained parameters by name.
+
+    Args:
+        dtype: in which Muon multiplies matrices; what it and AdamW keep is of the parameters' type.
 
     Raises:
         InputError: a package that it needs is not installed.
@@ -122,6 +127,7 @@ def make_optimizer(
             betas=settings.betas,
             eps=settings.epsilon,
             weight_decay=settings.weight_decay,
+            dtype=dtype,
         )
     if settings.kind == "adamw-8bit":
         try:

@@ -35,13 +35,14 @@ from stableavatar.placement.device import DTYPES
 from stableavatar.placement.slow_kernels import avoid_slow_kernels
 from stableavatar.training.avatar import Avatar
 from stableavatar.training.checkpoints import list_checkpoints
+from stableavatar.training.devices import process_device
 from stableavatar.training.lora import add_lora, save_lora
 from stableavatar.training.parameters import freeze_others, trained_by_recipe
 from stableavatar.training.recipes import DataChoice, ModelChoice, Recipe
 from stableavatar.training.tiny.assemble import assemble, embedded_pipeline
 from stableavatar.training.tiny.avatar import TinyAvatar
 from stableavatar.training.tiny.feature_memory import use_training_kernels
-from stableavatar.training.trainer import Trainer, TrainingResult, process_device
+from stableavatar.training.trainer import Trainer, TrainingResult
 
 logger = logging.getLogger(__name__)
 

@@ -1,5 +1,6 @@
 """Weights and optimizer of a run into a checkpoint and back: whole, spread over processes, or DeepSpeed's."""
 
+import importlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -35,6 +36,10 @@ class RunState(Protocol):
         Raises:
             CheckpointError: it is damaged, or belongs to another model.
         """
+        ...
+
+    def whole(self, value: torch.Tensor) -> torch.Tensor:
+        """A weight of the module or of the average, put together of its parts on all processes."""
         ...
 
 
@@ -78,6 +83,9 @@ class WholeState:
             self.ema.load(load_average(path), state.counters["ema_updates"])
         self.optimizer.load_state_dict(state.optimizer)
 
+    def whole(self, value: torch.Tensor) -> torch.Tensor:
+        return value
+
 
 class ShardedState:
     """Every process writes its part; another number of them can read it."""
@@ -108,6 +116,9 @@ class ShardedState:
         set_optimizer_state_dict(self.module, self.optimizer, optim_state_dict=state["optimizer"])
         if self.ema is not None:
             self.ema.updates = load_counters(path)["ema_updates"]
+
+    def whole(self, value: torch.Tensor) -> torch.Tensor:
+        return value.full_tensor() if isinstance(value, DTensor) else value
 
     def _state(self) -> dict[str, Any]:
         state: dict[str, Any] = {
@@ -142,7 +153,11 @@ class DeepSpeedState:
         if self.ema is not None:
             self.ema.load(load_average(path), load_counters(path)["ema_updates"])
 
-
-def whole_tensor(tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor put together of its parts on all processes, where it is spread; on each of them."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    def whole(self, value: torch.Tensor) -> torch.Tensor:
+        if isinstance(value, nn.Parameter) and value.requires_grad:
+            trained: torch.Tensor = importlib.import_module("deepspeed.utils").safe_get_full_fp32_param(value)
+            return trained
+        if not hasattr(value, "ds_id"):  # averages, buffers, and what ZeRO-2 does not spread
+            return value
+        with importlib.import_module("deepspeed").zero.GatheredParameters([value]):
+            return value.detach().clone()

@@ -8,9 +8,7 @@ is deterministic (CPU), and two processes train what one does with twice the acc
 
 import contextlib
 import dataclasses
-import importlib
 import logging
-import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,15 +18,13 @@ from typing import Any, Generic, Literal, Protocol, TypeVar
 
 import numpy as np
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs, PartialState
+from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from accelerate.utils import (
     DistributedType,
     gather_object,
     is_tensorboard_available,
     is_wandb_available,
-    parse_flag_from_env,
 )
-from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -45,12 +41,14 @@ from stableavatar.training.checkpoints import (
     random_state,
     set_random_state,
 )
+from stableavatar.training.devices import backend, on_cpu
 from stableavatar.training.ema import MovingAverage
-from stableavatar.training.log import JsonLog, LossMeter
+from stableavatar.training.log import JsonLog, LossMeter, finite, flat
 from stableavatar.training.objective import StepLoss
+from stableavatar.training.optimisations import compile_blocks, enable_gradient_checkpointing
 from stableavatar.training.optimizers import clip_gradients, make_optimizer, set_constants, set_rate
 from stableavatar.training.parameters import trained_parameters
-from stableavatar.training.run_state import DeepSpeedState, RunState, ShardedState, WholeState, whole_tensor
+from stableavatar.training.run_state import DeepSpeedState, RunState, ShardedState, WholeState
 from stableavatar.training.settings import TrainerSettings
 
 logger = logging.getLogger(__name__)
@@ -134,19 +132,19 @@ class Trainer(Generic[Sample]):
         self._check_trackers()
         self.accelerator = Accelerator(
             gradient_accumulation_steps=settings.accumulation,
-            cpu=_on_cpu(),
+            cpu=on_cpu(),
             log_with=list(settings.trackers) or None,
             project_dir=folder / "trackers",
             # A step in which no clip hears its speech leaves the adapter without a gradient.
             kwargs_handlers=[
                 DistributedDataParallelKwargs(find_unused_parameters=True),
-                InitProcessGroupKwargs(backend=_backend(), timeout=timedelta(minutes=settings.wait_minutes)),
+                InitProcessGroupKwargs(backend=backend(), timeout=timedelta(minutes=settings.wait_minutes)),
             ],
         )
         if settings.gradient_checkpointing:
-            _enable_gradient_checkpointing(module)
+            enable_gradient_checkpointing(module)
         if settings.compile:
-            _compile_blocks(module)
+            compile_blocks(module)
         self.sampler = GroupedSampler(
             source.groups,
             settings.batch_size,
@@ -189,7 +187,8 @@ class Trainer(Generic[Sample]):
                 )
             shard_module(module, accelerator.device)
             return module, make_optimizer(settings.optimizer, trained_parameters(module))
-        optimizer = make_optimizer(settings.optimizer, trained_parameters(module))
+        dtype = torch.bfloat16 if settings.precision == "bf16" else torch.float32
+        optimizer = make_optimizer(settings.optimizer, trained_parameters(module), dtype)
         if self._deepspeed:
             if settings.ema_decay and self.spread:
                 raise InputError("averaged weights cannot be kept of parameters that ZeRO-3 spreads")
@@ -267,7 +266,7 @@ class Trainer(Generic[Sample]):
             )
         log = JsonLog(self.folder / "log.jsonl", self.step) if self.accelerator.is_main_process else None
         if settings.trackers:
-            self.accelerator.init_trackers(PROJECT, config=_flat(dataclasses.asdict(settings)))
+            self.accelerator.init_trackers(PROJECT, config=flat(dataclasses.asdict(settings)))
         deadline = time.monotonic() + 60 * settings.minutes if settings.minutes is not None else None
         batches = self._batches()
         self.module.train()
@@ -294,7 +293,7 @@ class Trainer(Generic[Sample]):
                 }
                 if log is not None:
                     log.write({"step": self.step, **line})
-                self.accelerator.log(_finite(line), step=self.step)
+                self.accelerator.log(finite(line), step=self.step)
                 self._meter, log_step, log_time = LossMeter(), self.step, time.monotonic()
             aside = time.monotonic()
             # Only the first process may have callbacks; the others wait for it all the same.
@@ -348,35 +347,22 @@ class Trainer(Generic[Sample]):
         """Trained parameters by name, whole, float32 and on the CPU: their average, where one is kept and
         wanted. Called on every process; all but the first get none."""
         values = self.ema.state if self.ema and average else self.parameters
-        if self._deepspeed and values is self.parameters:
-            whole = importlib.import_module("deepspeed.utils").safe_get_full_fp32_param
-            return self._kept(values, whole)
-        return self._kept(values, lambda value: whole_tensor(value.detach()).float())
+        return {name: value.float() for name, value in self._kept(values).items()}
 
     def frozen_state(self) -> dict[str, torch.Tensor]:
         """Everything of the module's state that is not trained, by name, whole and on the CPU. Called on
         every process; all but the first get nothing."""
         state = self.accelerator.unwrap_model(self.module).state_dict(keep_vars=True)
-        frozen = {name: value for name, value in state.items() if name not in self.parameters}
-        return self._kept(frozen, self._gathered_by_zero if self._deepspeed else whole_tensor)
+        return self._kept({name: value for name, value in state.items() if name not in self.parameters})
 
-    def _kept(
-        self, values: Mapping[str, torch.Tensor], whole: Callable[[torch.Tensor], torch.Tensor]
-    ) -> dict[str, torch.Tensor]:
+    def _kept(self, values: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """All processes put a tensor together, one after the other, and only the first keeps them."""
         kept = {}
         for name, value in values.items():
-            gathered = whole(value)
+            whole = self._state.whole(value)
             if self.accelerator.is_main_process:
-                kept[name] = gathered.detach().cpu()
+                kept[name] = whole.detach().cpu()
         return kept
-
-    def _gathered_by_zero(self, value: torch.Tensor) -> torch.Tensor:
-        if not hasattr(value, "ds_id"):  # ZeRO-2, buffers
-            return value
-        gather = importlib.import_module("deepspeed").zero.GatheredParameters
-        with gather([value]):
-            return value.detach().clone()
 
     def _optimizer_step(self, batches: Iterator[Any]) -> tuple[float, float, int]:
         """One optimizer step; its gradient norm, learning rate and number of clips."""
@@ -490,24 +476,6 @@ class Trainer(Generic[Sample]):
         }
 
 
-def process_device(settings: TrainerSettings | None = None) -> torch.device:
-    """Where this process trains, known before there is a trainer; of which `settings` are to be the
-    trainer's."""
-    wait = {} if settings is None else {"timeout": timedelta(minutes=settings.wait_minutes)}
-    device: torch.device = PartialState(cpu=_on_cpu(), backend=_backend(), **wait).device
-    return device
-
-
-def _on_cpu() -> bool:
-    # Unless told, processes on a CPU would not find each other; told, accelerate would not use DeepSpeed.
-    return not torch.accelerator.is_available() and not parse_flag_from_env("ACCELERATE_USE_DEEPSPEED")
-
-
-def _backend() -> str | None:
-    # DeepSpeed's processes on a CPU have to be told how to find each other.
-    return None if torch.accelerator.is_available() or _on_cpu() else "gloo"
-
-
 class _Batches:
     """The clips of this process's micro-steps from a step on, as DataLoader wants them."""
 
@@ -517,42 +485,3 @@ class _Batches:
 
     def __iter__(self) -> Iterator[list[ClipKey]]:
         return self.sampler.from_step(self.first)
-
-
-def _enable_gradient_checkpointing(module: nn.Module) -> None:
-    # Only diffusers' models: transformers' encoders are frozen or small.
-    models = [part for part in module.modules() if isinstance(part, ModelMixin)]
-    if not models:
-        raise InputError("gradient_checkpointing was asked for, but no part of the model supports it")
-    for model in models:
-        model.enable_gradient_checkpointing()
-
-
-def _compile_blocks(module: nn.Module) -> None:
-    models = [
-        part
-        for part in module.modules()
-        if isinstance(part, ModelMixin) and part._repeated_blocks is not None
-    ]
-    if not models:
-        raise InputError("compile was asked for, but no part of the model has repeated blocks")
-    # A block is smaller than a bucket of the gradients that processes share: nothing to split it for.
-    torch._dynamo.config.optimize_ddp = False
-    for model in models:
-        model.compile_repeated_blocks()
-
-
-def _finite(line: dict[str, Any]) -> dict[str, Any]:
-    """What a tracker can draw."""
-    return {name: value for name, value in line.items() if value is not None and math.isfinite(value)}
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Settings for trackers, which know words and numbers alone."""
-    result: dict[str, Any] = {}
-    for name, value in values.items():
-        if isinstance(value, dict):
-            result |= _flat(value, f"{prefix}{name}.")
-        else:
-            result[prefix + name] = value if isinstance(value, bool | int | float) else str(value)
-    return result

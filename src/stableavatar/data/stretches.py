@@ -1,0 +1,207 @@
+"""Stretches of a raw video: one shot, one face throughout, a background that stays still.
+
+A video is looked at in one pass, frame by frame; nothing of it is kept.
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from fractions import Fraction
+from pathlib import Path
+from typing import Generic, Literal, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from stableavatar.data.clips import PROMPTS
+from stableavatar.data.landmarks import FaceLandmarker, Points
+from stableavatar.errors import InputError
+from stableavatar.media.audio import Speech
+from stableavatar.media.reading import Frame, read_frames_at
+
+Kind = Literal["speech", "singing", "dancing"]
+Item = TypeVar("Item")
+
+FPS = Fraction(25)
+
+_SMALL = (64, 36)  # what shots and backgrounds are compared at
+_CUT = 24.0  # of 255: mean difference of two neighbouring frames of which the second begins another shot
+_CUT_RATIO = 4.0  # and so many times as large as differences before it
+_FACES_EVERY = 12  # frames between looks for further faces
+_OTHER_FACE = 0.5  # of the largest one's size: a smaller face is somebody in the background
+_SILENT = 1e-3  # root mean square of a stretch without sound
+
+
+@dataclass(frozen=True)
+class PrepareSettings:
+    """What is kept of raw videos.
+
+    Attributes:
+        kind: of all of them; it says the prompt, unless `prompt` does.
+        least_seconds, most_seconds: of a clip; longer stretches are cut into several.
+        least_face: height of the face, in heights of the clip.
+        most_motion: of the background: mean difference, of 255, from the stretch's first frame.
+    """
+
+    kind: Kind = "speech"
+    prompt: str | None = None
+    least_seconds: float = 3.24
+    most_seconds: float = 20.0
+    least_face: float = 0.08
+    most_motion: float = 12.0
+
+    def __post_init__(self) -> None:
+        if self.kind not in PROMPTS:
+            raise InputError(f"kind {self.kind!r} is not known: choose one of {', '.join(PROMPTS)}")
+        if not 0.2 <= self.least_seconds <= self.most_seconds:
+            raise InputError(
+                f"clips of {self.least_seconds} to {self.most_seconds} s are not possible: at least 0.2, and "
+                "the longest not below the shortest"
+            )
+
+
+@dataclass
+class Stretch:
+    """Frames `start` to `stop` of a video, and why they are not kept, if they are not.
+
+    `centre` is the middle of the face in widths and heights of the picture, `face` its height in those.
+    """
+
+    start: int
+    stop: int
+    reason: str | None = None
+    centre: tuple[float, float] = (0.5, 0.4)
+    face: float = 0.0
+
+    @property
+    def seconds(self) -> float:
+        """Its length."""
+        return float((self.stop - self.start) / FPS)
+
+
+@dataclass
+class _Run:
+    """A stretch while it goes on."""
+
+    start: int
+    first: NDArray[np.float32]  # small picture of its first frame
+    centres: NDArray[np.float32] = field(default_factory=lambda: np.zeros(2, np.float32))
+    heights: float = 0.0
+    count: int = 0
+    motion: float = 0.0
+
+    def take(self, small: NDArray[np.float32], points: Points, width: int, height: int) -> None:
+        """The next frame."""
+        low, high = points.min(axis=0), points.max(axis=0)
+        self.centres += (low + high) / 2 / np.array([width, height], np.float32)
+        self.heights += float(high[1] - low[1]) / height
+        self.count += 1
+        still = _background(points, width, height)
+        if still.any():
+            moved = np.abs(small - self.first).mean(axis=2)[still]
+            self.motion = max(self.motion, float(moved.mean()))
+
+    def ended(self, stop: int, settings: PrepareSettings) -> Stretch:
+        """What has become of it."""
+        x, y = (float(value) for value in self.centres / self.count)
+        moves = self.motion > settings.most_motion
+        reason = f"the background moves (by {self.motion:.0f} of 255)" if moves else None
+        return Stretch(self.start, stop, reason, (x, y), self.heights / self.count)
+
+
+def find_stretches(video: Path, landmarker: FaceLandmarker, settings: PrepareSettings) -> Iterator[Stretch]:
+    """The stretches of a video in order, kept ones and others.
+
+    Raises:
+        InputError: the video cannot be read.
+    """
+    frames = Last(read_frames_at(video, FPS))
+    run: _Run | None = None
+    bad: Stretch | None = None
+    several = False
+    last = None
+    usual = 0.0
+    longest = int(settings.most_seconds * FPS)
+    number = -1
+    for points in landmarker.track(frame for _, frame in frames):
+        number, frame = frames.item
+        height, width = frame.shape[:2]
+        small = _small(frame)
+        change = 0.0 if last is None else float(np.abs(small - last).mean())
+        cut = last is not None and change > _CUT and change > _CUT_RATIO * usual
+        usual = change if cut or last is None else 0.9 * usual + 0.1 * change
+        last = small
+        if cut or number % _FACES_EVERY == 0:
+            several = _faces(landmarker, frame) > 1
+        reason = "no face" if points is None else "more than one face" if several else None
+        if run is not None and (cut or reason is not None or number - run.start >= longest):
+            yield run.ended(number, settings)
+            run = None
+        if bad is not None and bad.reason != reason:
+            yield replace(bad, stop=number)
+            bad = None
+        if points is None or reason is not None:
+            bad = bad or Stretch(number, number, reason)
+            continue
+        if run is None:
+            run = _Run(number, small)
+        run.take(small, points, width, height)
+    if run is not None:
+        yield run.ended(number + 1, settings)
+    if bad is not None:
+        yield replace(bad, stop=number + 1)
+
+
+def judge(stretch: Stretch, video: Path, settings: PrepareSettings) -> Stretch:
+    """With the reason why it is not kept, where there is one that only the whole stretch tells."""
+    if stretch.reason is not None:
+        return stretch
+    if stretch.seconds < settings.least_seconds:
+        return replace(stretch, reason=f"only {stretch.seconds:.1f} s")
+    if stretch.face < settings.least_face:
+        return replace(stretch, reason=f"the face is small ({stretch.face:.0%} of the height)")
+    try:
+        with Speech.open(video, start=float(stretch.start / FPS), duration=stretch.seconds) as speech:
+            samples = speech.samples(0, len(speech))
+    except InputError as error:
+        return replace(stretch, reason=f"no sound ({error})")
+    if not len(samples) or float(np.sqrt(np.square(samples).mean())) < _SILENT:
+        return replace(stretch, reason="silent")
+    return stretch
+
+
+class Last(Generic[Item]):
+    """Items, of which the one that was taken last is kept."""
+
+    item: Item
+
+    def __init__(self, items: Iterable[Item]) -> None:
+        self.items = items
+
+    def __iter__(self) -> Iterator[Item]:
+        for item in self.items:
+            self.item = item
+            yield item
+
+
+def _small(frame: Frame) -> NDArray[np.float32]:
+    return np.asarray(Image.fromarray(frame).resize(_SMALL, Image.Resampling.BOX), np.float32)
+
+
+def _background(points: Points, width: int, height: int) -> NDArray[np.bool_]:
+    """Where in a small picture nobody is: beside and above the head, away from the body."""
+    low, high = points.min(axis=0), points.max(axis=0)
+    face = high - low
+    x = (np.arange(_SMALL[0]) + 0.5) / _SMALL[0] * width
+    y = (np.arange(_SMALL[1]) + 0.5) / _SMALL[1] * height
+    beside = (x < low[0] - 0.8 * face[0]) | (x > high[0] + 0.8 * face[0])
+    above = y < low[1] - 0.8 * face[1]
+    at_head = y < high[1]  # further down are shoulders and hands
+    result: NDArray[np.bool_] = (beside[None] & at_head[:, None]) | above[:, None]
+    return result
+
+
+def _faces(landmarker: FaceLandmarker, frame: Frame) -> int:
+    """Faces that are not much smaller than the largest."""
+    sides = [square.side for square in landmarker.faces(frame)]
+    return sum(side >= _OTHER_FACE * max(sides) for side in sides)
