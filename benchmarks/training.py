@@ -12,6 +12,7 @@ from benchmarks.sizes import Sizes
 from stableavatar.data.encoding import EncodedSample, stack_samples
 from stableavatar.data.sampler import ClipKey
 from stableavatar.training.objective import ObjectiveSettings
+from stableavatar.training.optimisations import use_explicit_attention
 from stableavatar.training.optimizers import OptimizerSettings, make_optimizer
 from stableavatar.training.parameters import trained_parameters
 from stableavatar.training.settings import TrainerSettings
@@ -51,7 +52,7 @@ class _Drawn:
 def _model() -> TinyAvatar:
     torch.manual_seed(0)
     avatar = TinyAvatar(ObjectiveSettings(), audio_dim=_AUDIO_DIM, latent_channels=_CHANNELS)
-    avatar.use_explicit_attention()
+    use_explicit_attention(avatar)
     return avatar
 
 

@@ -4,12 +4,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from stableavatar.data.puppets import Identity, make_clip
 from stableavatar.errors import InputError
 from stableavatar.evaluation import lora
 from stableavatar.training.recipes import load_recipe
-from stableavatar.training.run import prepare_training
+from stableavatar.training.run import cache_latents, prepare_training
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerator")
 
@@ -33,10 +34,12 @@ def test_from_the_clips_to_the_table(tmp_path: Path, capsys: pytest.CaptureFixtu
     recipe = load_recipe(
         RECIPE,
         [
-            f"output={tmp_path}", f"data.lists=[{listing}]", "data.clips.frames=9", "trainer.steps=2",
+            f"output={tmp_path}", f"data.lists=[{listing}]", f"data.cache={tmp_path / 'latents'}",
+            "data.clips.frames=13", "data.window_frames=9", "trainer.steps=2",
             "trainer.batch_size=1", "trainer.accumulation=1", "lora.rank=2", "trainer.optimizer.learning_rate=0.1",
         ],
     )  # fmt: skip
+    assert cache_latents(recipe, tmp_path / "latents", passes=1, dtype=torch.bfloat16) == 2
     result, made = prepare_training(recipe).run()
     assert (result.step, result.skipped_steps) == (2, 0)
     arguments = ["--lora", str(made), "--clips", "1", "--seconds", "0.6", "--scales", "1", "--steps", "1"]

@@ -1,6 +1,9 @@
 """Recipes: every one is read and run at toy size; what they refuse; caches; validation; the commands."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +19,7 @@ from published_toy import write_published
 from stableavatar.checkpoints.lora import merge_loras, read_lora
 from stableavatar.config import SIZES
 from stableavatar.errors import InputError
-from stableavatar.media.reading import probe, read_metadata
+from stableavatar.media.reading import probe, read_frames, read_metadata
 from stableavatar.models.transformer import StableAvatarTransformer3DModel
 from stableavatar.pipeline import AvatarPipeline
 from stableavatar.training.log import read_log
@@ -203,6 +206,40 @@ def test_validation_videos_have_sound_and_change_nothing(
     AcceleratorState._reset_state(True)
     prepare_training(load_recipe(SQUARE, toy(data, tmp_path / "alone", *more[2:]))).run()
     assert curve(tmp_path / "looked") == curve(tmp_path / "alone")
+
+
+def test_spread_over_two_processes_a_recipe_is_that_of_one_and_makes_its_videos(
+    data: Path, tmp_path: Path
+) -> None:
+    case = {
+        "portrait": str(portrait(tmp_path / "face.png")),
+        "speech": str(speech(tmp_path / "speech.wav", 2.0)),
+        "seconds": 0.6,
+    }
+    validation = {"cases": [case], "options": {"steps": 1, "width": 32, "height": 32}}
+    more = [f"validation={json.dumps(validation)}", "trainer.callback_every=2", "trainer.batch_size=1"]
+    one = toy(data, tmp_path / "one", *more, "trainer.accumulation=2")
+    prepare_training(load_recipe(SQUARE, one)).run()
+    two = toy(data, tmp_path / "two", *more, "trainer.accumulation=1", "trainer.sharding=fsdp2")
+    subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+         "-m", "stableavatar", "train", str(SQUARE), *(word for it in two for word in ("--set", it))],
+        check=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    for alone, spread in zip(curve(tmp_path / "one"), curve(tmp_path / "two"), strict=True):
+        assert spread["loss"] == pytest.approx(alone["loss"], rel=1e-5)
+        assert spread["gradient_norm"] == pytest.approx(alone["gradient_norm"], rel=1e-4)
+    models, videos = [], []
+    for name in ("one", "two"):
+        models.append(StableAvatarTransformer3DModel.from_pretrained(tmp_path / name / "transformer"))
+        (video,) = (tmp_path / name / "validation").rglob("*.mp4")
+        assert probe(video).sound_seconds == pytest.approx(0.6, abs=0.05)
+        videos.append(np.stack(list(read_frames(video))).astype(int))
+    spread_state = models[1].state_dict()
+    for name, value in models[0].state_dict().items():
+        torch.testing.assert_close(spread_state[name], value, rtol=1e-4, atol=1e-6)
+    assert len(videos[0]) == 15
+    assert np.abs(videos[0] - videos[1]).mean() < 1
 
 
 class TestStart:

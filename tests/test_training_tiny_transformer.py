@@ -25,6 +25,7 @@ from stableavatar.pipeline import AvatarPipeline
 from stableavatar.training.checkpoints import list_checkpoints, load_checkpoint
 from stableavatar.training.muon import MuonAdamW
 from stableavatar.training.objective import ObjectiveSettings, draw_step
+from stableavatar.training.optimisations import use_explicit_attention
 from stableavatar.training.recipes import load_recipe
 from stableavatar.training.run import Training, cache_latents, prepare_training
 from stableavatar.training.tiny.assemble import SAMPLING_DEFAULTS
@@ -212,7 +213,7 @@ def test_every_trained_parameter_learns_and_explicit_attention_is_exact(cache: P
     assert idle == []
     gradient = model.transformer.blocks[0].attn1.to_q.weight.grad.clone()
     model.zero_grad()
-    model.use_explicit_attention()
+    use_explicit_attention(model)
     again = model.loss(batch, draws).loss
     again.backward()
     torch.testing.assert_close(again, loss, rtol=1e-5, atol=1e-6)

@@ -200,14 +200,16 @@ def journal_folder(output: Path) -> Path:
 
 def weights_fingerprint(modules: Mapping[str, nn.Module]) -> str:
     """A hash of every tensor's name, shape, dtype and of some 4096 of its values, evenly spaced: other
-    weights have another one, and billions of them take seconds."""
+    weights have another one, and billions of them take seconds. Of one that is spread over processes, the
+    values that this process has."""
     digest = hashlib.blake2b(digest_size=16)
     for part, module in sorted(modules.items()):
         for name, tensor in module.state_dict().items():
             digest.update(f"{part}.{name} {tuple(tensor.shape)} {tensor.dtype};".encode())
             if tensor.device.type == "meta":  # offloaded piece by piece
                 continue
-            flat = tensor.detach().reshape(-1)
+            own = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+            flat = own.detach().reshape(-1)
             step = max(1, flat.numel() // _HASHED_VALUES)
             digest.update(flat[::step].float().cpu().numpy().tobytes())
     return digest.hexdigest()

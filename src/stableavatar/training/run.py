@@ -37,6 +37,7 @@ from stableavatar.training.avatar import Avatar
 from stableavatar.training.checkpoints import list_checkpoints
 from stableavatar.training.devices import process_device
 from stableavatar.training.lora import add_lora, save_lora
+from stableavatar.training.optimisations import use_explicit_attention
 from stableavatar.training.parameters import freeze_others, trained_by_recipe
 from stableavatar.training.recipes import DataChoice, ModelChoice, Recipe
 from stableavatar.training.tiny.assemble import assemble, embedded_pipeline
@@ -121,7 +122,9 @@ def prepare_training(recipe: Recipe, *, resume: bool = False, new_data: bool = F
         avatar = Avatar(transformer, recipe.objective)
     else:
         encoders = load_encoders(recipe.model, None, device)
-        avatar = start_embedded(recipe, encoders, device)
+        avatar = start_embedded(recipe, encoders)
+    if device.type == "cpu":
+        use_explicit_attention(avatar)
     source: Any
     collate: Callable[[list[Any]], Any]
     prepare: Callable[[Any, torch.device], Any]
@@ -164,7 +167,7 @@ def embedded_avatar(recipe: Recipe, sizes: Mapping[str, Any]) -> TinyAvatar:
     )
 
 
-def start_embedded(recipe: Recipe, encoders: Encoders, device: torch.device) -> TinyAvatar:
+def start_embedded(recipe: Recipe, encoders: Encoders) -> TinyAvatar:
     """The embedded model that a training starts from. Raises CheckpointError, InputError."""
     sizes = {
         "audio_dim": encoders.speech_encoder.config.hidden_size,
@@ -174,8 +177,6 @@ def start_embedded(recipe: Recipe, encoders: Encoders, device: torch.device) -> 
     assert recipe.model.embedded is not None
     if recipe.model.embedded.start is not None:
         avatar.start_from(model_folder(recipe.model.embedded.start))
-    if device.type == "cpu":
-        avatar.use_explicit_attention()
     return avatar
 
 

@@ -17,7 +17,6 @@ from stableavatar.conditioning.image import portrait_pixels
 from stableavatar.conditioning.text import encode_tokens
 from stableavatar.data.encoding import EncodedBatch
 from stableavatar.errors import CheckpointError, InputError
-from stableavatar.models.attention import KernelProcessor
 from stableavatar.models.transformer import StableAvatarTransformer3DModel
 from stableavatar.training.avatar import Avatar
 from stableavatar.training.objective import ModelInputs, ObjectiveSettings
@@ -26,15 +25,6 @@ TEXT_WIDTH = 128
 IMAGE_WIDTH = 128
 MASK_CHANNELS = 4
 TEXT_LENGTH = 96  # bytes; the longest prompt of a puppet has 87
-
-
-class ExplicitAttention(KernelProcessor):
-    """Softmax attention written out: on a CPU its backward pass takes half the time of the fused kernel's."""
-
-    def __call__(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        q, k, v = (part.transpose(1, 2) for part in (query, key, value))  # [B, heads, N, d]
-        scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
-        return (scores.softmax(-1).to(v.dtype) @ v).transpose(1, 2)
 
 
 def build_transformer(
@@ -164,12 +154,6 @@ class TinyAvatar(Avatar):
                 raise CheckpointError(
                     f"{folder / name} cannot be started from: {str(error).splitlines()[0]}"
                 ) from error
-
-    def use_explicit_attention(self) -> None:
-        """Attention that trains faster on a CPU, with the same result up to rounding."""
-        for part in self.transformer.modules():
-            if hasattr(part, "set_processor") and hasattr(part, "to_q"):
-                part.set_processor(ExplicitAttention())
 
     def encode_prompts(self, prompts: tuple[str, ...]) -> torch.Tensor:
         """Embeddings `[B, text_length, C]`; equal prompts are encoded once."""
