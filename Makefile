@@ -81,4 +81,4 @@ tiny: $(STAMP)   ## train the embedded model anew, from puppets to weights (many
 	rm -rf src/stableavatar/assets/tiny && cp -R $(WORK)/model src/stableavatar/assets/tiny
 
 clean:           ## remove what the targets made
-	rm -rf $(VENV) out .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(VENV)-large out .pytest_cache .mypy_cache .ruff_cache
