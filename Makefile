@@ -57,7 +57,7 @@ evaluate-tiny: $(STAMP) ## the embedded model against its bars (QUICK=1: a subse
 
 evaluate-lora: $(STAMP) ## what a LoRA of one unseen person gains, into docs/training.md
 	$(BIN)/python -m stableavatar.evaluation.lora data --folder runs/tiny-lora/data
-	$(BIN)/stableavatar cache-latents recipes/tiny-lora.yaml --output runs/tiny-lora/latents
+	$(BIN)/stableavatar cache-latents recipes/tiny-lora.yaml --passes 4 --output runs/tiny-lora/latents
 	$(BIN)/stableavatar train recipes/tiny-lora.yaml --resume
 	$(BIN)/python -m stableavatar.evaluation.lora measure --lora runs/tiny-lora/lora --out docs/training.md
 

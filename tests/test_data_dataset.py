@@ -407,12 +407,15 @@ def test_a_data_set_is_told_by_its_clips_and_settings(root: Path, tmp_path: Path
     assert ClipDataset.from_folders(folders, settings).fingerprint == told
     moved = [shutil.copytree(folder, tmp_path / "elsewhere" / "speech" / folder.name) for folder in folders]
     assert ClipDataset.from_folders(moved, settings).fingerprint == told
+    with (moved[0] / "sub_clip.mp4").open("ab") as file:  # of the same name and length, and another one
+        file.write(b"\0")
     others = [
+        ClipDataset.from_folders(moved, settings),
         ClipDataset.from_folders(folders[::-1], settings),
         ClipDataset.from_folders(folders[:1], settings),
         ClipDataset.from_folders(folders, ClipDatasetSettings(frames=9, seed=1)),
     ]
-    assert len({told, *(other.fingerprint for other in others)}) == 4
+    assert len({told, *(other.fingerprint for other in others)}) == 5
 
 
 def test_a_cache_is_told_by_what_it_holds_and_knows_its_encoders(

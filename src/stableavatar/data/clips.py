@@ -48,6 +48,11 @@ class TrainingClip(Protocol):
         ...
 
     @property
+    def mark(self) -> str:
+        """By which another clip of the same name and length is told, without reading it."""
+        ...
+
+    @property
     def length(self) -> int:
         """Frames."""
         ...
@@ -127,6 +132,13 @@ class FolderClip:
     @property
     def name(self) -> str:
         return str(self.folder)
+
+    @property
+    def mark(self) -> str:
+        """Bytes of its video, or of its first frame."""
+        video = self.folder / "sub_clip.mp4"
+        file = video if video.exists() else self.folder / "images" / "frame_0.png"
+        return str(file.stat().st_size)
 
     def read_frames(self, start: int, count: int) -> NDArray[np.uint8]:
         """Frames `start` to `start + count` as uint8 `[count, height, width, 3]`."""

@@ -188,10 +188,10 @@ class ClipDataset(Dataset[ClipSample]):
 
     def clips_digest(self, count: int | None = None) -> str:
         """Of the first `count` clips, or of all: names of their own folders (where these lie does not count),
-        lengths, sizes and rates."""
+        lengths, sizes, rates, and what tells them from others of the same name."""
         return _digest(
             [
-                (Path(clip.name).name, clip.length, *map(str, group))
+                (Path(clip.name).name, clip.mark, clip.length, *map(str, group))
                 for clip, group in zip(self.clips[:count], self.groups[:count], strict=True)
             ]
         )

@@ -1,7 +1,7 @@
 """What a LoRA of one person gains: the identity figures of spec/6 with it and without.
 
     python -m stableavatar.evaluation.lora data --folder runs/tiny-lora/data
-    stableavatar cache-latents recipes/tiny-lora.yaml --output runs/tiny-lora/latents
+    stableavatar cache-latents recipes/tiny-lora.yaml --passes 4 --output runs/tiny-lora/latents
     stableavatar train recipes/tiny-lora.yaml
     python -m stableavatar.evaluation.lora measure --lora runs/tiny-lora/lora --out docs/training.md
 

@@ -51,6 +51,11 @@ class StoredClip:
         return str(self.folder)
 
     @property
+    def mark(self) -> str:
+        """Its seed, of which everything is made."""
+        return str(self.seed)
+
+    @property
     def length(self) -> int:
         """Frames."""
         return int(self.frames.shape[0])
