@@ -217,7 +217,11 @@ def test_spread_over_two_processes_a_recipe_is_that_of_one_and_makes_its_videos(
         "seconds": 0.6,
     }
     validation = {"cases": [case], "options": {"steps": 1, "width": 32, "height": 32}}
-    more = [f"validation={json.dumps(validation)}", "trainer.callback_every=2", "trainer.batch_size=1"]
+    more = [
+        f"validation={json.dumps(validation)}", "trainer.callback_every=2", "trainer.batch_size=1",
+        # A smaller one makes steps of full size of gradients that are nothing but rounding.
+        "trainer.optimizer.epsilon=1.0e-3", "trainer.optimizer.learning_rate=1.0e-2",
+    ]  # fmt: skip
     one = toy(data, tmp_path / "one", *more, "trainer.accumulation=2")
     prepare_training(load_recipe(SQUARE, one)).run()
     two = toy(data, tmp_path / "two", *more, "trainer.accumulation=1", "trainer.sharding=fsdp2")
@@ -237,7 +241,7 @@ def test_spread_over_two_processes_a_recipe_is_that_of_one_and_makes_its_videos(
         videos.append(np.stack(list(read_frames(video))).astype(int))
     spread_state = models[1].state_dict()
     for name, value in models[0].state_dict().items():
-        torch.testing.assert_close(spread_state[name], value, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(spread_state[name], value, rtol=1e-4, atol=1e-5)
     assert len(videos[0]) == 15
     assert np.abs(videos[0] - videos[1]).mean() < 1
 
