@@ -115,7 +115,7 @@ class CacheWriter:
             for part, (_, group) in enumerate(groupby(samples, key=lambda pair: _shapes(pair[1]))):
                 self._save(f"shard-{block:05d}-{part}.safetensors", list(group))
             self.manifest["blocks"] = block + 1
-            self.manifest["skipped"] = self.dataset.skipped
+            self.manifest["skipped"] |= self.dataset.skipped
             write_file(self.folder / MANIFEST, json.dumps(self.manifest, indent=1).encode())
             logger.info(
                 "%d of %d samples encoded", min(start + self.shard_samples, len(missing)), len(missing)
@@ -259,7 +259,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     try:
         manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise InputError(f"{folder} holds no readable cache: {error}") from error
+        raise InputError(
+            f"{folder} holds no readable cache ({error}); stableavatar cache-latents makes one"
+        ) from error
     if manifest.get("format") != FORMAT:
         raise InputError(f"{path} is of format {manifest.get('format')}, not {FORMAT}; make the cache again")
     return manifest

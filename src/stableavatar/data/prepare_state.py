@@ -23,6 +23,7 @@ class PrepareState:
 
     @classmethod
     def open(cls, data: Path, settings: PrepareSettings) -> "PrepareState":
+        """That of a data folder, or a new one. Raises InputError: damaged, or of other settings."""
         file = data / STATE
         if not file.exists():
             return cls(data, settings, {})

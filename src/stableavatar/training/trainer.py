@@ -347,7 +347,7 @@ class Trainer(Generic[Sample]):
         """Trained parameters by name, whole, float32 and on the CPU: their average, where one is kept and
         wanted. Called on every process; all but the first get none."""
         values = self.ema.state if self.ema and average else self.parameters
-        return {name: value.float() for name, value in self._kept(values).items()}
+        return self._kept(values, torch.float32)
 
     def frozen_state(self) -> dict[str, torch.Tensor]:
         """Everything of the module's state that is not trained, by name, whole and on the CPU. Called on
@@ -355,13 +355,15 @@ class Trainer(Generic[Sample]):
         state = self.accelerator.unwrap_model(self.module).state_dict(keep_vars=True)
         return self._kept({name: value for name, value in state.items() if name not in self.parameters})
 
-    def _kept(self, values: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    def _kept(
+        self, values: Mapping[str, torch.Tensor], dtype: torch.dtype | None = None
+    ) -> dict[str, torch.Tensor]:
         """All processes put a tensor together, one after the other, and only the first keeps them."""
         kept = {}
         for name, value in values.items():
             whole = self._state.whole(value)
             if self.accelerator.is_main_process:
-                kept[name] = whole.detach().cpu()
+                kept[name] = whole.detach().to("cpu", dtype)
         return kept
 
     def _optimizer_step(self, batches: Iterator[Any]) -> tuple[float, float, int]:
