@@ -191,6 +191,16 @@ def test_puppets_are_trained_on_without_a_cache_too(encoders: Path, tmp_path: Pa
     assert training.run()[0].step == 1
 
 
+@pytest.mark.parametrize(("precision", "dtype"), [("bf16", torch.bfloat16), ("'no'", torch.float32)])
+def test_muon_multiplies_in_the_precision_of_the_run(
+    encoders: Path, cache: Path, tmp_path: Path, precision: str, dtype: torch.dtype
+) -> None:
+    training = prepared(encoders, tmp_path, f"data.cache={cache}", f"trainer.precision={precision}")
+    optimizer = getattr(training.trainer.optimizer, "optimizer", None)
+    assert isinstance(optimizer, MuonAdamW)
+    assert optimizer.dtype == dtype
+
+
 def avatar() -> TinyAvatar:
     torch.manual_seed(1)
     made = TinyAvatar(
