@@ -64,9 +64,11 @@ def small_vae() -> AutoencoderKLWan:
     return build_autoencoder(8).eval()
 
 
-def small_trainer(out: Path, **changes: object) -> AutoencoderTrainer:
+def small_trainer(out: Path, start: Path | None = None, **changes: object) -> AutoencoderTrainer:
     settings = AutoencoderSettings(**{**SMALL.__dict__, **changes})
-    return AutoencoderTrainer(settings, Batches(settings, PictureClips([]), None, frame_size=64), out)
+    return AutoencoderTrainer(
+        settings, Batches(settings, PictureClips([]), None, frame_size=64), out, start=start
+    )
 
 
 def test_autoencoder_compresses_8_times_in_space_and_4_in_time() -> None:
@@ -217,6 +219,21 @@ def test_statistics_stay_once_the_encoder_is_frozen(tmp_path: Path) -> None:
     resumed.export(tmp_path / "again")
     first, second = (AutoencoderKLWan.load_config(tmp_path / name) for name in ("model", "again"))
     assert first["latents_std"] == second["latents_std"]
+
+
+def test_a_trained_encoder_that_stays_frozen_keeps_its_statistics(tmp_path: Path) -> None:
+    trained = build_autoencoder(8, latent_channels=16)
+    trained.register_to_config(latents_mean=[0.25] * 16, latents_std=[1.5] * 16)
+    trained.save_pretrained(tmp_path / "trained")
+    for name, kept in (("frozen", True), ("learns", False)):
+        (tmp_path / name).mkdir()
+        trainer = small_trainer(tmp_path / name, start=tmp_path / "trained", measured_clips=2)
+        if kept:
+            trainer.freeze_encoder()
+        trainer.export(tmp_path / name / "model")
+        config = AutoencoderKLWan.load_config(tmp_path / name / "model")
+        assert (config["latents_mean"] == [0.25] * 16) is kept
+        assert (config["latents_std"] == [1.5] * 16) is kept
 
 
 def test_residual_branches_are_silent_at_the_start() -> None:

@@ -1,11 +1,9 @@
 """The trainer: exact resuming, atomic checkpoints, bad steps, the log, what is trained."""
 
 import json
-import math
 import multiprocessing
 import random
 import time
-from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 
+from fitting import Fit, Points, assert_same_run, final, losses, make, settings
 from stableavatar.errors import CheckpointError, InputError
 from stableavatar.models.transformer import StableAvatarTransformer3DModel
 from stableavatar.training.checkpoints import (
@@ -23,104 +22,11 @@ from stableavatar.training.checkpoints import (
     save_checkpoint,
 )
 from stableavatar.training.ema import MovingAverage
-from stableavatar.training.log import read_log
 from stableavatar.training.objective import StepLoss
-from stableavatar.training.optimizers import ClipSettings, OptimizerSettings, clip_gradients
 from stableavatar.training.parameters import freeze_others, trained_by_recipe, trained_parameters
-from stableavatar.training.settings import TrainerSettings
 from stableavatar.training.trainer import Trainer
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerator")
-
-SAMPLES = 7
-
-
-class Points:
-    """Samples of two sizes, each telling which clip in which pass it is."""
-
-    groups = ("small", "large", "small", "small", "large", "small", "large")
-    fingerprint = "seven points"
-
-    def __getitem__(self, key: tuple[int, int]) -> torch.Tensor:
-        index, epoch = key
-        width = 2 if self.groups[index] == "small" else 3
-        return torch.full((width,), float(index) / SAMPLES + 0.01 * epoch)
-
-
-class Fit(nn.Module):
-    """A small network whose loss uses the step's generator and, by its dropout, the global one."""
-
-    def __init__(self, poison: tuple[int, ...] = (), kind: str = "nan") -> None:
-        super().__init__()
-        self.kind = kind
-        torch.manual_seed(5)
-        self.layers = nn.Sequential(nn.Linear(1, 6), nn.Dropout(0.3), nn.Tanh(), nn.Linear(6, 1))
-        self.poison = poison
-        self.calls = 0
-
-    def forward(self, batch: torch.Tensor, generator: torch.Generator) -> StepLoss:
-        self.calls += 1
-        sigma = torch.rand(len(batch), generator=generator)
-        wanted = torch.sin(5 * batch.mean(1)) + sigma
-        error = (self.layers(batch.mean(1, keepdim=True))[:, 0] - wanted) ** 2
-        if self.calls in self.poison:
-            zero = error - error.detach()
-            error = {
-                "nan": error * math.nan,
-                "infinite loss, finite gradient": error + math.inf,
-                "finite loss, infinite gradient": error.detach() + zero.sqrt(),
-            }[self.kind]
-        return StepLoss(error.mean(), error.detach(), sigma)
-
-
-class Wide(Fit):
-    """With matrices that are large enough for an optimizer of 8 bits, and named as blocks are."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layers = nn.Sequential(nn.Linear(1, 256), nn.Tanh(), nn.Linear(256, 256), nn.Linear(256, 1))
-
-
-def settings(**values: Any) -> TrainerSettings:
-    """`values` may hold fields of the trainer, of the optimizer and of the clipping."""
-    usual = {
-        "steps": 12, "batch_size": 2, "accumulation": 2, "learning_rate": 1e-2, "norm": 1.0, "start_ratio": 1.0,
-        "start_steps": 0, "abnormal_ratio": None, "warmup_steps": 4, "ema_decay": 0.9, "precision": "no",
-        "checkpoint_every": 5, "log_every": 3, "seed": 11,
-    }  # fmt: skip
-    values = {**usual, **values}
-
-    def taken(kind: type[Any]) -> dict[str, Any]:
-        return {field.name: values.pop(field.name) for field in fields(kind) if field.name in values}
-
-    clip = ClipSettings(**taken(ClipSettings))
-    return TrainerSettings(optimizer=OptimizerSettings(clip=clip, **taken(OptimizerSettings)), **values)
-
-
-def make(folder: Path, module: nn.Module | None = None, **values: Any) -> Trainer[torch.Tensor]:
-    return Trainer(module or Fit(), Points(), torch.stack, settings(**values), folder)
-
-
-def final(folder: Path) -> dict[str, torch.Tensor]:
-    state = load_checkpoint(list_checkpoints(folder)[-1])
-    assert state.ema is not None
-    moments = {f"adam.{k}.{n}": v for k, s in state.optimizer["state"].items() for n, v in s.items()}
-    return {**state.model, **{f"ema.{k}": v for k, v in state.ema.items()}, **moments}
-
-
-def losses(folder: Path) -> list[dict[str, Any]]:
-    return [
-        {name: value for name, value in line.items() if name != "clips_per_second"}
-        for line in read_log(folder / "log.jsonl")
-    ]
-
-
-def assert_same_run(one: Path, other: Path) -> None:
-    a, b = final(one), final(other)
-    assert a.keys() == b.keys()
-    for name in a:
-        assert torch.equal(a[name], b[name]), name
-    assert losses(one) == losses(other)
 
 
 def test_interrupted_and_resumed_equals_uninterrupted(tmp_path: Path) -> None:
@@ -231,102 +137,6 @@ def test_a_bad_micro_step_skips_the_whole_step(tmp_path: Path, kind: str) -> Non
     before = {name: value.detach().clone() for name, value in trainer.parameters.items()}
     assert trainer.train().skipped_steps == 1
     assert all(torch.equal(before[name], value) for name, value in trainer.parameters.items())
-
-
-def test_a_step_is_adamw_on_the_mean_of_its_micro_steps(tmp_path: Path) -> None:
-    """One optimizer step against PyTorch's AdamW on the average gradient, clipped, at the warm-up's first
-    rate.
-    """
-    trainer = make(tmp_path, steps=1, ema_decay=0.0, norm=0.01)
-    reference = Fit()
-    torch.manual_seed(42)
-    trainer.train()
-
-    torch.manual_seed(42)
-    trainer.step = 0
-    pieces = trainer.sampler.step(0)
-    for micro_step, keys in enumerate(pieces):
-        batch = torch.stack([Points()[key] for key in keys])
-        share = len(keys) / sum(map(len, pieces))
-        (reference(batch, trainer._generator(micro_step)).loss * share).backward()
-    optimizer = torch.optim.AdamW(reference.parameters(), lr=1e-2 / 4, weight_decay=3e-2, eps=1e-10)
-    nn.utils.clip_grad_norm_(reference.parameters(), 0.01)
-    optimizer.step()
-    for name, value in reference.named_parameters():
-        torch.testing.assert_close(trainer.parameters[name], value, rtol=1e-6, atol=1e-7)
-
-
-def test_warm_up_then_constant(tmp_path: Path) -> None:
-    make(tmp_path, steps=6, log_every=1).train()
-    rates = [line["learning_rate"] for line in losses(tmp_path)]
-    assert rates == pytest.approx([0.0025, 0.005, 0.0075, 0.01, 0.01, 0.01])
-
-
-def test_the_rate_falls_over_the_last_steps(tmp_path: Path) -> None:
-    make(tmp_path, steps=8, log_every=1, schedule="linear", decay_steps=3).train()
-    rates = [line["learning_rate"] for line in losses(tmp_path)]
-    assert rates == pytest.approx([0.0025, 0.005, 0.0075, 0.01, 0.01, 0.0075, 0.005, 0.0025])
-
-
-def test_the_rate_falls_over_all_that_follows_the_warm_up() -> None:
-    linear = OptimizerSettings(learning_rate=1.0, warmup_steps=2, schedule="linear")
-    assert [linear.rate(step, 6) for step in range(6)] == pytest.approx([0.5, 1.0, 0.8, 0.6, 0.4, 0.2])
-    cosine = replace(linear, schedule="cosine")
-    wanted = [(1 - math.cos(math.pi * left)) / 2 for left in (0.8, 0.6, 0.4, 0.2)]
-    assert [cosine.rate(step, 6) for step in range(2, 6)] == pytest.approx(wanted)
-
-
-@pytest.mark.parametrize("kind", ["adamw", "adamw-8bit", "muon"])
-def test_every_optimizer_trains_and_goes_on_exactly(tmp_path: Path, kind: str) -> None:
-    if kind == "adamw-8bit":
-        pytest.importorskip("torchao", reason="in the extra large; see make test-large")
-    make(tmp_path / "whole", Wide(), kind=kind, steps=4).train()
-    make(tmp_path / "parts", Wide(), kind=kind, steps=2).train()
-    rest = make(tmp_path / "parts", Wide(), kind=kind, steps=4)
-    rest.resume("latest")
-    rest.train()
-    whole, parts = (load_checkpoint(list_checkpoints(tmp_path / name)[-1]) for name in ("whole", "parts"))
-    start = dict(Wide().named_parameters())
-    for name, value in whole.model.items():
-        assert torch.equal(value, parts.model[name]), name
-        assert not torch.equal(value, start[name]), name
-
-
-def test_a_resumed_optimizer_obeys_the_settings(tmp_path: Path) -> None:
-    make(tmp_path, steps=1).train()
-    rest = make(tmp_path, weight_decay=0.25, epsilon=1e-5, betas=(0.5, 0.6))
-    rest.resume("latest")
-    (group,) = rest.optimizer.param_groups
-    assert (group["weight_decay"], group["eps"], group["betas"]) == (0.25, 1e-5, (0.5, 0.6))
-
-
-def test_eight_bits_take_a_quarter_of_the_memory(tmp_path: Path) -> None:
-    pytest.importorskip("torchao", reason="in the extra large; see make test-large")
-    sizes = {}
-    for kind in ("adamw", "adamw-8bit"):
-        make(tmp_path / kind, Wide(), kind=kind, steps=1).train()
-        sizes[kind] = (list_checkpoints(tmp_path / kind)[-1] / "optimizer.pt").stat().st_size
-    assert sizes["adamw-8bit"] < 0.3 * sizes["adamw"]
-
-
-class TestClipping:
-    def test_the_limit_starts_high_and_falls(self) -> None:
-        clip = ClipSettings(norm=0.1, start_ratio=5.0, start_steps=10)
-        assert [clip.limit(step, 1.0) for step in (0, 5)] == pytest.approx([0.5, 0.3])
-
-    def test_an_abnormal_norm_lowers_it(self) -> None:
-        clip = ClipSettings(norm=0.1, start_steps=10, abnormal_ratio=5.0)
-        assert [clip.limit(10, norm) for norm in (0.4, 0.8, 100.0)] == pytest.approx([0.1, 0.0125, 0.01])
-        assert replace(clip, abnormal_ratio=None).limit(10, 100.0) == 0.1
-
-    def test_gradients_are_cut_to_it(self) -> None:
-        weights = {name: nn.Parameter(torch.zeros(2)) for name in "abc"}
-        weights["a"].grad, weights["b"].grad = torch.tensor([3.0, 0.0]), torch.tensor([0.0, 4.0])
-        clip = ClipSettings(norm=1.0, start_steps=0, abnormal_ratio=None)
-        assert clip_gradients(weights, clip, 0) == 5
-        torch.testing.assert_close(weights["a"].grad, torch.tensor([0.6, 0.0]))
-        assert clip_gradients(weights, replace(clip, norm=2.0), 0) == pytest.approx(1.0)
-        torch.testing.assert_close(weights["b"].grad, torch.tensor([0.0, 0.8]))
 
 
 def test_trackers_get_the_log(tmp_path: Path) -> None:

@@ -211,8 +211,6 @@ class AutoencoderTrainer:
         self.rank = rank
         sizes = (settings.base_channels, settings.residual_blocks, settings.latent_channels)
         self.vae = build_autoencoder(*sizes).train()
-        if start is not None:
-            start_from(self.vae, start)
         self.average = build_autoencoder(*sizes).requires_grad_(False).eval()
         self.average.load_state_dict(self.vae.state_dict())
         use_training_kernels(self.vae)
@@ -232,7 +230,11 @@ class AutoencoderTrainer:
         self.seconds = 0.0
         self.encoder_frozen = False
         self.stopping = False
+        # Of a trained one whose encoder stays as it is, the latents' mean and deviation stay too.
         self.statistics: tuple[list[float], list[float]] | None = None
+        if start is not None:
+            self.statistics = start_from(self.vae, start)
+            self.average.load_state_dict(self.vae.state_dict())
 
     def freeze_encoder(self) -> None:
         """From now on the averaged encoder stays as it is, and with it all latents; the decoder learns."""

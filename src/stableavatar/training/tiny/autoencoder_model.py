@@ -55,11 +55,14 @@ def _start_as_skips(vae: AutoencoderKLWan) -> None:
 
 
 @torch.no_grad()
-def start_from(vae: AutoencoderKLWan, folder: Path) -> None:
+def start_from(vae: AutoencoderKLWan, folder: Path) -> tuple[list[float], list[float]] | None:
     """Takes over the weights of a trained autoencoder of the same widths and no more latent channels.
 
     The channels that it lacks are added so that at first every picture comes out as from the file: the
     encoder fills them with new features of its last layer, the decoder does not listen to them yet.
+
+    Returns:
+        The latents' mean and standard deviation as the file has them; None where channels were added.
 
     Raises:
         ValueError: other widths, or more latent channels.
@@ -101,6 +104,7 @@ def start_from(vae: AutoencoderKLWan, folder: Path) -> None:
             else:
                 grown[new + old :] = -6.0
             own[name].copy_(grown)
+    return (list(given.config.latents_mean), list(given.config.latents_std)) if old == new else None
 
 
 @torch.no_grad()
