@@ -96,6 +96,11 @@ def copies(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name: tensor.detach().clone() for name, tensor in state.items()}
 
 
+def published_transformer(seed: int = 0, **settings: Any) -> names.StateDict:
+    """The toy transformer's weights under the published names."""
+    return copies(names.to_published("transformer", toy_transformer(seed, **settings).state_dict()))
+
+
 def write_published(root: Path) -> Path:
     """Write the layout of `spec/3-checkpoints.md`: base, two overlays, encoders, tokenizer."""
     base, overlays = root / BASE, root / OVERLAYS

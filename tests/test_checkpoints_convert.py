@@ -24,11 +24,6 @@ from stableavatar.options import SamplingDefaults
 
 
 @pytest.fixture(scope="module")
-def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return toy.write_published(tmp_path_factory.mktemp("published") / "checkpoints")
-
-
-@pytest.fixture(scope="module")
 def own(published: Path) -> Path:
     return convert(published, published.parent / "own folder" / "square", max_shard_size="30KB")
 

@@ -10,6 +10,7 @@ from torch import nn
 
 from fitting import Fit, Points, Wide, losses, make
 from stableavatar.training.checkpoints import list_checkpoints, load_checkpoint
+from stableavatar.training.muon import Muon, orthogonalize
 from stableavatar.training.optimizers import ClipSettings, OptimizerSettings, clip_gradients
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerator")
@@ -109,3 +110,30 @@ class TestClipping:
         torch.testing.assert_close(weights["a"].grad, torch.tensor([0.6, 0.0]))
         assert clip_gradients(weights, replace(clip, norm=2.0), 0) == pytest.approx(1.0)
         torch.testing.assert_close(weights["b"].grad, torch.tensor([0.0, 0.8]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(16, 54), (54, 16)])
+def test_muon_makes_singular_values_equal(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    matrix = torch.randn(shape) * torch.linspace(0.01, 1, 54).view(-1, 1 if shape[0] == 54 else 54)
+    made = orthogonalize(matrix, dtype=dtype)
+    assert made.dtype == torch.float32
+    values = torch.linalg.svdvals(made)
+    assert values.min() > 0.5
+    assert values.max() < 1.3
+    if dtype == torch.bfloat16:  # it does multiply in that
+        assert 1e-4 < (made - orthogonalize(matrix)).norm() / made.norm() < 0.05
+
+
+def test_muon_takes_steps_of_adamws_size_and_refuses_vectors() -> None:
+    torch.manual_seed(0)
+    kernel = torch.nn.Parameter(torch.ones(4, 2, 3, 3))
+    optimizer = Muon([kernel], lr=0.1, weight_decay=0.5)
+    kernel.grad = torch.randn(4, 2, 3, 3)
+    optimizer.step()
+    # An update's root mean square is 0.2 of the rate, after the decay of 5 %.
+    change = kernel.detach() - 0.95
+    assert change.square().mean().sqrt() == pytest.approx(0.02, rel=0.3)
+    with pytest.raises(ValueError, match="AdamW"):
+        Muon([torch.nn.Parameter(torch.ones(4))], lr=0.1)

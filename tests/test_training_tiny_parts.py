@@ -14,7 +14,6 @@ from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d, Wa
 from PIL import Image
 from transformers import Wav2Vec2Model
 
-from stableavatar.training.muon import Muon, orthogonalize
 from stableavatar.training.tiny import autoencoder, speech_encoder
 from stableavatar.training.tiny.autoencoder import (
     AutoencoderSettings,
@@ -284,33 +283,6 @@ def test_the_command_trains_in_processes_and_refuses_to_overwrite(
     assert AutoencoderKLWan.load_config(tmp_path / "model")["base_dim"] == 8
     with pytest.raises(SystemExit):
         autoencoder.main(command)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("shape", [(16, 54), (54, 16)])
-def test_muon_makes_singular_values_equal(shape: tuple[int, int], dtype: torch.dtype) -> None:
-    torch.manual_seed(0)
-    matrix = torch.randn(shape) * torch.linspace(0.01, 1, 54).view(-1, 1 if shape[0] == 54 else 54)
-    made = orthogonalize(matrix, dtype=dtype)
-    assert made.dtype == torch.float32
-    values = torch.linalg.svdvals(made)
-    assert values.min() > 0.5
-    assert values.max() < 1.3
-    if dtype == torch.bfloat16:  # it does multiply in that
-        assert 1e-4 < (made - orthogonalize(matrix)).norm() / made.norm() < 0.05
-
-
-def test_muon_takes_steps_of_adamws_size_and_refuses_vectors() -> None:
-    torch.manual_seed(0)
-    kernel = torch.nn.Parameter(torch.ones(4, 2, 3, 3))
-    optimizer = Muon([kernel], lr=0.1, weight_decay=0.5)
-    kernel.grad = torch.randn(4, 2, 3, 3)
-    optimizer.step()
-    # An update's root mean square is 0.2 of the rate, after the decay of 5 %.
-    change = kernel.detach() - 0.95
-    assert change.square().mean().sqrt() == pytest.approx(0.02, rel=0.3)
-    with pytest.raises(ValueError, match="AdamW"):
-        Muon([torch.nn.Parameter(torch.ones(4))], lr=0.1)
 
 
 def test_free_pictures_leave_the_test_photograph_out(tmp_path: Path) -> None:
