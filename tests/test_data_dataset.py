@@ -18,7 +18,7 @@ from transformers import Wav2Vec2Config, Wav2Vec2Model
 from clip_folders import SIDE, write_clip
 from stableavatar.conditioning.image import picture_tensor, reference_condition
 from stableavatar.conditioning.speech import speech_features
-from stableavatar.data.cache import CachedWindows, CacheWriter, LatentCache
+from stableavatar.data.cache import CachedWindows, CacheWriter, LatentCache, read_manifest
 from stableavatar.data.clips import FolderClip, find_clips, normalized_speech, read_path_list
 from stableavatar.data.dataset import ClipDataset, ClipDatasetSettings, Window, read_sample
 from stableavatar.data.encoding import Encoders, stack_samples
@@ -293,6 +293,41 @@ def test_the_cache_gives_what_the_encoders_give(
         np.testing.assert_array_equal(cached.portrait.numpy(), sample.reference)
         assert sample.face_mask is not None
         torch.testing.assert_close(cached.face_mask, sample.face_mask)
+
+
+def test_processes_share_a_cache_and_a_note_left_behind_is_not_lost(
+    root: Path, encoders: tuple[AutoencoderKLWan, Wav2Vec2Model]
+) -> None:
+    """Two of two writers in turn, the second of which ends first; then the first is begun anew."""
+    parts, dataset, folder = Encoders(*encoders), three_clips(root), root / "cache"
+    CacheWriter(dataset, root / "alone", parts, shard_samples=2).write(KEYS)
+
+    def writers() -> list[CacheWriter]:
+        return [
+            CacheWriter(dataset, folder, parts, shard_samples=2, process=number, processes=2)
+            for number in (0, 1)
+        ]
+
+    first, second = writers()
+    second.write(KEYS)
+    second.gather()  # not for it to do
+    assert sorted(path.name for path in folder.iterdir() if path.suffix == ".json") == [
+        "block-00001.json", "block-00003.json"
+    ]  # fmt: skip
+    with pytest.raises(InputError, match="no readable cache"):
+        LatentCache(folder)
+    del first
+    first, second = writers()  # takes over what the interrupted ones had finished
+    assert len(read_manifest(folder)["shards"]) == 2
+    second.write(KEYS)
+    first.write(KEYS)
+    first.gather()
+    assert not list(folder.glob("block-*"))
+    alone, shared = LatentCache(root / "alone"), LatentCache(folder)
+    assert shared.fingerprint == alone.fingerprint
+    for key in KEYS:
+        assert torch.equal(shared[key].latents, alone[key].latents)
+        assert torch.equal(shared[key].speech, alone[key].speech)
 
 
 def test_an_interrupted_cache_is_finished_and_another_ones_refused(

@@ -1,6 +1,9 @@
 """The training of `tiny`'s transformer: from clips to an exported model, and its parts."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -281,6 +284,30 @@ def test_the_optimizer_is_adamw_outside_of_blocks_and_orthogonal_within() -> Non
     copy = MuonAdamW({**ours, "blocks.0.weight": matrix}, 1e-2)
     copy.load_state_dict(one.state_dict())
     assert torch.equal(copy.state[matrix]["momentum"], one.state[matrix]["momentum"])
+
+
+def test_two_processes_make_the_cache_of_one(encoders: Path, tmp_path: Path) -> None:
+    clips = [write_clip(tmp_path / "data" / "speech" / str(k), frames=10, prompt=f"clip {k}") for k in (0, 1)]
+    settings = [
+        f"model.source={encoders}", "model.encoder_dtype=float32", f"data.folders=[{tmp_path / 'data'}]", "data.puppets=[]",
+        "data.window_frames=5", "data.clips.frames=9",
+    ]  # fmt: skip
+    passes = 110  # three blocks of 96 samples
+    assert cache_latents(
+        load_recipe(RECIPE, settings), tmp_path / "one", passes=passes, dtype=torch.float32
+    ) == passes * len(clips)
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", "-m", "stableavatar",
+         "cache-latents", str(RECIPE), "-o", str(tmp_path / "two"), "--passes", str(passes), "--dtype", "float32",
+         *(word for setting in settings for word in ("--set", setting))],
+        check=True, capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.stdout.count(f"{passes * len(clips)} samples") == 1
+    one, two = (LatentCache(tmp_path / name) for name in ("one", "two"))
+    assert one.fingerprint == two.fingerprint
+    for key in ((0, 0), (0, 100), (1, 50), (1, 109)):
+        torch.testing.assert_close(one[key].latents, two[key].latents)
+        torch.testing.assert_close(one[key].speech, two[key].speech)
 
 
 def test_a_store_of_puppets_becomes_a_cache_and_validation_videos(encoders: Path, tmp_path: Path) -> None:

@@ -71,7 +71,8 @@ def cache_latents(
 ) -> None:
     """Encode the clips of a RECIPE ahead of its training, which then needs no encoder.
 
-    An interrupted run goes on where it stopped. Train with --set data.cache=FOLDER.
+    An interrupted run goes on where it stopped. Started by torchrun, several processes share the work. Train
+    with --set data.cache=FOLDER.
     """
     log_to_stderr(max(verbose, 1))
     quieten_libraries(verbose)
@@ -80,7 +81,8 @@ def cache_latents(
     training = _import("stableavatar.training.run")
     chosen = _import("stableavatar.training.recipes").load_recipe(recipe, settings or ())
     count = training.cache_latents(chosen, output, passes=passes, dtype=DTYPES[dtype])
-    typer.echo(f"{output}: {count} samples; train with --set data.cache={output}")
+    if count is not None:
+        typer.echo(f"{output}: {count} samples; train with --set data.cache={output}")
 
 
 def _import(name: str) -> Any:

@@ -3,7 +3,8 @@
 A cache is a folder of safetensors shards and a manifest, which names the finished shards: a cache that is
 still being written can be trained on, and an interrupted one is written on where it stopped. A sample is
 kept by clip and pass, so that what is drawn anew for every pass (start, reference) is there as often as
-passes were written.
+passes were written. Several processes write one cache: each takes its share of the blocks and leaves a note
+of every finished one, which the first process takes over into the manifest.
 """
 
 import hashlib
@@ -31,6 +32,7 @@ logger = logging.getLogger(__name__)
 
 FORMAT = 2
 MANIFEST = "manifest.json"
+NOTES = "block-*.json"
 TENSORS = ("latents", "reference", "portrait", "speech", "face_mask", "lip_mask", "portrait_embeddings")
 # Kept as they are: a picture of bytes.
 _BYTES = ("portrait",)
@@ -48,6 +50,8 @@ class CacheWriter:
         shard_samples: samples a shard.
         window_frames: T of the windows that `CachedWindows` takes from the samples, which are longer: one
             encoding of a clip then serves many windows; see `Encoders.encode_samples`.
+        process, processes: which of how many processes this is. The first must be there before the others
+            look into the folder, all of them before the first writes, and at the end it calls `gather`.
 
     Raises:
         InputError: the folder holds a cache of other encoders, of another data set or of other settings.
@@ -59,6 +63,8 @@ class CacheWriter:
     dtype: torch.dtype = torch.float32
     shard_samples: int = 96
     window_frames: int | None = None
+    process: int = 0
+    processes: int = 1
 
     def __post_init__(self) -> None:
         frames, window = self.dataset.settings.frames, self.window_frames
@@ -97,31 +103,53 @@ class CacheWriter:
                 "shards": [],
                 "skipped": {},
             }
+        self.gather()
 
     def write(self, keys: Sequence[ClipKey]) -> None:
-        """Encode the samples of `keys`, in blocks of `shard_samples`; those that the manifest has are left
-        out, so that the same call finishes an interrupted one, and another one adds passes. Neighbouring keys
-        of one clip share the encoding of its portrait."""
+        """Encode the samples of `keys`, in blocks of `shard_samples`, of which every process takes its share;
+        those that the manifest has are left out, so that the same call finishes an interrupted one, and
+        another one adds passes. Neighbouring keys of one clip share the encoding of its portrait."""
         there = {tuple(key) for shard in self.manifest["shards"] for key in shard["keys"]}
         missing = [key for key in keys if key not in there]
-        for start in range(0, len(missing), self.shard_samples):
-            block = self.manifest["blocks"]
+        first = self.manifest["blocks"]
+        for number, start in enumerate(range(0, len(missing), self.shard_samples)):
+            if number % self.processes != self.process:
+                continue
             samples: list[tuple[ClipKey, EncodedSample]] = []
             for _, same_clip in groupby(missing[start : start + self.shard_samples], key=lambda key: key[0]):
                 of_clip = list(same_clip)
                 read = [self.dataset[key] for key in of_clip]
                 samples += zip(of_clip, self.encoders.encode_samples(read, self.window_frames), strict=True)
             samples.sort(key=lambda pair: _shapes(pair[1]))
-            for part, (_, group) in enumerate(groupby(samples, key=lambda pair: _shapes(pair[1]))):
+            block = first + number
+            shards = [
                 self._save(f"shard-{block:05d}-{part}.safetensors", list(group))
-            self.manifest["blocks"] = block + 1
-            self.manifest["skipped"] |= self.dataset.skipped
-            write_file(self.folder / MANIFEST, json.dumps(self.manifest, indent=1).encode())
-            logger.info(
-                "%d of %d samples encoded", min(start + self.shard_samples, len(missing)), len(missing)
-            )
+                for part, (_, group) in enumerate(groupby(samples, key=lambda pair: _shapes(pair[1])))
+            ]
+            note = {"block": block, "shards": shards, "skipped": self.dataset.skipped}
+            write_file(self.folder / NOTES.replace("*", f"{block:05d}"), json.dumps(note).encode())
+            self.gather()
+            if self.process == 0:
+                done = sum(len(shard["keys"]) for shard in self.manifest["shards"])
+                logger.info("%d of %d samples encoded", done - len(there), len(missing))
 
-    def _save(self, name: str, pairs: list[tuple[ClipKey, EncodedSample]]) -> None:
+    def gather(self) -> None:
+        """Take the blocks that any process has finished over into the manifest; for the first process, the
+        others do nothing."""
+        notes = sorted(self.folder.glob(NOTES)) if self.process == 0 else []
+        if not notes:
+            return
+        known = {shard["file"] for shard in self.manifest["shards"]}
+        for note in notes:
+            content = json.loads(note.read_text(encoding="utf-8"))
+            self.manifest["shards"] += [shard for shard in content["shards"] if shard["file"] not in known]
+            self.manifest["blocks"] = max(self.manifest["blocks"], content["block"] + 1)
+            self.manifest["skipped"] |= content["skipped"]
+        write_file(self.folder / MANIFEST, json.dumps(self.manifest, indent=1).encode())
+        for note in notes:
+            note.unlink()
+
+    def _save(self, name: str, pairs: list[tuple[ClipKey, EncodedSample]]) -> dict[str, Any]:
         samples = [sample for _, sample in pairs]
         tensors = {}
         for key in TENSORS:
@@ -135,10 +163,11 @@ class CacheWriter:
                 self._write(_prompt_file(prompt), {"embeddings": embeddings.to(self.dtype)})
         keys = [list(key) for key, _ in pairs]
         prompts = [sample.prompt for sample in samples]
-        self.manifest["shards"].append({"file": name, "keys": keys, "prompts": prompts})
+        return {"file": name, "keys": keys, "prompts": prompts}
 
     def _write(self, name: str, tensors: dict[str, torch.Tensor]) -> None:
-        partial = self.folder / f".{name}.partial"
+        # Two processes may come upon one prompt.
+        partial = self.folder / f".{name}.{self.process}.partial"
         save_file(tensors, partial)
         partial.replace(self.folder / name)
 

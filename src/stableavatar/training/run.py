@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import cpu_offload_with_hook
+from accelerate import PartialState, cpu_offload_with_hook
 from accelerate.hooks import remove_hook_from_module
 from diffusers import FlowMatchEulerDiscreteScheduler
 
@@ -274,8 +274,9 @@ def open_clips(choice: DataChoice) -> ClipDataset:
     return ClipDataset([*clips, *map(FolderClip.open, folders)], choice.clips)
 
 
-def cache_latents(recipe: Recipe, folder: Path, *, passes: int, dtype: torch.dtype) -> int:
-    """Encode the clips of a recipe into a cache, or finish one that was begun; the number of samples.
+def cache_latents(recipe: Recipe, folder: Path, *, passes: int, dtype: torch.dtype) -> int | None:
+    """Encode the clips of a recipe into a cache, or finish one that was begun; the number of samples. Several
+    processes, as torchrun or accelerate starts them, share the work; None in all but the first.
 
     Args:
         passes: over the data, each with starts and references of its own; a training that goes over the data
@@ -287,10 +288,24 @@ def cache_latents(recipe: Recipe, folder: Path, *, passes: int, dtype: torch.dty
     """
     clips = open_clips(replace(recipe.data, cache=None))
     transformer = None if recipe.model.embedded else load_start(recipe.model)
-    encoders = load_encoders(recipe.model, transformer, process_device())
+    encoders = load_encoders(recipe.model, transformer, process_device(recipe.trainer))
     keys = [(clip, epoch) for clip in range(len(clips)) for epoch in range(passes)]
-    CacheWriter(clips, folder, encoders, dtype, window_frames=recipe.data.window_frames).write(keys)
-    return len(keys)
+    state = PartialState()
+    with state.main_process_first():
+        writer = CacheWriter(
+            clips,
+            folder,
+            encoders,
+            dtype,
+            window_frames=recipe.data.window_frames,
+            process=state.process_index,
+            processes=state.num_processes,
+        )
+    state.wait_for_everyone()
+    writer.write(keys)
+    state.wait_for_everyone()
+    writer.gather()
+    return len(keys) if state.is_main_process else None
 
 
 class ValidationVideos:
