@@ -13,6 +13,8 @@ WORK    := runs/tiny
 CLIPS   ?= 3000
 MINUTES ?= 240
 START   ?=
+# Photographs that `make evaluate-tiny` animates beside the astronaut.
+PORTRAITS ?= $(wildcard $(addprefix ../shared/samples/portraits/,boy.jpg echo_01.jpg hallo_0008.jpg woman_blazer.png))
 # What `make bench` measures, by default all: transformer peak decode generate first-frame processes training.
 PARTS  ?=
 
@@ -32,6 +34,7 @@ demo: $(STAMP)   ## out/demo.mp4: a portrait says a recording
 
 test: $(STAMP)   ## run every test
 	-$(BIN)/stableavatar download --landmarks
+	-$(BIN)/python -m stableavatar.evaluation.faces
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 test-large: $(STAMP) ## the tests that need DeepSpeed and torchao, in an environment of their own
@@ -52,7 +55,8 @@ parity: $(STAMP) ## every parity case under PARITY=folder against our model
 	$(BIN)/python -m stableavatar.evaluation.parity $(PARITY)
 
 evaluate-tiny: $(STAMP) ## the embedded model against its bars (QUICK=1: a subset in two minutes)
-	$(BIN)/python -m stableavatar.evaluation.tiny --model $(MODEL) \
+	-$(BIN)/stableavatar download --landmarks && $(BIN)/python -m stableavatar.evaluation.faces
+	$(BIN)/python -m stableavatar.evaluation.tiny --model $(MODEL) $(addprefix --portrait ,$(PORTRAITS)) \
 	    $(if $(QUICK),--quick,--out docs/tiny.md $(if $(wildcard $(WORK)),--curves $(WORK)))
 
 evaluate-lora: $(STAMP) ## what a LoRA of one unseen person gains, into docs/training.md
@@ -70,7 +74,9 @@ tiny: $(STAMP)   ## train the embedded model anew, from puppets to weights (many
 	test -e $(WORK)/encoders/vae || { $(BIN)/python -m stableavatar.training.tiny.autoencoder --resume \
 	    --out $(WORK)/autoencoder --puppets $(WORK)/puppets --minutes $(MINUTES) \
 	    $(if $(START),--start-from src/stableavatar/assets/$(START)/vae) && \
-	    cp -R $(WORK)/autoencoder/model $(WORK)/encoders/vae; }
+	    $(BIN)/python -m stableavatar.training.tiny.autoencoder --resume --freeze-encoder --out $(WORK)/sharpened \
+	    --start-from $(WORK)/autoencoder/model --puppets $(WORK)/puppets --detail-weight 1 --image-steps 0 --minutes 30 && \
+	    cp -R $(WORK)/sharpened/model $(WORK)/encoders/vae; }
 	test -e $(WORK)/encoders/speech_encoder || { $(BIN)/python -m stableavatar.training.tiny.speech_encoder \
 	    --out $(WORK)/speech_encoder --puppets $(WORK)/puppets && \
 	    cp -R $(WORK)/speech_encoder/final $(WORK)/encoders/speech_encoder; }

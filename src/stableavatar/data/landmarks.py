@@ -134,18 +134,13 @@ class FaceLandmarker:
 
     def __init__(self, folder: Path | None = None) -> None:
         folder = folder or networks_folder()
-        try:
-            runtime = importlib.import_module("ai_edge_litert.interpreter")
-        except ImportError as error:
-            raise InputError(
-                "finding faces needs ai-edge-litert: pip install 'stableavatar[prepare]'"
-            ) from error
+        runtime_of_networks()
         detector, landmarks = (folder / Path(name).name for name in NETWORKS)
         if not detector.is_file() or not landmarks.is_file():
             raise CheckpointError(
                 f"the networks for faces are not in {folder}: get them with stableavatar download --landmarks"
             )
-        self._detector, self._landmarks = (_Network(runtime, path) for path in (detector, landmarks))
+        self._detector, self._landmarks = Network(detector), Network(landmarks)
         self._anchors = np.concatenate(
             [np.repeat(_centres(cells), anchors, axis=0) for cells, anchors in _GRIDS]
         )
@@ -268,11 +263,19 @@ def _filled(outline: Points, size: tuple[int, int]) -> NDArray[np.uint8]:
     return np.asarray(mask)
 
 
-class _Network:
-    """A network that takes one array and gives its outputs in their order."""
+def runtime_of_networks() -> Any:
+    """The module that runs `.tflite` files. Raises InputError: ai-edge-litert is not installed."""
+    try:
+        return importlib.import_module("ai_edge_litert.interpreter")
+    except ImportError as error:
+        raise InputError("finding faces needs ai-edge-litert: pip install 'stableavatar[prepare]'") from error
 
-    def __init__(self, runtime: Any, path: Path) -> None:
-        self._interpreter = runtime.Interpreter(str(path), num_threads=1)
+
+class Network:
+    """A network in a `.tflite` file that takes one array and gives its outputs in their order."""
+
+    def __init__(self, path: Path) -> None:
+        self._interpreter = runtime_of_networks().Interpreter(str(path), num_threads=1)
         self._interpreter.allocate_tensors()
         self._input = self._interpreter.get_input_details()[0]["index"]
         self._outputs = [described["index"] for described in self._interpreter.get_output_details()]

@@ -31,6 +31,8 @@ _READINGS = (0, 10)
 _CROP = (144, 31, 305, 192)
 """Left, top, right, bottom of the astronaut's face in its 512x512 picture: as large and as high as a
 puppet's."""
+_EYES_AT, _EYES_APART = (0.5, 0.45), 0.39
+"""The same for any face: the middle between the eyes, and their outer corners' distance, in sides."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,8 @@ class Plan:
 
     `puppets` clips against the truth, of which the first `wrong` also with other speech; `silence` clips;
     `prompts` pairs of a smiling and a serious one; a photograph, with its own and with other speech.
-    `autoencoder_frames` (4n+1) of true frames go through the autoencoder for each puppet.
+    `autoencoder_frames` (4n+1) of true frames go through the autoencoder for each puppet. `long` puppets
+    talk for `long_seconds`.
     """
 
     puppets: int
@@ -51,6 +54,8 @@ class Plan:
     prompts: int
     prompt_seconds: float
     photograph_seconds: float
+    long: int = 0
+    long_seconds: float = 300.0
 
     def __post_init__(self) -> None:
         if not 0 < self.puppets <= EVALUATION_RECORDINGS:
@@ -62,7 +67,7 @@ class Plan:
                 f"{self.autoencoder_frames} frames for the autoencoder: "
                 f"give 4n+1, at least {self.seconds * FPS:.0f}."
             )
-        if max(self.wrong, self.silence, self.prompts) > self.puppets:
+        if max(self.wrong, self.silence, self.prompts, self.long) > self.puppets:
             raise InputError(
                 "Controls are made for puppets of the plan; there cannot be more of them than puppets."
             )
@@ -70,7 +75,7 @@ class Plan:
 
 FULL = Plan(
     puppets=20, seconds=10.0, autoencoder_frames=301, wrong=20, silence=4, silence_seconds=4.0,
-    prompts=10, prompt_seconds=2.6, photograph_seconds=20.0,
+    prompts=10, prompt_seconds=2.6, photograph_seconds=30.0, long=1,
 )  # fmt: skip
 """What docs/tiny.md shows."""
 QUICK = Plan(
@@ -150,17 +155,36 @@ def photograph() -> Frames:
     return np.asarray(picture.resize((SIZE, SIZE), Image.Resampling.LANCZOS))[None]
 
 
-def photograph_speech(seconds: float) -> tuple[Samples, Samples]:
-    """What the photograph says, a reading by a person, and other speech of the same length.
+def person(picture: Frames, eyes: NDArray[np.float32]) -> Frames:
+    """A person's face out of a larger picture, 128x128, as large and as high as a puppet's: [1, H, W, 3].
 
-    Raises:
-        InputError: more is asked for than the recordings of people hold, 20 s.
+    Args:
+        picture: [H, W, 3]. eyes: outer corners [2, 2] in pixels. Beyond the picture's edge it is black.
     """
-    own = np.concatenate([evaluation_recording(index) for index in _READINGS])
-    other = np.concatenate([evaluation_recording(index + _OTHER) for index in _READINGS])
+    side = float(np.linalg.norm(eyes[1] - eyes[0])) / _EYES_APART
+    left, top = eyes.mean(axis=0) - side * np.array(_EYES_AT)
+    cut = Image.fromarray(picture).crop((round(left), round(top), round(left + side), round(top + side)))
+    return np.asarray(cut.resize((SIZE, SIZE), Image.Resampling.LANCZOS))[None]
+
+
+def photograph_speech(seconds: float) -> tuple[Samples, Samples]:
+    """What a photograph says, readings by people, and other speech of the same length. The readings last
+    20 s; beyond that they begin again, the other speech does not."""
     samples = round(seconds * SAMPLE_RATE)
-    if samples > len(own):
-        raise InputError(
-            f"The readings for the photograph last {len(own) / SAMPLE_RATE:g} s, not {seconds:g} s."
+    own = [evaluation_recording(index) for index in _READINGS]
+    rounds = -(-samples // sum(map(len, own)))
+    return np.concatenate(own * rounds)[:samples], evaluation_speech(_OTHER, seconds)
+
+
+def long_cases(plan: Plan) -> Iterator[TalkingCase]:
+    """Puppets that talk for minutes."""
+    frames = round(plan.long_seconds * FPS)
+    for index in range(plan.long):
+        truth = make_clip(EVALUATION_SEED + index, plan.long_seconds, size=SIZE)
+        yield TalkingCase(
+            truth=truth,
+            frames=truth.frames,
+            samples=truth.samples,
+            called=called_opening(truth.samples, frames),
+            other=truth.samples,
         )
-    return own[:samples], other[:samples]

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from stableavatar.evaluation.observation import Bar, Frames, Mask, Metric, Observation, median
+from stableavatar.evaluation.observation import Bar, Frames, Mask, Metric, Observation, mean, median
 from stableavatar.evaluation.pictures import sharpness, shifted, signal_to_noise, structural_similarity
 
 
@@ -59,6 +59,17 @@ def _drift_of_likeness(clip: Observation) -> float:
     return float(last - first)
 
 
+def _drift_over_minutes(clip: Observation) -> float:
+    """Ten seconds, for the true head sways and one second alone would say where it happens to be; not from
+    the start, where it is still at rest as in the portrait."""
+    second = round(clip.fps)
+    early, late = (
+        structural_similarity(clip.frames[part], clip.reference[part], clip.surroundings).mean()
+        for part in (slice(2 * second, 12 * second), slice(-10 * second, None))
+    )
+    return float(late - early)
+
+
 def _likeness(clip: Observation) -> float:
     return worst_second(steadied_similarity(clip.frames, clip.reference[:1], clip.surroundings), clip.fps)
 
@@ -79,6 +90,12 @@ IDENTITY = (
     Metric(
         "similarity_drift", "SSIM, last second less first", "", _drift_of_likeness, median,
         goals={"made": Bar(low=-0.02)},
+    ),
+)  # fmt: skip
+LONG_IDENTITY = (
+    Metric(
+        "long_similarity", "minutes on end: SSIM, last 10 s less seconds 2 to 12", "", _drift_over_minutes,
+        mean, goals={"made": Bar(low=-0.02)},
     ),
 )  # fmt: skip
 PHOTOGRAPH_IDENTITY = (

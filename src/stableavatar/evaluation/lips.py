@@ -95,6 +95,10 @@ def _tail(clip: Observation) -> float:
     return tail_difference(clip.mouth.opening, clip.called, round(3 * clip.fps))
 
 
+def _last_minute(clip: Observation) -> float:
+    return tail_difference(clip.mouth.opening, clip.called, round(60 * clip.fps))
+
+
 def _openness(clip: Observation) -> float:
     return openness(clip.mouth.opening)
 
@@ -113,6 +117,13 @@ LIPS = (
     Metric(
         "lip_tail", "lip correlation, last 3 s less the whole", "r", _tail, mean,
         goals={"made": Bar(low=-0.05)},
+    ),
+)  # fmt: skip
+LONG_LIPS = (
+    Metric("long_lips", "minutes on end: lip correlation", "r", _correlation, median),
+    Metric(
+        "long_lips_end", "minutes on end: lip correlation, last minute less the whole", "r", _last_minute,
+        mean, goals={"made": Bar(low=-0.05)},
     ),
 )  # fmt: skip
 SILENCE = (

@@ -45,6 +45,19 @@ class MouthTrack:
 
 
 @dataclass(frozen=True)
+class FaceTrack:
+    """What :class:`~stableavatar.evaluation.faces.FaceReader` reads from every frame of a person's video.
+
+    Attributes:
+        likeness: of the face to the portrait's [F], -1 to 1; 0 where no face is found.
+        opening: gap between the lips [F], in widths between the outer corners of the eyes.
+    """
+
+    likeness: Track
+    opening: Track
+
+
+@dataclass(frozen=True)
 class Observation:
     """One clip under the metrics.
 
@@ -57,6 +70,7 @@ class Observation:
         outside: pixels outside the face [H, W].
         expression: the expression that the prompt asked for, where it did.
         fps: frames a second.
+        faces: what was read by networks that know people's faces, where it was.
     """
 
     frames: Frames
@@ -67,6 +81,7 @@ class Observation:
     outside: Mask
     expression: str | None = None
     fps: float = 25.0
+    faces: FaceTrack | None = None
 
     def __post_init__(self) -> None:
         counts = {len(self.frames), len(self.reference), len(self.called), len(self.mouth)}

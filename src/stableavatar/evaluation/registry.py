@@ -7,11 +7,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from stableavatar.evaluation.expression import EXPRESSION
-from stableavatar.evaluation.identity import IDENTITY, PHOTOGRAPH_IDENTITY
-from stableavatar.evaluation.lips import LIPS, PHOTOGRAPH_LIPS, SILENCE
+from stableavatar.evaluation.faces import FACES
+from stableavatar.evaluation.identity import IDENTITY, LONG_IDENTITY, PHOTOGRAPH_IDENTITY
+from stableavatar.evaluation.lips import LIPS, LONG_LIPS, PHOTOGRAPH_LIPS, SILENCE
 from stableavatar.evaluation.observation import Metric, Variant
 from stableavatar.evaluation.reconstruction import RECONSTRUCTION
-from stableavatar.evaluation.steadiness import PHOTOGRAPH_STEADINESS, STEADINESS
+from stableavatar.evaluation.steadiness import LONG_STEADINESS, PHOTOGRAPH_STEADINESS, STEADINESS
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,8 @@ GROUPS: Mapping[str, Group] = {
     "puppets": Group("unseen puppets, speech and voices", LIPS + IDENTITY + STEADINESS),
     "silence": Group("the same puppets, silence fed", SILENCE),
     "prompts": Group("the same puppets, two prompts", EXPRESSION),
+    "long": Group("an unseen puppet for minutes", LONG_LIPS + LONG_IDENTITY + LONG_STEADINESS),
+    "people": Group("photographs, read by networks for faces", FACES),
     "photograph": Group("a photograph", PHOTOGRAPH_LIPS + PHOTOGRAPH_IDENTITY + PHOTOGRAPH_STEADINESS),
 }
 

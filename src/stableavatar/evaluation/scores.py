@@ -3,12 +3,12 @@ written."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 from rich.table import Table
 
-from stableavatar.evaluation.observation import VARIANTS, Metric, Observation, Variant
+from stableavatar.evaluation.observation import VARIANTS, Bar, Metric, Observation, Variant
 from stableavatar.evaluation.registry import GROUPS, Group
 
 _HEADINGS: dict[Variant, str] = {
@@ -49,7 +49,8 @@ class Scores:
         return lines
 
     def rows(self) -> Iterator[list[str]]:
-        """The table's rows: figure, result, controls, this state's bar, the final bar, pass or miss."""
+        """The table's rows: figure, result, controls, this state's bar and whether it is passed, and the same
+        of the final bar."""
         for name, group in GROUPS.items():
             for metric in group.metrics:
                 shown = {variant: self.figure(name, metric, variant) for variant in VARIANTS}
@@ -62,14 +63,15 @@ class Scores:
                     metric.title + unit,
                     *cells,
                     _bars(metric.bars, group),
+                    self._verdict(name, metric, metric.bars),
                     _bars(metric.goals, group),
-                    self._verdict(name, metric),
+                    self._verdict(name, metric, metric.goals),
                 ]
 
-    def _verdict(self, group: str, metric: Metric) -> str:
+    def _verdict(self, group: str, metric: Metric, bars: Mapping[Variant, Bar]) -> str:
         judged = [
             bar.passes(value)
-            for variant, bar in metric.bars.items()
+            for variant, bar in bars.items()
             if (value := self.figure(group, metric, variant)) is not None
         ]
         if not judged:
@@ -90,7 +92,7 @@ def _bars(bars: object, group: Group) -> str:
     )
 
 
-COLUMNS = ("figure", "result", *(_HEADINGS[v] for v in VARIANTS if v != "made"), "bar", "final bar", "")
+COLUMNS = ("figure", "result", *(_HEADINGS[v] for v in VARIANTS if v != "made"), "bar", "", "final bar", "")
 
 
 def rich_table(scores: Scores, title: str) -> Table:
@@ -99,13 +101,13 @@ def rich_table(scores: Scores, title: str) -> Table:
     for index, column in enumerate(COLUMNS):
         table.add_column(column, justify="right" if 0 < index < 6 else "left")
     for row in scores.rows():
-        row[-1] = {"pass": "[green]pass[/]", "MISS": "[bold red]MISS[/]"}.get(row[-1], "")
-        table.add_row(row[0].replace("[", "\\["), *row[1:])
+        shown = {"pass": "[green]pass[/]", "MISS": "[bold red]MISS[/]"}
+        table.add_row(row[0].replace("[", "\\["), *(shown.get(cell, cell) for cell in row[1:]))
     return table
 
 
 def markdown_table(scores: Scores) -> str:
     """The table for a document."""
-    lines = ["| " + " | ".join(COLUMNS) + " |", "|---|" + "---:|" * 5 + "---|---|---|"]
+    lines = ["| " + " | ".join(COLUMNS) + " |", "|---|" + "---:|" * 5 + "---|---|---|---|"]
     lines += ["| " + " | ".join(row) + " |" for row in scores.rows()]
     return "\n".join(lines)

@@ -44,6 +44,9 @@ STEADINESS = (
     Metric("flicker", "flicker outside the face", "levels", _flicker, median),
     Metric("colour_drift", "colour drift outside the face", "levels", _drift, median),
 )
+LONG_STEADINESS = (
+    Metric("long_drift", "minutes on end: colour drift outside the face", "levels", _drift, median),
+)
 PHOTOGRAPH_STEADINESS = (
     Metric("photograph_flicker", "photograph: flicker outside the face", "levels", _flicker, median),
     Metric(

@@ -35,18 +35,23 @@ from stableavatar.evaluation.cases import (
     Plan,
     Samples,
     called_opening,
+    long_cases,
+    person,
     photograph,
     photograph_speech,
     prompted_cases,
     silent_cases,
     talking_cases,
 )
+from stableavatar.evaluation.faces import OUTER_EYES, FaceReader
+from stableavatar.evaluation.identity import worst_second
 from stableavatar.evaluation.lips import lip_score
 from stableavatar.evaluation.meter import MouthMeter, shipped_meter
-from stableavatar.evaluation.observation import Frames, Observation, Track, Variant
+from stableavatar.evaluation.observation import FaceTrack, Frames, Observation, Track, Variant
 from stableavatar.evaluation.regions import Regions, photograph_regions, puppet_regions
 from stableavatar.evaluation.report import Exhibits, write_report
 from stableavatar.evaluation.scores import Scores, rich_table
+from stableavatar.media.image import read_picture
 from stableavatar.pipeline import AvatarPipeline, load
 from stableavatar.sampling.decoding import normalise_latents, stream_decode
 
@@ -64,8 +69,18 @@ class Evaluation:
     """One run: clips are made by `speaker` and `coder`, read by `meter`, their values gathered in
     `scores`."""
 
-    def __init__(self, plan: Plan, coder: Coder, speaker: Speaker | None, meter: MouthMeter) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        coder: Coder,
+        speaker: Speaker | None,
+        meter: MouthMeter,
+        faces: FaceReader | None = None,
+        portraits: Sequence[Path] = (),
+    ) -> None:
         self.plan = plan
+        self.faces = faces
+        self.portraits = portraits
         self.coder = coder
         self.speaker = speaker
         self.meter = meter
@@ -80,8 +95,13 @@ class Evaluation:
             with _timed("silence and prompts"):
                 self.keep_silent(self.speaker)
                 self.follow_prompts(self.speaker)
+            with _timed("minutes on end"):
+                self.talk_on(self.speaker)
             with _timed("photograph"):
                 self.animate_photograph(self.speaker)
+            if self.faces is not None and self.portraits:
+                with _timed("more photographs"):
+                    self.animate_people(self.speaker, self.faces)
         return self.scores
 
     def observe(
@@ -91,8 +111,9 @@ class Evaluation:
         called: Track,
         regions: Regions,
         expression: str | None = None,
+        faces: FaceTrack | None = None,
     ) -> Observation:
-        """The first frames that all have, as an observation."""
+        """The first frames that all have, as an observation; `faces` are of all frames."""
         count = min(len(frames), len(reference), len(called))
         return Observation(
             frames=frames[:count],
@@ -103,6 +124,7 @@ class Evaluation:
             outside=regions.outside,
             expression=expression,
             fps=FPS,
+            faces=None if faces is None else FaceTrack(faces.likeness[:count], faces.opening[:count]),
         )
 
     def talk(self) -> None:
@@ -162,6 +184,46 @@ class Evaluation:
                 )
                 self.scores.add("prompts", variant, clip)
 
+    def talk_on(self, speaker: Speaker) -> None:
+        """A puppet for minutes: is it at the end what it was at the start."""
+        for index, case in enumerate(long_cases(self.plan)):
+            truth = case.truth
+            regions = puppet_regions(truth.identity, SIZE)
+            still = np.broadcast_to(truth.portrait, truth.frames.shape)
+            made = speaker(truth.portrait, case.samples, truth.prompt, index)
+            variants: dict[Variant, Frames] = {"made": made, "true": truth.frames, "still": still}
+            for variant, frames in variants.items():
+                self.scores.add("long", variant, self.observe(frames, truth.frames, case.called, regions))
+
+    def animate_people(self, speaker: Speaker, reader: FaceReader) -> None:
+        """Photographs of people, read by networks that know people's faces; their mouths and backgrounds lie
+        anywhere, so that nothing else is measured."""
+        own, other = photograph_speech(self.plan.photograph_seconds)
+        called = called_opening(own, round(self.plan.photograph_seconds * FPS))
+        nowhere = Regions(*np.zeros((2, SIZE, SIZE), bool))
+        for file in self.portraits:
+            picture = read_picture(file)
+            portrait = person(picture, reader.landmarks(picture)[list(OUTER_EYES)])
+            still = np.broadcast_to(portrait, (len(called), *portrait.shape[1:]))
+            variants: dict[Variant, Frames] = {
+                "made": speaker(portrait[0], own, PHOTOGRAPH_PROMPT, 0),
+                "wrong": speaker(portrait[0], other, PHOTOGRAPH_PROMPT, 0),
+                "decoded": self.coder(still[: 4 * ((len(still) - 1) // 4) + 1]),
+                "still": still,
+            }
+            for variant, made in variants.items():
+                faces = reader.read(made, portrait[0])
+                clip = self.observe(made, still, called, nowhere, faces=faces)
+                self.scores.add("people", variant, clip)
+                logger.info(
+                    "%s (%s): identity %.2f in the worst second, %.2f in the mean; lips r %.2f",
+                    file.name,
+                    variant,
+                    worst_second(faces.likeness, FPS),
+                    faces.likeness.mean(),
+                    lip_score(faces.opening[: len(called)], called).correlation,
+                )
+
     def animate_photograph(self, speaker: Speaker) -> None:
         """A photograph with real speech, its own and another's."""
         portrait = photograph()
@@ -178,8 +240,11 @@ class Evaluation:
             "wrong": speaker(portrait[0], other, PHOTOGRAPH_PROMPT, 0),
         }
         for variant, made in variants.items():
-            clip = self.observe(made, still, called, regions)
+            faces = None if self.faces is None else self.faces.read(made, portrait[0])
+            clip = self.observe(made, still, called, regions, faces=faces)
             self.scores.add("photograph", variant, clip)
+            if faces is not None:
+                self.scores.add("people", variant, clip)
             if variant == "made":
                 self.exhibits.photograph_called = clip.called
                 self.exhibits.photograph_measured = clip.mouth.opening
@@ -196,6 +261,17 @@ def _timed(what: str) -> Iterator[None]:
     started = time.monotonic()
     yield
     logger.info("%s: %.0f s", what, time.monotonic() - started)
+
+
+def _face_reader(*, required: bool) -> FaceReader | None:
+    """Where its networks are missing and not required, what they would read is left out, and said so."""
+    try:
+        return FaceReader()
+    except StableAvatarError as error:
+        if required:
+            raise
+        logger.warning("left out, face identity and lips by landmarks: %s", error)
+        return None
 
 
 @torch.no_grad()
@@ -237,6 +313,13 @@ def _parser() -> argparse.ArgumentParser:
         "--out", type=Path, help="a document to write the table and pictures into, such as docs/tiny.md"
     )
     parser.add_argument(
+        "--portrait",
+        type=Path,
+        action="append",
+        default=[],
+        help="a further photograph of a face to animate (may be repeated)",
+    )
+    parser.add_argument(
         "--curves", type=Path, help="a folder of training logs (*.jsonl) to draw the loss curves from"
     )
     parser.add_argument("--steps", type=int, help="denoising steps in place of the model's own")
@@ -271,7 +354,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 pipeline, {name: value for name, value in given.items() if value is not None}
             )
             vae = pipeline.vae
-        evaluation = Evaluation(plan, lambda frames: code(vae, frames), speaker, shipped_meter())
+        faces = None if speaker is None else _face_reader(required=bool(options.portrait))
+        evaluation = Evaluation(
+            plan, lambda frames: code(vae, frames), speaker, shipped_meter(), faces, options.portrait
+        )
         scores = evaluation.run()
         minutes = (time.monotonic() - started) / 60
         title = (
