@@ -40,7 +40,7 @@ test: $(STAMP)   ## run every test
 test-large: $(STAMP) ## the tests that need DeepSpeed and torchao, in an environment of their own
 	$(PYTHON) -m venv $(VENV)-large
 	$(VENV)-large/bin/pip install -q -c constraints.txt -e '.[dev,large]'
-	$(VENV)-large/bin/python -m pytest tests/test_training_processes.py tests/test_training_trainer.py
+	$(VENV)-large/bin/python -m pytest tests/test_training_processes.py tests/test_training_trainer.py tests/test_training_optimizers.py
 
 lint: $(STAMP)   ## style and types
 	$(BIN)/ruff check .

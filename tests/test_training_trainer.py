@@ -150,6 +150,24 @@ def test_trackers_get_the_log(tmp_path: Path) -> None:
     assert drawn == [(line["step"], pytest.approx(line["loss"], rel=1e-6)) for line in losses(tmp_path)]
 
 
+def test_weights_and_biases_gets_the_log_beside_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Offline; the file is W&B's own, in which values stand as JSON."""
+    pytest.importorskip("wandb", reason="in the extra large; see make test-large")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    trainer = make(tmp_path / "run", steps=6, trackers=("wandb",))
+    trainer.train()
+    trainer.close()
+    (file,) = (tmp_path / "run" / "trackers").rglob("run-*.wandb")
+    written = file.read_bytes()
+    logged = losses(tmp_path / "run")
+    assert len(logged) == 2
+    for line in logged:
+        assert str(line["loss"])[:12].encode() in written
+    assert b"learning_rate" in written
+
+
 def test_the_log_splits_the_loss_by_sigma(tmp_path: Path) -> None:
     make(tmp_path, steps=12, log_every=12).train()
     (line,) = losses(tmp_path)

@@ -266,7 +266,9 @@ class Trainer(Generic[Sample]):
             )
         log = JsonLog(self.folder / "log.jsonl", self.step) if self.accelerator.is_main_process else None
         if settings.trackers:
-            self.accelerator.init_trackers(PROJECT, config=flat(dataclasses.asdict(settings)))
+            # W&B would write where the command was given.
+            where = {"wandb": {"dir": str(self.folder / "trackers")}}
+            self.accelerator.init_trackers(PROJECT, flat(dataclasses.asdict(settings)), init_kwargs=where)
         deadline = time.monotonic() + 60 * settings.minutes if settings.minutes is not None else None
         batches = self._batches()
         self.module.train()
