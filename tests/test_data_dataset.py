@@ -310,18 +310,28 @@ def test_processes_share_a_cache_and_a_note_left_behind_is_not_lost(
 
     first, second = writers()
     second.write(KEYS)
-    second.gather()  # not for it to do
-    assert sorted(path.name for path in folder.iterdir() if path.suffix == ".json") == [
-        "block-00001.json", "block-00003.json"
-    ]  # fmt: skip
-    with pytest.raises(InputError, match="no readable cache"):
+    second.finish(KEYS)  # not for it to do
+    assert sorted(path.name for path in folder.glob("block-*")) == ["block-00001.json", "block-00003.json"]
+    with pytest.raises(InputError, match="no samples yet"):
         LatentCache(folder)
     del first
     first, second = writers()  # takes over what the interrupted ones had finished
     assert len(read_manifest(folder)["shards"]) == 2
     second.write(KEYS)
+    with pytest.raises(InputError, match="lacks 2 of 7 samples"):
+        first.finish(KEYS)
     first.write(KEYS)
-    first.gather()
+    first.finish(KEYS)
+    assert not list(folder.glob("block-*"))
+    note = {
+        "origin": "of another cache",
+        "block": 9,
+        "shards": [{"file": "x", "keys": [[0, 7]], "prompts": []}],
+        "skipped": {},
+    }
+    (folder / "block-00009.json").write_text(json.dumps(note))
+    first = writers()[0]  # killed before it had a manifest, another one has left a note
+    assert first.manifest["blocks"] < 9
     assert not list(folder.glob("block-*"))
     alone, shared = LatentCache(root / "alone"), LatentCache(folder)
     assert shared.fingerprint == alone.fingerprint
@@ -337,10 +347,11 @@ def test_an_interrupted_cache_is_finished_and_another_ones_refused(
     dataset = three_clips(root)
     folder = root / "cache"
     CacheWriter(dataset, folder, Encoders(vae, speech_encoder), shard_samples=3).write(KEYS[:3])
-    first = (folder / "shard-00000-0.safetensors").stat().st_mtime_ns
+    (shard,) = folder.glob("shard-00000-*")
+    first = shard.stat().st_mtime_ns
     assert len(LatentCache(folder)) == 1  # three passes of a clip
     CacheWriter(dataset, folder, Encoders(vae, speech_encoder), shard_samples=3).write(KEYS)
-    assert (folder / "shard-00000-0.safetensors").stat().st_mtime_ns == first
+    assert shard.stat().st_mtime_ns == first
     assert len(LatentCache(folder)) == 3
 
     with pytest.raises(InputError, match="another dtype"):
@@ -349,7 +360,8 @@ def test_an_interrupted_cache_is_finished_and_another_ones_refused(
     with pytest.raises(InputError, match="another vae"):
         CacheWriter(dataset, folder, Encoders(other, speech_encoder), shard_samples=3)
 
-    (folder / "shard-00001-0.safetensors").write_bytes(b"cut off")
+    (shard,) = folder.glob("shard-00001-*")
+    shard.write_bytes(b"cut off")
     with pytest.raises(InputError, match="shard-00001-0"):
         LatentCache(folder)
     (folder / "manifest.json").write_text(json.dumps({"format": 99}))

@@ -234,6 +234,17 @@ def test_a_trained_encoder_that_stays_frozen_keeps_its_statistics(tmp_path: Path
         assert (config["latents_mean"] == [0.25] * 16) is kept
         assert (config["latents_std"] == [1.5] * 16) is kept
 
+    # An encoder that has learned since is measured, also where it is frozen only after a stop.
+    (tmp_path / "moved").mkdir()
+    trainer = small_trainer(tmp_path / "moved", start=tmp_path / "trained", measured_clips=2)
+    trainer.train_step()
+    trainer.save()
+    resumed = small_trainer(tmp_path / "moved", start=tmp_path / "trained", measured_clips=2)
+    resumed.load()
+    resumed.freeze_encoder()
+    resumed.export(tmp_path / "moved" / "model")
+    assert AutoencoderKLWan.load_config(tmp_path / "moved" / "model")["latents_std"] != [1.5] * 16
+
 
 def test_residual_branches_are_silent_at_the_start() -> None:
     vae = build_autoencoder(8).eval()

@@ -11,7 +11,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -50,11 +50,12 @@ class CacheWriter:
         shard_samples: samples a shard.
         window_frames: T of the windows that `CachedWindows` takes from the samples, which are longer: one
             encoding of a clip then serves many windows; see `Encoders.encode_samples`.
-        process, processes: which of how many processes this is. The first must be there before the others
-            look into the folder, all of them before the first writes, and at the end it calls `gather`.
+        process, processes: which of how many processes this is. The first has to be made before the others,
+            all of them before the first writes, and when all have written they `finish`.
 
     Raises:
-        InputError: the folder holds a cache of other encoders, of another data set or of other settings.
+        InputError: the folder holds a cache of other encoders, of another data set or of other settings, or
+            one that the first process has not begun.
     """
 
     dataset: ClipDataset
@@ -65,6 +66,9 @@ class CacheWriter:
     window_frames: int | None = None
     process: int = 0
     processes: int = 1
+    manifest: dict[str, Any] = field(init=False)
+    _before: int = field(default=0, init=False)
+    _missing: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
         frames, window = self.dataset.settings.frames, self.window_frames
@@ -81,29 +85,27 @@ class CacheWriter:
             "shard_samples": self.shard_samples,
             "window_frames": self.window_frames,
         }
+        self._origin_digest = _digest(json.dumps(origin, sort_keys=True).encode())
         groups = [[width, height, str(fps)] for width, height, fps in self.dataset.groups]
-        if (self.folder / MANIFEST).exists():
-            self.manifest = read_manifest(self.folder)
-            stored = self.manifest["origin"]
-            if stored["clips"] == self.dataset.clips_digest(len(self.manifest["groups"])):
-                # Of the first of these clips, which others have joined.
-                stored["clips"], self.manifest["groups"] = origin["clips"], groups
-            different = [name for name in {**origin, **stored} if origin.get(name) != stored.get(name)]
-            if different:
-                raise InputError(
-                    f"{self.folder} holds a cache made with another {', '.join(different)}; "
-                    "choose another folder or remove it"
-                )
-        else:
-            self.manifest = {
-                "format": FORMAT,
-                "origin": origin,
-                "groups": groups,
-                "blocks": 0,
-                "shards": [],
-                "skipped": {},
-            }
-        self.gather()
+        leads = self.process == 0
+        if leads and not (self.folder / MANIFEST).exists():
+            self.manifest = {"format": FORMAT, "origin": origin, "groups": groups}
+            self.manifest |= {"blocks": 0, "shards": [], "skipped": {}}
+            self._write_manifest()
+        self.manifest = read_manifest(self.folder)
+        stored = self.manifest["origin"]
+        if leads and stored["clips"] == self.dataset.clips_digest(len(self.manifest["groups"])):
+            # Of the first of these clips, which others have joined.
+            stored["clips"], self.manifest["groups"] = origin["clips"], groups
+        different = [name for name in {**origin, **stored} if origin.get(name) != stored.get(name)]
+        if different:
+            raise InputError(
+                f"{self.folder} holds a cache made with another {', '.join(different)}; "
+                "choose another folder or remove it"
+            )
+        if leads:
+            self._write_manifest()
+            self._gather()
 
     def write(self, keys: Sequence[ClipKey]) -> None:
         """Encode the samples of `keys`, in blocks of `shard_samples`, of which every process takes its share;
@@ -111,7 +113,7 @@ class CacheWriter:
         another one adds passes. Neighbouring keys of one clip share the encoding of its portrait."""
         there = {tuple(key) for shard in self.manifest["shards"] for key in shard["keys"]}
         missing = [key for key in keys if key not in there]
-        first = self.manifest["blocks"]
+        first, self._before, self._missing = self.manifest["blocks"], len(there), len(missing)
         for number, start in enumerate(range(0, len(missing), self.shard_samples)):
             if number % self.processes != self.process:
                 continue
@@ -123,31 +125,59 @@ class CacheWriter:
             samples.sort(key=lambda pair: _shapes(pair[1]))
             block = first + number
             shards = [
-                self._save(f"shard-{block:05d}-{part}.safetensors", list(group))
+                self._save(f"shard-{block:05d}-{part}", list(group))
                 for part, (_, group) in enumerate(groupby(samples, key=lambda pair: _shapes(pair[1])))
             ]
-            note = {"block": block, "shards": shards, "skipped": self.dataset.skipped}
+            note = {
+                "origin": self._origin_digest,
+                "block": block,
+                "shards": shards,
+                "skipped": self.dataset.skipped,
+            }
             write_file(self.folder / NOTES.replace("*", f"{block:05d}"), json.dumps(note).encode())
-            self.gather()
             if self.process == 0:
-                done = sum(len(shard["keys"]) for shard in self.manifest["shards"])
-                logger.info("%d of %d samples encoded", done - len(there), len(missing))
+                self._gather()
 
-    def gather(self) -> None:
-        """Take the blocks that any process has finished over into the manifest; for the first process, the
-        others do nothing."""
-        notes = sorted(self.folder.glob(NOTES)) if self.process == 0 else []
-        if not notes:
+    def finish(self, keys: Sequence[ClipKey]) -> None:
+        """Take what the others have finished over into the manifest; for the first process, the others need
+        do nothing.
+
+        Raises:
+            InputError: samples of `keys` are not there: the processes did not write into one folder.
+        """
+        if self.process != 0:
             return
+        self._gather()
+        there = {tuple(key) for shard in self.manifest["shards"] for key in shard["keys"]}
+        lacking = sum(key not in there for key in keys)
+        if lacking:
+            raise InputError(
+                f"{self.folder} lacks {lacking} of {len(keys)} samples, which another process was to write: "
+                "do all processes see this folder? The same command writes what is lacking"
+            )
+
+    def _gather(self) -> None:
+        """Notes become entries of the manifest. Those of another cache, which was interrupted in this folder
+        before it had a manifest, are thrown away."""
+        notes = sorted(self.folder.glob(NOTES))
         known = {shard["file"] for shard in self.manifest["shards"]}
         for note in notes:
             content = json.loads(note.read_text(encoding="utf-8"))
+            if content["origin"] != self._origin_digest:
+                logger.warning("%s: of another cache, not used", note)
+                continue
             self.manifest["shards"] += [shard for shard in content["shards"] if shard["file"] not in known]
             self.manifest["blocks"] = max(self.manifest["blocks"], content["block"] + 1)
             self.manifest["skipped"] |= content["skipped"]
-        write_file(self.folder / MANIFEST, json.dumps(self.manifest, indent=1).encode())
+        if notes:
+            self._write_manifest()
+            done = sum(len(shard["keys"]) for shard in self.manifest["shards"]) - self._before
+            logger.info("%d of %d samples encoded", done, self._missing or done)
         for note in notes:
             note.unlink()
+
+    def _write_manifest(self) -> None:
+        write_file(self.folder / MANIFEST, json.dumps(self.manifest, indent=1).encode())
 
     def _save(self, name: str, pairs: list[tuple[ClipKey, EncodedSample]]) -> dict[str, Any]:
         samples = [sample for _, sample in pairs]
@@ -156,12 +186,14 @@ class CacheWriter:
             if getattr(samples[0], key) is not None:
                 stacked = torch.stack([getattr(sample, key) for sample in samples])
                 tensors[key] = stacked if key in _BYTES else stacked.to(self.dtype)
+        keys = [list(key) for key, _ in pairs]
+        # Named by what it holds too: two runs at once cannot put other samples under a name that is known.
+        name = f"{name}-{_digest(json.dumps(keys).encode())[:8]}.safetensors"
         self._write(name, tensors)
         for prompt in {sample.prompt for sample in samples} | {""}:
             embeddings = self.encoders.prompt(prompt)
             if embeddings is not None and not (self.folder / _prompt_file(prompt)).exists():
                 self._write(_prompt_file(prompt), {"embeddings": embeddings.to(self.dtype)})
-        keys = [list(key) for key, _ in pairs]
         prompts = [sample.prompt for sample in samples]
         return {"file": name, "keys": keys, "prompts": prompts}
 

@@ -28,8 +28,8 @@ def colour_drift(frames: Frames, where: Mask, fps: float) -> float:
     """Largest change of the mean colour (R, G or B, in levels of 255) over `where` from the first to the last
     second."""
     second = max(1, round(fps))
-    values = frames[:, where].astype(np.float64).mean(axis=1)
-    return float(np.abs(values[-second:].mean(axis=0) - values[:second].mean(axis=0)).max())
+    first, last = (frames[part][:, where].mean(axis=(0, 1)) for part in (slice(second), slice(-second, None)))
+    return float(np.abs(last - first).max())
 
 
 def _flicker(clip: Observation) -> float:

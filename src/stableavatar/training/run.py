@@ -92,7 +92,7 @@ class Training:
     def _export_embedded(self, avatar: TinyAvatar, trained: Mapping[str, torch.Tensor]) -> Path:
         folder = self.recipe.output / EMBEDDED
         if self.trainer.accelerator.is_main_process:
-            encoders = load_encoders(self.recipe.model, None, torch.device("cpu"))
+            encoders = load_encoders(self.recipe.model, torch.device("cpu"))
             with torch.device("meta"):
                 written = embedded_avatar(self.recipe, avatar.transformer.config)
             written.load_state_dict({**avatar.state_dict(), **trained}, assign=True)
@@ -121,7 +121,7 @@ def prepare_training(recipe: Recipe, *, resume: bool = False, new_data: bool = F
             freeze_others(transformer, trained_by_recipe)
         avatar = Avatar(transformer, recipe.objective)
     else:
-        encoders = load_encoders(recipe.model, None, device)
+        encoders = load_encoders(recipe.model, device)
         avatar = start_embedded(recipe, encoders)
     if device.type == "cpu":
         use_explicit_attention(avatar)
@@ -135,7 +135,7 @@ def prepare_training(recipe: Recipe, *, resume: bool = False, new_data: bool = F
         if recipe.data.window_frames is not None:
             raise InputError("data: window_frames are of a cache: make one with stableavatar cache-latents")
         source, collate = open_clips(recipe.data), list
-        encoders = encoders or load_encoders(recipe.model, avatar.transformer, device)
+        encoders = encoders or load_encoders(recipe.model, device)
         prepare = _Encode(encoders)
     callbacks = []
     if recipe.validation is not None:
@@ -227,9 +227,7 @@ def load_start(choice: ModelChoice) -> StableAvatarTransformer3DModel:
     return loading.load_transformer(base, overlay, adapter, dtype=dtype, allow_missing_audio=overlay is None)
 
 
-def load_encoders(
-    choice: ModelChoice, transformer: StableAvatarTransformer3DModel | None, device: torch.device
-) -> Encoders:
+def load_encoders(choice: ModelChoice, device: torch.device) -> Encoders:
     """The frozen encoders of a model; of an embedded one, whose others are trained, autoencoder and speech
     encoder. Raises CheckpointError."""
     dtype = DTYPES[choice.encoder_dtype]
@@ -241,7 +239,7 @@ def load_encoders(
             "speech_encoder": loading.load_speech_encoder(source / "speech_encoder", dtype=torch.float32),
         }
     elif detect_layout(source) == "own":
-        pipeline = AvatarPipeline.from_pretrained(source, dtype=dtype, transformer=transformer)
+        pipeline = AvatarPipeline.from_pretrained(source, dtype=dtype, transformer=None)
         names = ("vae", "speech_encoder", "text_encoder", "tokenizer", "image_encoder")
         parts = {name: pipeline.components[name] for name in names}
     else:
@@ -258,10 +256,20 @@ def load_encoders(
         (avoid_slow_kernels if parts["vae"].dtype == torch.float32 else use_training_kernels)(parts["vae"])
     return Encoders(
         **parts,
-        text_length=512 if transformer is None else transformer.config.text_length,
+        text_length=_text_length(choice),
         device=device,
         offload=choice.offload_encoders,
     )
+
+
+def _text_length(choice: ModelChoice) -> int:
+    """How many tokens of a prompt the transformer takes; embedded models encode their prompts themselves."""
+    source = model_folder(choice.source)
+    if choice.embedded is None and detect_layout(source) == "own":
+        config = (choice.transformer or source / TRANSFORMER) / "config.json"
+        if config.is_file():
+            return int(read_json(config)["text_length"])
+    return int(SIZES[choice.size].transformer["text_length"])
 
 
 def open_clips(choice: DataChoice) -> ClipDataset:
@@ -287,8 +295,7 @@ def cache_latents(recipe: Recipe, folder: Path, *, passes: int, dtype: torch.dty
         InputError, CheckpointError: see `prepare_training` and `CacheWriter`.
     """
     clips = open_clips(replace(recipe.data, cache=None))
-    transformer = None if recipe.model.embedded else load_start(recipe.model)
-    encoders = load_encoders(recipe.model, transformer, process_device(recipe.trainer))
+    encoders = load_encoders(recipe.model, process_device(recipe.trainer))
     keys = [(clip, epoch) for clip in range(len(clips)) for epoch in range(passes)]
     state = PartialState()
     with state.main_process_first():
@@ -304,7 +311,8 @@ def cache_latents(recipe: Recipe, folder: Path, *, passes: int, dtype: torch.dty
     state.wait_for_everyone()
     writer.write(keys)
     state.wait_for_everyone()
-    writer.gather()
+    writer.finish(keys)
+    state.destroy_process_group()
     return len(keys) if state.is_main_process else None
 
 
@@ -325,7 +333,7 @@ class ValidationVideos:
         assert self.recipe.validation is not None
         folder = self.recipe.output / "validation" / f"step-{step:08d}"
         device = process_device()
-        encoders = self.encoders or load_encoders(self.recipe.model, self.avatar.transformer, device)
+        encoders = self.encoders or load_encoders(self.recipe.model, device)
         pipeline = self._pipeline(encoders)
         precision = self.recipe.trainer.precision
         with contextlib.ExitStack() as stack:

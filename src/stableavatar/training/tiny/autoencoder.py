@@ -211,6 +211,10 @@ class AutoencoderTrainer:
         self.rank = rank
         sizes = (settings.base_channels, settings.residual_blocks, settings.latent_channels)
         self.vae = build_autoencoder(*sizes).train()
+        # Of a trained one whose encoder stays as it is, the latents' mean and deviation stay too.
+        self.statistics: tuple[list[float], list[float]] | None = None
+        if start is not None:
+            self.statistics = start_from(self.vae, start)
         self.average = build_autoencoder(*sizes).requires_grad_(False).eval()
         self.average.load_state_dict(self.vae.state_dict())
         use_training_kernels(self.vae)
@@ -230,11 +234,6 @@ class AutoencoderTrainer:
         self.seconds = 0.0
         self.encoder_frozen = False
         self.stopping = False
-        # Of a trained one whose encoder stays as it is, the latents' mean and deviation stay too.
-        self.statistics: tuple[list[float], list[float]] | None = None
-        if start is not None:
-            self.statistics = start_from(self.vae, start)
-            self.average.load_state_dict(self.vae.state_dict())
 
     def freeze_encoder(self) -> None:
         """From now on the averaged encoder stays as it is, and with it all latents; the decoder learns."""
@@ -248,6 +247,8 @@ class AutoencoderTrainer:
     def train_step(self) -> dict[str, float]:
         """One batch, one update. Returns loss, squared error, KL, gradient norm."""
         settings = self.settings
+        if not self.encoder_frozen:
+            self.statistics = None
         factor = rate_factor(settings, self.step, self.seconds / 60)
         rates = {"muon": settings.kernel_learning_rate * factor, "adamw": settings.learning_rate * factor}
         for name, optimizer in self.optimizers.items():
