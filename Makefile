@@ -37,7 +37,7 @@ test: $(STAMP)   ## run every test
 	-$(BIN)/python -m stableavatar.evaluation.faces
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 
-test-large: $(STAMP) ## the tests that need DeepSpeed and torchao, in an environment of their own
+test-large: $(STAMP) ## the tests that need DeepSpeed, torchao and W&B, in an environment of their own
 	$(PYTHON) -m venv $(VENV)-large
 	$(VENV)-large/bin/pip install -q -c constraints.txt -e '.[dev,large]'
 	$(VENV)-large/bin/python -m pytest tests/test_training_processes.py tests/test_training_trainer.py tests/test_training_optimizers.py
@@ -54,9 +54,10 @@ format: $(STAMP) ## put the style right
 parity: $(STAMP) ## every parity case under PARITY=folder against our model
 	$(BIN)/python -m stableavatar.evaluation.parity $(PARITY)
 
-evaluate-tiny: $(STAMP) ## the embedded model against its bars (QUICK=1: a subset in two minutes)
-	-$(BIN)/stableavatar download --landmarks && $(BIN)/python -m stableavatar.evaluation.faces
-	$(BIN)/python -m stableavatar.evaluation.tiny --model $(MODEL) $(addprefix --portrait ,$(PORTRAITS)) \
+evaluate-tiny: $(STAMP) ## the embedded model against its bars (an hour; QUICK=1: a subset in minutes)
+	{ $(BIN)/stableavatar download --landmarks && $(BIN)/python -m stableavatar.evaluation.faces; } \
+	    && portraits="$(addprefix --portrait ,$(PORTRAITS))"; \
+	$(BIN)/python -m stableavatar.evaluation.tiny --model $(MODEL) $$portraits \
 	    $(if $(QUICK),--quick,--out docs/tiny.md $(if $(wildcard $(WORK)),--curves $(WORK)))
 
 evaluate-lora: $(STAMP) ## what a LoRA of one unseen person gains, into docs/training.md
@@ -75,7 +76,7 @@ tiny: $(STAMP)   ## train the embedded model anew, from puppets to weights (many
 	    --out $(WORK)/autoencoder --puppets $(WORK)/puppets --minutes $(MINUTES) \
 	    $(if $(START),--start-from src/stableavatar/assets/$(START)/vae) && \
 	    $(BIN)/python -m stableavatar.training.tiny.autoencoder --resume --freeze-encoder --out $(WORK)/sharpened \
-	    --start-from $(WORK)/autoencoder/model --puppets $(WORK)/puppets --detail-weight 1 --image-steps 0 --minutes 30 && \
+	    --start-from $(WORK)/autoencoder/model --puppets $(WORK)/puppets --detail-weight 1 --image-steps 0 --minutes 40 && \
 	    cp -R $(WORK)/sharpened/model $(WORK)/encoders/vae; }
 	test -e $(WORK)/encoders/speech_encoder || { $(BIN)/python -m stableavatar.training.tiny.speech_encoder \
 	    --out $(WORK)/speech_encoder --puppets $(WORK)/puppets && \

@@ -4,6 +4,7 @@ import json
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import pytest
@@ -23,10 +24,11 @@ from stableavatar.data.puppets import (
 from stableavatar.errors import InputError
 from stableavatar.evaluation import cases, tiny
 from stableavatar.evaluation.cases import Plan
+from stableavatar.evaluation.faces import FaceReader
 from stableavatar.evaluation.identity import sharpness_ratio, steadied_similarity, worst_second
 from stableavatar.evaluation.lips import lip_score, openness, tail_difference
 from stableavatar.evaluation.meter import MouthMeter
-from stableavatar.evaluation.observation import Bar, Frames, MouthTrack, Observation
+from stableavatar.evaluation.observation import Bar, FaceTrack, Frames, MouthTrack, Observation
 from stableavatar.evaluation.pictures import sharpness, shifted, signal_to_noise, structural_similarity
 from stableavatar.evaluation.reconstruction import clip_signal_to_noise, end_against_start
 from stableavatar.evaluation.regions import photograph_regions, puppet_regions
@@ -42,7 +44,7 @@ from stableavatar.evaluation.sheets import (
     thin,
 )
 from stableavatar.evaluation.steadiness import colour_drift, flicker
-from stableavatar.evaluation.tiny import Evaluation
+from stableavatar.evaluation.tiny import Evaluation, Person
 from toy import toy_folder
 
 SMALL = Plan(
@@ -313,6 +315,29 @@ def test_cases_feed_unseen_voices_and_other_words(clip: PuppetClip) -> None:
     assert np.array_equal(own[20 * 16_000 :], own[: 5 * 16_000])  # the readings last 20 s
 
 
+class AstronautsFace:
+    """Stands for the networks: what is told of a frame is whether it differs from the portrait."""
+
+    def read(self, frames: Frames, portrait: np.ndarray) -> FaceTrack:
+        differs = np.abs(frames.astype(np.float32) - portrait).mean(axis=(1, 2, 3))
+        return FaceTrack(likeness=(1 - differs / 255).astype(np.float32), opening=differs)
+
+
+def test_photographs_of_any_length_are_animated_and_judged_by_the_worst(meter: MouthMeter) -> None:
+    portrait = cases.photograph()[0]
+    plan = replace(SMALL, puppets=1, wrong=0, silence=0, prompts=0, long=0, photograph_seconds=3.1)
+    people = [Person(name, portrait, photograph_regions(cases.SIZE)) for name in ("a", "b")]
+    reader = cast(FaceReader, AstronautsFace())
+    evaluation = Evaluation(plan, lambda frames: frames, TruthfulSpeaker(), meter, reader, people)
+    scores = evaluation.run()
+    identity = find_metric("face_identity")
+    assert len(scores.values["people", "face_identity", "made"]) == 3  # the astronaut's own, and two more
+    assert scores.figure("people", identity, "decoded") == pytest.approx(1.0)
+    made = scores.figure("people", find_metric("face_lips"), "made")
+    assert made is not None
+    assert made > 0.9
+
+
 # The report and the command.
 
 
@@ -396,4 +421,6 @@ def test_command_runs_a_model_and_fails_on_its_bars(
     assert tiny.main(["--quick", "--gate", str(model / "vae")]) == 1
     assert tiny.main(["--quick", "--model", str(tmp_path / "nothing")]) == 2
     assert tiny.main(["--quick", "--gate", str(tmp_path)]) == 2
+    assert tiny.main(["--quick", "--gate", str(model / "vae"), "--portrait", "a.png"]) == 2
+    assert "leave --portrait out" in caplog.text
     assert "config.json is missing" in caplog.text

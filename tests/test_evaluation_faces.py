@@ -8,13 +8,12 @@ import numpy as np
 import pytest
 
 from puppet_frames import blurred
-from stableavatar.data.landmarks import NETWORKS, Points, networks_folder
+from stableavatar.data.landmarks import NETWORKS, OUTER_EYES, Points, networks_folder
 from stableavatar.data.puppets import PuppetClip
 from stableavatar.errors import CheckpointError, InputError
 from stableavatar.evaluation import faces
 from stableavatar.evaluation.cases import SIZE, person, photograph
 from stableavatar.evaluation.faces import (
-    OUTER_EYES,
     FaceReader,
     align,
     embedder_file,

@@ -47,7 +47,9 @@ FACE = (
     10, 338, 297, 332, 284, 251, 389, 356, 454, 323, 361, 288, 397, 365, 379, 378, 400, 377, 152, 148, 176,
     149, 150, 136, 172, 58, 132, 93, 234, 127, 162, 21, 54, 103, 67, 109,
 )  # fmt: skip
-_EYES = (33, 263)
+OUTER_EYES = (33, 263)
+# Outer and inner corner of each.
+EYES = ((33, 133), (263, 362))
 # Shares by which outlines are moved away from their middle, and the forehead further up; chosen on puppets.
 LIP_GROWTH, FACE_GROWTH, FOREHEAD = 0.06, 0.03, 0.4
 
@@ -134,7 +136,7 @@ class FaceLandmarker:
 
     def __init__(self, folder: Path | None = None) -> None:
         folder = folder or networks_folder()
-        runtime_of_networks()
+        _runtime()
         detector, landmarks = (folder / Path(name).name for name in NETWORKS)
         if not detector.is_file() or not landmarks.is_file():
             raise CheckpointError(
@@ -223,7 +225,7 @@ class FaceLandmarker:
 
 def square_around(points: Points) -> Square:
     """The square in which the next frame's landmarks are read."""
-    turn = points[_EYES[1]] - points[_EYES[0]]
+    turn = points[OUTER_EYES[1]] - points[OUTER_EYES[0]]
     angle = math.atan2(float(turn[1]), float(turn[0]))
     cos, sin = math.cos(angle), math.sin(angle)
     back = np.array([[cos, -sin], [sin, cos]], np.float32)
@@ -246,9 +248,9 @@ def face_mask(points: Points, size: tuple[int, int]) -> NDArray[np.uint8]:
     """The face from ear to ear and from the chin to the top of the forehead, of which landmarks show the
     lower part alone; see `lip_mask`."""
     outline = points[list(FACE)]
-    across = points[_EYES[1]] - points[_EYES[0]]
+    across = points[OUTER_EYES[1]] - points[OUTER_EYES[0]]
     up = np.array([across[1], -across[0]], np.float32) / max(float(np.hypot(*across)), 1e-6)
-    above = ((outline - points[list(_EYES)].mean(axis=0)) @ up).clip(min=0)[:, None]
+    above = ((outline - points[list(OUTER_EYES)].mean(axis=0)) @ up).clip(min=0)[:, None]
     return _filled(_grown(outline, FACE_GROWTH) + FOREHEAD * above * up, size)
 
 
@@ -263,7 +265,7 @@ def _filled(outline: Points, size: tuple[int, int]) -> NDArray[np.uint8]:
     return np.asarray(mask)
 
 
-def runtime_of_networks() -> Any:
+def _runtime() -> Any:
     """The module that runs `.tflite` files. Raises InputError: ai-edge-litert is not installed."""
     try:
         return importlib.import_module("ai_edge_litert.interpreter")
@@ -275,7 +277,7 @@ class Network:
     """A network in a `.tflite` file that takes one array and gives its outputs in their order."""
 
     def __init__(self, path: Path) -> None:
-        self._interpreter = runtime_of_networks().Interpreter(str(path), num_threads=1)
+        self._interpreter = _runtime().Interpreter(str(path), num_threads=1)
         self._interpreter.allocate_tensors()
         self._input = self._interpreter.get_input_details()[0]["index"]
         self._outputs = [described["index"] for described in self._interpreter.get_output_details()]

@@ -18,6 +18,7 @@ from stableavatar.data.puppets.recordings import (
 )
 from stableavatar.errors import InputError
 from stableavatar.evaluation.observation import Frames, Track
+from stableavatar.media.reading import Frame
 
 SAMPLE_RATE = 16_000
 FPS = 25
@@ -82,7 +83,7 @@ QUICK = Plan(
     puppets=3, seconds=5.0, autoencoder_frames=129, wrong=2, silence=1, silence_seconds=2.0,
     prompts=1, prompt_seconds=2.0, photograph_seconds=5.0,
 )  # fmt: skip
-"""A subset for two minutes; its medians of three clips are coarse."""
+"""A subset for minutes; its medians of three clips are coarse."""
 
 
 @dataclass(frozen=True)
@@ -155,7 +156,7 @@ def photograph() -> Frames:
     return np.asarray(picture.resize((SIZE, SIZE), Image.Resampling.LANCZOS))[None]
 
 
-def person(picture: Frames, eyes: NDArray[np.float32]) -> Frames:
+def person(picture: Frame, eyes: NDArray[np.float32]) -> Frames:
     """A person's face out of a larger picture, 128x128, as large and as high as a puppet's: [1, H, W, 3].
 
     Args:
@@ -186,5 +187,5 @@ def long_cases(plan: Plan) -> Iterator[TalkingCase]:
             frames=truth.frames,
             samples=truth.samples,
             called=called_opening(truth.samples, frames),
-            other=truth.samples,
+            other=evaluation_speech(index + _OTHER, plan.long_seconds),
         )

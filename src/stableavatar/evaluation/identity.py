@@ -62,12 +62,21 @@ def _drift_of_likeness(clip: Observation) -> float:
 def _drift_over_minutes(clip: Observation) -> float:
     """Ten seconds, for the true head sways and one second alone would say where it happens to be; not from
     the start, where it is still at rest as in the portrait."""
-    second = round(clip.fps)
     early, late = (
         structural_similarity(clip.frames[part], clip.reference[part], clip.surroundings).mean()
-        for part in (slice(2 * second, 12 * second), slice(-10 * second, None))
+        for part in _early_and_late(clip)
     )
     return float(late - early)
+
+
+def _blur_over_minutes(clip: Observation) -> float:
+    early, late = (sharpness(clip.frames[part], clip.surroundings) for part in _early_and_late(clip))
+    return late / max(early, 1e-9)
+
+
+def _early_and_late(clip: Observation) -> tuple[slice, slice]:
+    second = round(clip.fps)
+    return slice(2 * second, 12 * second), slice(-10 * second, None)
 
 
 def _likeness(clip: Observation) -> float:
@@ -96,6 +105,10 @@ LONG_IDENTITY = (
     Metric(
         "long_similarity", "minutes on end: SSIM, last 10 s less seconds 2 to 12", "", _drift_over_minutes,
         mean, goals={"made": Bar(low=-0.02)},
+    ),
+    Metric(
+        "long_sharpness", "minutes on end: sharpness, last 10 s against seconds 2 to 12", "",
+        _blur_over_minutes, mean,
     ),
 )  # fmt: skip
 PHOTOGRAPH_IDENTITY = (

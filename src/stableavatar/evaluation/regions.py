@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from stableavatar.data.landmarks import EYES, LIPS, Points
 from stableavatar.data.puppets import Identity
 from stableavatar.evaluation.observation import Mask
 
@@ -60,3 +61,19 @@ def photograph_regions(size: int) -> Regions:
     right = ellipse(size, size, (0.64, 0.435), (0.1, 0.07))
     head = ellipse(size, size, (0.5, 0.45), (0.5, 0.52))
     return Regions(surroundings=~(mouth | left | right), outside=~head)
+
+
+def person_regions(points: Points, size: int) -> Regions:
+    """The regions of a person's picture from its landmarks [468, 2] in pixels, wide enough for hair."""
+    low, high = points.min(axis=0) / size, points.max(axis=0) / size
+    centre, half = (low + high) / 2, (high - low) / 2
+    left, right = (points[list(corner)].mean(axis=0) / size for corner in EYES)
+    lips = points[list(LIPS)].mean(axis=0) / size
+
+    def around(place: Points, half_x: float, half_y: float) -> Mask:
+        return ellipse(
+            size, size, (float(place[0]), float(place[1])), (float(half[0]) * half_x, float(half[1]) * half_y)
+        )
+
+    features = around(lips, 0.7, 0.4) | around(left, 0.4, 0.2) | around(right, 0.4, 0.2)
+    return Regions(surroundings=~features, outside=~around(centre - (0, 0.2 * half[1]), 1.5, 1.6))

@@ -12,7 +12,12 @@ from stableavatar.evaluation.identity import IDENTITY, LONG_IDENTITY, PHOTOGRAPH
 from stableavatar.evaluation.lips import LIPS, LONG_LIPS, PHOTOGRAPH_LIPS, SILENCE
 from stableavatar.evaluation.observation import Metric, Variant
 from stableavatar.evaluation.reconstruction import RECONSTRUCTION
-from stableavatar.evaluation.steadiness import LONG_STEADINESS, PHOTOGRAPH_STEADINESS, STEADINESS
+from stableavatar.evaluation.steadiness import (
+    LONG_STEADINESS,
+    PEOPLE_STEADINESS,
+    PHOTOGRAPH_STEADINESS,
+    STEADINESS,
+)
 
 
 @dataclass(frozen=True)
@@ -31,7 +36,7 @@ GROUPS: Mapping[str, Group] = {
     "silence": Group("the same puppets, silence fed", SILENCE),
     "prompts": Group("the same puppets, two prompts", EXPRESSION),
     "long": Group("an unseen puppet for minutes", LONG_LIPS + LONG_IDENTITY + LONG_STEADINESS),
-    "people": Group("photographs, read by networks for faces", FACES),
+    "people": Group("photographs, read by networks for faces", FACES + PEOPLE_STEADINESS),
     "photograph": Group("a photograph", PHOTOGRAPH_LIPS + PHOTOGRAPH_IDENTITY + PHOTOGRAPH_STEADINESS),
 }
 

@@ -69,14 +69,11 @@ class Scores:
                 ]
 
     def _verdict(self, group: str, metric: Metric, bars: Mapping[Variant, Bar]) -> str:
-        judged = [
-            bar.passes(value)
-            for variant, bar in bars.items()
-            if (value := self.figure(group, metric, variant)) is not None
-        ]
-        if not judged:
-            return ""
-        return "pass" if all(judged) else "MISS"
+        """Nothing where a bar's control was not measured and none is missed."""
+        figures = {variant: self.figure(group, metric, variant) for variant in bars}
+        if any(value is not None and not bars[variant].passes(value) for variant, value in figures.items()):
+            return "MISS"
+        return "" if not bars or None in figures.values() else "pass"
 
 
 def _number(value: float | None) -> str:

@@ -47,6 +47,10 @@ STEADINESS = (
 LONG_STEADINESS = (
     Metric("long_drift", "minutes on end: colour drift outside the face", "levels", _drift, median),
 )
+PEOPLE_STEADINESS = (
+    Metric("face_flicker", "photographs: flicker outside the face", "levels", _flicker, median),
+    Metric("face_drift", "photographs: colour drift outside the face", "levels", _drift, median),
+)
 PHOTOGRAPH_STEADINESS = (
     Metric("photograph_flicker", "photograph: flicker outside the face", "levels", _flicker, median),
     Metric(

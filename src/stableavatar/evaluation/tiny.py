@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from diffusers import AutoencoderKLWan
 from numpy.typing import NDArray
 from rich.console import Console
 
+from stableavatar.data.landmarks import OUTER_EYES
 from stableavatar.data.puppets import EVALUATION_SEED
 from stableavatar.errors import InputError, StableAvatarError
 from stableavatar.evaluation.cases import (
@@ -43,12 +45,12 @@ from stableavatar.evaluation.cases import (
     silent_cases,
     talking_cases,
 )
-from stableavatar.evaluation.faces import OUTER_EYES, FaceReader
+from stableavatar.evaluation.faces import FaceReader
 from stableavatar.evaluation.identity import worst_second
 from stableavatar.evaluation.lips import lip_score
 from stableavatar.evaluation.meter import MouthMeter, shipped_meter
 from stableavatar.evaluation.observation import FaceTrack, Frames, Observation, Track, Variant
-from stableavatar.evaluation.regions import Regions, photograph_regions, puppet_regions
+from stableavatar.evaluation.regions import Regions, person_regions, photograph_regions, puppet_regions
 from stableavatar.evaluation.report import Exhibits, write_report
 from stableavatar.evaluation.scores import Scores, rich_table
 from stableavatar.media.image import read_picture
@@ -63,6 +65,30 @@ Coder = Callable[[Frames], Frames]
 """Frames [4n+1, H, W, 3] through an autoencoder and back."""
 
 PHOTOGRAPH_PROMPT = "A woman is talking"
+PERSON_PROMPT = "A person is talking"
+
+
+@dataclass(frozen=True)
+class Person:
+    """A photograph to animate: its file's name, the face [H, W, 3] cut out of it, and where what lies."""
+
+    name: str
+    portrait: NDArray[np.uint8]
+    regions: Regions
+
+
+def find_people(files: Sequence[Path], reader: FaceReader) -> list[Person]:
+    """The faces of photographs. Raises InputError: a file cannot be read, or has no face to be found."""
+    people = []
+    for file in files:
+        try:
+            picture = read_picture(file)
+            portrait = person(picture, reader.landmarks(picture)[list(OUTER_EYES)])[0]
+            points = reader.landmarks(portrait)
+        except InputError as error:
+            raise InputError(f"{file}: {error}") from error
+        people.append(Person(file.name, portrait, person_regions(points, SIZE)))
+    return people
 
 
 class Evaluation:
@@ -76,11 +102,11 @@ class Evaluation:
         speaker: Speaker | None,
         meter: MouthMeter,
         faces: FaceReader | None = None,
-        portraits: Sequence[Path] = (),
+        people: Sequence[Person] = (),
     ) -> None:
         self.plan = plan
         self.faces = faces
-        self.portraits = portraits
+        self.people = people
         self.coder = coder
         self.speaker = speaker
         self.meter = meter
@@ -99,7 +125,7 @@ class Evaluation:
                 self.talk_on(self.speaker)
             with _timed("photograph"):
                 self.animate_photograph(self.speaker)
-            if self.faces is not None and self.portraits:
+            if self.faces is not None and self.people:
                 with _timed("more photographs"):
                     self.animate_people(self.speaker, self.faces)
         return self.scores
@@ -190,38 +216,35 @@ class Evaluation:
             truth = case.truth
             regions = puppet_regions(truth.identity, SIZE)
             still = np.broadcast_to(truth.portrait, truth.frames.shape)
-            made = speaker(truth.portrait, case.samples, truth.prompt, index)
-            variants: dict[Variant, Frames] = {"made": made, "true": truth.frames, "still": still}
+            variants: dict[Variant, Frames] = {
+                "made": speaker(truth.portrait, case.samples, truth.prompt, index),
+                "true": truth.frames,
+                "still": still,
+            }
             for variant, frames in variants.items():
                 self.scores.add("long", variant, self.observe(frames, truth.frames, case.called, regions))
 
     def animate_people(self, speaker: Speaker, reader: FaceReader) -> None:
-        """Photographs of people, read by networks that know people's faces; their mouths and backgrounds lie
-        anywhere, so that nothing else is measured."""
+        """Photographs of people, read by networks that know people's faces."""
         own, other = photograph_speech(self.plan.photograph_seconds)
         called = called_opening(own, round(self.plan.photograph_seconds * FPS))
-        nowhere = Regions(*np.zeros((2, SIZE, SIZE), bool))
-        for file in self.portraits:
-            picture = read_picture(file)
-            portrait = person(picture, reader.landmarks(picture)[list(OUTER_EYES)])
-            still = np.broadcast_to(portrait, (len(called), *portrait.shape[1:]))
+        for someone in self.people:
+            still = np.broadcast_to(someone.portrait, (len(called), *someone.portrait.shape))
             variants: dict[Variant, Frames] = {
-                "made": speaker(portrait[0], own, PHOTOGRAPH_PROMPT, 0),
-                "wrong": speaker(portrait[0], other, PHOTOGRAPH_PROMPT, 0),
+                "made": speaker(someone.portrait, own, PERSON_PROMPT, 0),
+                "wrong": speaker(someone.portrait, other, PERSON_PROMPT, 0),
                 "decoded": self.coder(still[: 4 * ((len(still) - 1) // 4) + 1]),
-                "still": still,
             }
             for variant, made in variants.items():
-                faces = reader.read(made, portrait[0])
-                clip = self.observe(made, still, called, nowhere, faces=faces)
+                faces = reader.read(made, someone.portrait)
+                clip = self.observe(made, still, called, someone.regions, faces=faces)
                 self.scores.add("people", variant, clip)
                 logger.info(
-                    "%s (%s): identity %.2f in the worst second, %.2f in the mean; lips r %.2f",
-                    file.name,
+                    "%s (%s): identity %.2f in the worst second, lips r %.2f",
+                    someone.name,
                     variant,
                     worst_second(faces.likeness, FPS),
-                    faces.likeness.mean(),
-                    lip_score(faces.opening[: len(called)], called).correlation,
+                    lip_score(faces.opening[: len(clip.called)], clip.called).correlation,
                 )
 
     def animate_photograph(self, speaker: Speaker) -> None:
@@ -305,7 +328,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m stableavatar.evaluation.tiny", description="The table of the embedded model."
     )
-    parser.add_argument("--quick", action="store_true", help="a subset, about 2 minutes on two cores")
+    parser.add_argument("--quick", action="store_true", help="a subset, some minutes on two cores")
     parser.add_argument("--model", default="tiny", help="tiny, or a folder in this project's layout")
     parser.add_argument("--dtype", default="auto", help="auto, float32 or bfloat16")
     parser.add_argument("--gate", type=Path, help="measure the autoencoder in this folder alone")
@@ -338,8 +361,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     started = time.monotonic()
     plan = QUICK if options.quick else FULL
     try:
-        speaker = None
+        speaker = faces = None
         if options.gate is not None:
+            if options.portrait:
+                raise InputError("--gate measures an autoencoder alone: leave --portrait out")
             if not (options.gate / "config.json").is_file():
                 raise InputError(f"There is no autoencoder in {options.gate}: config.json is missing.")
             vae = AutoencoderKLWan.from_pretrained(options.gate).eval()
@@ -354,9 +379,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 pipeline, {name: value for name, value in given.items() if value is not None}
             )
             vae = pipeline.vae
-        faces = None if speaker is None else _face_reader(required=bool(options.portrait))
+            faces = _face_reader(required=bool(options.portrait))
+        people = find_people(options.portrait, faces) if faces is not None else []
         evaluation = Evaluation(
-            plan, lambda frames: code(vae, frames), speaker, shipped_meter(), faces, options.portrait
+            plan, lambda frames: code(vae, frames), speaker, shipped_meter(), faces, people
         )
         scores = evaluation.run()
         minutes = (time.monotonic() - started) / 60

@@ -29,7 +29,7 @@ class TrainerSettings:
         minutes: stop (with a checkpoint) after so much time in this call; None: no limit.
         checkpoint_every: steps between checkpoints, of which the last `keep_checkpoints` stay.
         log_every: steps between lines of the log.
-        trackers: who gets the log's lines beside the file; TensorBoard's go to the folder `trackers`.
+        trackers: who gets the log's lines beside the file, in the folder `trackers`.
         callback_every: steps between calls of the callbacks.
         max_bad_steps: so many steps in a row with a loss or gradient that is not finite end the run; each is
             skipped and counted.
