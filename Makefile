@@ -81,6 +81,8 @@ tiny: $(STAMP)   ## train the embedded model anew, from puppets to weights (many
 	test -e $(WORK)/encoders/speech_encoder || { $(BIN)/python -m stableavatar.training.tiny.speech_encoder \
 	    --out $(WORK)/speech_encoder --puppets $(WORK)/puppets && \
 	    cp -R $(WORK)/speech_encoder/final $(WORK)/encoders/speech_encoder; }
+	test -e $(WORK)/encoders/text_encoder || { $(BIN)/python -m stableavatar.training.tiny.text_encoder \
+	    --out $(WORK)/text_encoder && cp -R $(WORK)/text_encoder/final $(WORK)/encoders/text_encoder; }
 	$(BIN)/stableavatar cache-latents recipes/tiny.yaml --output $(WORK)/latents
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node 2 -m stableavatar train recipes/tiny.yaml --resume \
 	    $(if $(START),--set model.embedded.start=$(START))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 from pathlib import Path
 
 import numpy as np
@@ -12,9 +11,8 @@ import torch
 from diffusers import AutoencoderKLWan
 from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d, WanRMS_norm
 from PIL import Image
-from transformers import Wav2Vec2Model
 
-from stableavatar.training.tiny import autoencoder, speech_encoder
+from stableavatar.training.tiny import autoencoder
 from stableavatar.training.tiny.autoencoder import (
     AutoencoderSettings,
     AutoencoderTrainer,
@@ -37,13 +35,6 @@ from stableavatar.training.tiny.feature_memory import (
 )
 from stableavatar.training.tiny.pictures import PictureClips, find_pictures, load_pictures, procedural_picture
 from stableavatar.training.tiny.puppet_clips import PuppetClips
-from stableavatar.training.tiny.speech_encoder import (
-    SpeechEncoderSettings,
-    SpeechWindows,
-    build_speech_encoder,
-    normalise,
-    tracks_at_features,
-)
 
 SMALL = AutoencoderSettings(
     minutes=60,
@@ -323,31 +314,6 @@ def test_picture_clips_move_and_are_repeatable() -> None:
     assert 4 <= moving <= 8
 
 
-@pytest.fixture
-def store(tmp_path: Path) -> Path:
-    """A store of one clip of 12 frames at 32x32 with a square of mouth."""
-    folder = tmp_path / "store" / "0000000007"
-    folder.mkdir(parents=True)
-    rng = np.random.default_rng(0)
-    frames = rng.integers(0, 256, (12, 32, 32, 3), dtype=np.uint8)
-    face, lips = np.zeros((2, 12, 32, 32), dtype=bool)
-    face[:, 4:28, 4:28] = True
-    lips[:, 20:24, 12:20] = True
-    frames[lips] = (255, 0, 0)
-    np.save(folder / "frames.npy", frames)
-    np.savez(
-        folder / "labels.npz",
-        samples=rng.normal(0, 0.1, 7680).astype(np.float32),
-        articulation=np.zeros((12, 6), np.float32),
-        face_masks=np.packbits(face, axis=-1),
-        lip_masks=np.packbits(lips, axis=-1),
-        portrait=frames[0],
-    )
-    about = {"seed": 7, "prompt": "", "expression": "neutral", "person": "man", "frames": 12, "size": 32}
-    (folder / "about.json").write_text(json.dumps(about), encoding="utf-8")
-    return folder.parent
-
-
 def test_puppet_crops_keep_masks_on_the_mouth(store: Path) -> None:
     puppets = PuppetClips([store, store])
     seen = 0
@@ -367,60 +333,6 @@ def test_puppet_crops_keep_masks_on_the_mouth(store: Path) -> None:
 def test_an_empty_store_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no finished clip"):
         PuppetClips([tmp_path])
-
-
-def test_speech_encoder_gives_fifty_features_a_second() -> None:
-    encoder = build_speech_encoder().eval()
-    assert sum(value.numel() for value in encoder.parameters()) < 1_500_000
-    with torch.no_grad():
-        features = encoder(torch.randn(1, 32_000)).last_hidden_state
-    assert features.shape == (1, 99, 192)
-
-
-def test_windows_are_normalised_and_targets_aligned() -> None:
-    samples = np.random.default_rng(0).normal(3, 5, 8000).astype(np.float32)
-    assert abs(normalise(samples).mean()) < 1e-4
-    assert normalise(samples).std() == pytest.approx(1, abs=1e-3)
-    ramp = np.repeat((np.arange(100, dtype=np.float32) + 0.5)[:, None] / 25, 6, axis=1)
-    read = tracks_at_features(ramp, 50, start=1.0)
-    # A ramp that says the time in seconds must say the middle of each feature.
-    assert read[:, 0] == pytest.approx(1.0 + np.arange(50) * 0.02 + 0.0125, abs=1e-4)
-
-
-def test_speech_encoder_learns_and_is_written(
-    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    rng = np.random.default_rng(0)
-    times = np.arange(48_000) / 16_000
-    recordings = []
-    for _ in range(4):
-        loudness = np.clip(np.sin(2 * np.pi * rng.uniform(1, 3) * times + rng.uniform(0, 6)), 0, 1)
-        tone = sum(np.sin(2 * np.pi * rng.uniform(90, 200) * k * times) / k for k in range(1, 20))
-        recordings.append((0.1 * loudness * tone).astype(np.float32))
-    settings = SpeechEncoderSettings(
-        minutes=0.12, batch=4, longest=1.4, hidden_size=48, convolution_channels=16, threads=1
-    )
-    model = speech_encoder.train(settings, SpeechWindows(recordings), tmp_path)
-    assert speech_encoder.correlations(model, recordings)["opening"] > 0.5
-    figures = {"opening": 0.5}
-    monkeypatch.setattr(speech_encoder, "correlations", lambda model, recordings: figures)
-    monkeypatch.setattr(speech_encoder, "unseen_speech", lambda seed, seconds, person: recordings[0])
-    speech_encoder.main(
-        [
-            "--out",
-            str(tmp_path / "out"),
-            "--puppets",
-            str(store),
-            "--minutes",
-            "0.001",
-            "--batch",
-            "1",
-            "--hidden-size",
-            "48",
-        ]
-    )
-    assert Wav2Vec2Model.from_pretrained(tmp_path / "out" / "final").config.hidden_size == 48
-    assert json.loads((tmp_path / "out" / "figures.json").read_text()) == figures
 
 
 def test_a_trained_autoencoder_is_grown_without_a_change_to_its_pictures(tmp_path: Path) -> None:

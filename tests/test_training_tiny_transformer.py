@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ import torch
 from accelerate.state import AcceleratorState
 from diffusers import AutoencoderKLWan
 from torch import nn
-from transformers import Wav2Vec2Config, Wav2Vec2Model
+from transformers import UMT5EncoderModel, Wav2Vec2Config, Wav2Vec2Model
 
 from clip_folders import write_clip
 from command_line import portrait, speech
@@ -33,7 +34,7 @@ from stableavatar.training.optimisations import use_explicit_attention
 from stableavatar.training.recipes import load_recipe
 from stableavatar.training.run import Training, cache_latents, prepare_training
 from stableavatar.training.tiny.assemble import SAMPLING_DEFAULTS
-from stableavatar.training.tiny.avatar import TinyAvatar, grow_transformer
+from stableavatar.training.tiny.avatar import TinyAvatar, build_text_encoder, grow_transformer
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerator")
 
@@ -284,6 +285,22 @@ def test_the_optimizer_is_adamw_outside_of_blocks_and_orthogonal_within() -> Non
     copy = MuonAdamW({**ours, "blocks.0.weight": matrix}, 1e-2)
     copy.load_state_dict(one.state_dict())
     assert torch.equal(copy.state[matrix]["momentum"], one.state[matrix]["momentum"])
+
+
+def test_a_prompt_encoder_that_was_trained_before_stays_as_it_is(
+    encoders: Path, cache: Path, tmp_path: Path
+) -> None:
+    source = shutil.copytree(encoders, tmp_path / "encoders")
+    torch.manual_seed(3)
+    given = build_text_encoder()
+    given.save_pretrained(source / "text_encoder")
+    _, made = prepared(source, tmp_path / "run", f"data.cache={cache}", "trainer.steps=2").run()
+    kept = UMT5EncoderModel.from_pretrained(made / "text_encoder", dtype=torch.float32).state_dict()
+    for name, value in given.state_dict().items():
+        torch.testing.assert_close(kept[name], value.bfloat16().float())
+    (source / "text_encoder" / "model.safetensors").write_bytes(b"cut off")
+    with pytest.raises(CheckpointError, match="text_encoder cannot be started from"):
+        prepared(source, tmp_path / "other", f"data.cache={cache}", "trainer.steps=2")
 
 
 def test_two_processes_make_the_cache_of_one(encoders: Path, tmp_path: Path) -> None:

@@ -61,8 +61,8 @@ class ModelChoice:
             audio adapter starts anew.
         transformer: a transformer's file or folder to go on from, such as a training's export, in the
             variant's place.
-        embedded: train a small model of these sizes instead; of `source` only `vae` and `speech_encoder` are
-            taken, which stay as they are.
+        embedded: train a small model of these sizes instead; of `source` only `vae`, `speech_encoder` and,
+            where there is one, `text_encoder` are taken, which stay as they are.
         dtype: of the weights; those that are trained need float32, those beside a LoRA do not.
         encoder_dtype: of the frozen encoders. offload_encoders: keep them in main memory between uses.
     """

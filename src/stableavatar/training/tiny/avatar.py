@@ -1,14 +1,15 @@
 """What is trained together for `tiny`: the video transformer, the prompt encoder and the portrait encoder.
 
-The two encoders have half a million parameters each, so they learn with the transformer instead of coming
-from elsewhere. Autoencoder and speech encoder are trained before and frozen; their results come from a latent
-cache.
+The portrait encoder has half a million parameters and learns with the transformer instead of coming from
+elsewhere; so does the prompt encoder, unless one that was trained before is given, which stays as it is.
+Autoencoder and speech encoder are trained before and frozen; their results come from a latent cache.
 """
 
 import math
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import ByT5Tokenizer, CLIPVisionConfig, CLIPVisionModel, UMT5Config, UMT5EncoderModel
 
@@ -97,6 +98,22 @@ def grow_transformer(model: StableAvatarTransformer3DModel, given: StableAvatarT
         raise InputError(f"the transformer to start from has other sizes: {first}") from error
 
 
+def build_text_encoder() -> UMT5EncoderModel:
+    """The untrained prompt encoder of `tiny`: bytes to `TEXT_WIDTH` features each."""
+    return UMT5EncoderModel(
+        UMT5Config(
+            vocab_size=384,
+            d_model=TEXT_WIDTH,
+            d_kv=32,
+            d_ff=2 * TEXT_WIDTH,
+            num_layers=2,
+            num_heads=4,
+            dropout_rate=0.0,
+            feed_forward_proj="gated-gelu",
+        )
+    )
+
+
 class TinyAvatar(Avatar):
     """Transformer, prompt encoder and portrait encoder; calling it gives the loss of a step."""
 
@@ -111,18 +128,7 @@ class TinyAvatar(Avatar):
     ) -> None:
         super().__init__(build_transformer(heads, layers, audio_dim, latent_channels), objective)
         self.tokenizer = ByT5Tokenizer()
-        self.text_encoder = UMT5EncoderModel(
-            UMT5Config(
-                vocab_size=384,
-                d_model=TEXT_WIDTH,
-                d_kv=32,
-                d_ff=2 * TEXT_WIDTH,
-                num_layers=2,
-                num_heads=4,
-                dropout_rate=0.0,
-                feed_forward_proj="gated-gelu",
-            )
-        )
+        self.text_encoder = build_text_encoder()
         # The portrait embeddings are the state before the last layer, so one layer of the three never acts.
         self.image_encoder = CLIPVisionModel(
             CLIPVisionConfig(
@@ -146,14 +152,24 @@ class TinyAvatar(Avatar):
         """
         grow_transformer(self.transformer, load_transformer(folder / "transformer", dtype=torch.float32))
         for name in ("text_encoder", "image_encoder"):
-            mine = getattr(self, name)
-            try:
-                given = type(mine).from_pretrained(folder / name, dtype=torch.float32)
-                mine.load_state_dict(given.state_dict())
-            except (OSError, RuntimeError) as error:
-                raise CheckpointError(
-                    f"{folder / name} cannot be started from: {str(error).splitlines()[0]}"
-                ) from error
+            self._take(name, folder / name)
+
+    def take_text_encoder(self, folder: Path) -> None:
+        """Use a prompt encoder that was trained before, as it is.
+
+        Raises:
+            CheckpointError: there is none, it is damaged, or its sizes are others.
+        """
+        self._take("text_encoder", folder)
+        self.text_encoder.requires_grad_(False)
+
+    def _take(self, name: str, folder: Path) -> None:
+        mine = getattr(self, name)
+        try:
+            given = type(mine).from_pretrained(folder, dtype=torch.float32)
+            mine.load_state_dict(given.state_dict())
+        except (OSError, RuntimeError, SafetensorError) as error:
+            raise CheckpointError(f"{folder} cannot be started from: {str(error).splitlines()[0]}") from error
 
     def encode_prompts(self, prompts: tuple[str, ...]) -> torch.Tensor:
         """Embeddings `[B, text_length, C]`; equal prompts are encoded once."""

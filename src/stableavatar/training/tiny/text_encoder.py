@@ -1,0 +1,170 @@
+"""Trains the prompt encoder of the embedded model to tell what a prompt asks for.
+
+    python -m stableavatar.training.tiny.text_encoder --out FOLDER
+
+From scratch, on prompts as puppets have them and on the same words in other orders: a linear head on every
+byte's output names the expression. Only the encoder is kept, `FOLDER/final` in transformers' layout, and the
+transformer learns to listen to it (spec/6-embedded-model.md). Where both learned together the prompt was left
+unheard (docs/decisions/0009-prompts-of-tiny.md).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import ByT5Tokenizer
+
+from stableavatar.data.puppets import EXPRESSIONS, Identity
+from stableavatar.data.puppets.clip import draw_prompt
+from stableavatar.training.tiny.avatar import TEXT_LENGTH, TEXT_WIDTH, build_text_encoder
+
+logger = logging.getLogger(__name__)
+
+_UNSEEN = 10**6
+"""Seeds from here on are for measuring."""
+_NEUTRAL = EXPRESSIONS.index("neutral")
+
+
+@dataclass(frozen=True)
+class TextEncoderSettings:
+    """Everything a run depends on."""
+
+    steps: int = 800
+    learning_rate: float = 2e-3
+    warmup_steps: int = 50
+    batch: int = 48
+    threads: int = 2
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if min(self.steps, self.batch, self.threads) < 1:
+            raise ValueError("steps, batch and threads must be at least 1")
+
+
+def prompt_of(seed: int) -> tuple[str, int]:
+    """A prompt, and which of `EXPRESSIONS` it asks for; half of them as puppets have them, half with the
+    expression elsewhere or other letters large."""
+    rng = np.random.default_rng([seed, 707])
+    expression = int(rng.integers(len(EXPRESSIONS)))
+    identity = Identity.from_seed(seed)
+    prompt = draw_prompt(seed, identity, EXPRESSIONS[expression])
+    if rng.random() < 0.5:
+        return prompt, expression
+    plain = draw_prompt(seed, identity, "neutral")
+    word = EXPRESSIONS[expression]
+    if expression != _NEUTRAL:
+        article, rest = plain.split(" ", 1)
+        plain = str(
+            rng.choice(
+                [
+                    f"{word}, {plain}",
+                    f"{article} {word} {rest}",
+                    f"{plain} {word}",
+                    f"{plain}. {word}",
+                    word,
+                    prompt,
+                ]
+            )
+        )
+    style = rng.random()
+    if style < 0.3:
+        plain = plain.lower()
+    elif style < 0.4:
+        plain = plain.upper()
+    return plain + ("." if rng.random() < 0.3 else ""), expression
+
+
+class ExpressionReader(nn.Module):
+    """The encoder with the linear head that is dropped after training."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = build_text_encoder()
+        self.tokenizer = ByT5Tokenizer()
+        self.head = nn.Linear(TEXT_WIDTH, len(EXPRESSIONS))
+
+    def forward(self, prompts: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
+        """What every byte says, [B, n, expressions], and which of them belong to the prompts, [B, n]."""
+        tokens = self.tokenizer(
+            list(prompts), padding="longest", truncation=True, max_length=TEXT_LENGTH, return_tensors="pt"
+        )
+        hidden = self.encoder(tokens.input_ids, attention_mask=tokens.attention_mask).last_hidden_state
+        return self.head(hidden), tokens.attention_mask.bool()
+
+
+def train(settings: TextEncoderSettings, out: Path) -> ExpressionReader:
+    """Trains for the settings' steps with a rate that falls to zero; writes `out/curve.jsonl`."""
+    torch.manual_seed(settings.seed)
+    model = ExpressionReader().train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=settings.learning_rate, betas=(0.9, 0.98))
+    recent: list[float] = []
+    for step in range(settings.steps):
+        left = 1 - step / settings.steps
+        for group in optimizer.param_groups:
+            group["lr"] = settings.learning_rate * min(1.0, (step + 1) / settings.warmup_steps, 2 * left)
+        first = (settings.seed * settings.steps + step) * settings.batch
+        prompts, expressions = zip(
+            *(prompt_of(seed % _UNSEEN) for seed in range(first, first + settings.batch)), strict=True
+        )
+        said, there = model(prompts)
+        wanted = torch.tensor(expressions)[:, None].expand(there.shape)
+        loss = F.cross_entropy(said[there], wanted[there])
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        recent.append(loss.item())
+        if (step + 1) % 20 == 0:
+            with (out / "curve.jsonl").open("a", encoding="utf-8") as curve:
+                curve.write(json.dumps({"step": step + 1, "loss": float(np.mean(recent))}) + "\n")
+            if (step + 1) % 100 == 0:
+                logger.info("step %d, loss %.4f", step + 1, np.mean(recent))
+            recent.clear()
+    return model.eval()
+
+
+@torch.no_grad()
+def accuracy(model: ExpressionReader, count: int = 500) -> float:
+    """The share of bytes of unseen prompts that name what their prompt asks for."""
+    right = total = 0
+    for seed in range(_UNSEEN, _UNSEEN + count):
+        prompt, expression = prompt_of(seed)
+        said, there = model([prompt])
+        right += int((said[there].argmax(dim=-1) == expression).sum())
+        total += int(there.sum())
+    return right / total
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line; see the module's first lines."""
+    parser = argparse.ArgumentParser(description="Trains the prompt encoder of the embedded model.")
+    parser.add_argument("--out", type=Path, required=True, help="folder for curve, figures and model")
+    for field in fields(TextEncoderSettings):
+        parser.add_argument(
+            f"--{field.name.replace('_', '-')}", type=type(field.default), default=field.default
+        )
+    options = parser.parse_args(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    settings = TextEncoderSettings(
+        **{field.name: getattr(options, field.name) for field in fields(TextEncoderSettings)}
+    )
+    torch.set_num_threads(settings.threads)
+    options.out.mkdir(parents=True, exist_ok=True)
+    model = train(settings, options.out)
+    figures = {"accuracy": accuracy(model)}
+    logger.info("of unseen prompts, %.1f %% of the bytes say what is asked for", 100 * figures["accuracy"])
+    (options.out / "figures.json").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+    model.encoder.save_pretrained(options.out / "final")
+
+
+if __name__ == "__main__":
+    main()
