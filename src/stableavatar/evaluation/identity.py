@@ -96,10 +96,8 @@ IDENTITY = (
         "sharpness", "sharpness there, against the truth's", "", _sharpness, median,
         goals={"made": Bar(low=0.7)},
     ),
-    Metric(
-        "similarity_drift", "SSIM, last second less first", "", _drift_of_likeness, median,
-        goals={"made": Bar(low=-0.02)},
-    ),
+    # No bar: in the first second the true head still rests as in the portrait, so that a still falls too.
+    Metric("similarity_drift", "SSIM, last second less first", "", _drift_of_likeness, median),
 )  # fmt: skip
 LONG_IDENTITY = (
     Metric(
