@@ -204,9 +204,10 @@ class AvatarPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         return pipeline
 
     def _merge(self, chosen: Sequence[tuple[str | Path, float]]) -> None:
+        if not chosen:  # there may be no transformer: a part is left out by giving None
+            return
         merge_loras(self.transformer, [(read_lora(file, self.transformer), scale) for file, scale in chosen])
-        if chosen:
-            self.origin["lora"] = [f"{file}:{scale:g}" for file, scale in chosen]
+        self.origin["lora"] = [f"{file}:{scale:g}" for file, scale in chosen]
 
     def load_lora_weights(
         self,
