@@ -20,7 +20,7 @@ import signal
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ import torch.nn.functional as F
 from torch.multiprocessing.spawn import spawn
 
 from stableavatar.training.muon import Muon
+from stableavatar.training.tiny.arguments import add_settings, chosen_settings
 from stableavatar.training.tiny.autoencoder_model import build_autoencoder, measure_latents, start_from
 from stableavatar.training.tiny.feature_memory import (
     FeatureMemory,
@@ -468,19 +469,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--start-from", type=Path, help="a trained autoencoder of no more channels to begin with"
     )
-    for field in fields(AutoencoderSettings):
-        if isinstance(field.default, int | float):
-            parser.add_argument(
-                f"--{field.name.replace('_', '-')}", type=type(field.default), default=field.default
-            )
+    add_settings(parser, AutoencoderSettings)
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    chosen = {
-        field.name: getattr(options, field.name)
-        for field in fields(AutoencoderSettings)
-        if hasattr(options, field.name)
-    }
-    settings = AutoencoderSettings(**chosen)
+    settings = chosen_settings(AutoencoderSettings, options)
     options.out.mkdir(parents=True, exist_ok=True)
     if (options.out / "checkpoint.pt").exists() and not options.resume:
         parser.error(f"{options.out} already holds a checkpoint: give --resume, or another folder")

@@ -14,7 +14,7 @@ import json
 import logging
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +27,7 @@ from transformers import Wav2Vec2Config, Wav2Vec2Model
 from stableavatar.data.puppets import ClipStore, articulate
 from stableavatar.data.puppets.speech import unseen_speech
 from stableavatar.training.muon import Muon
+from stableavatar.training.tiny.arguments import add_settings, chosen_settings
 
 logger = logging.getLogger(__name__)
 
@@ -254,15 +255,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--puppets", type=Path, required=True, action="append", help="a store of puppet clips"
     )
-    for field in fields(SpeechEncoderSettings):
-        parser.add_argument(
-            f"--{field.name.replace('_', '-')}", type=type(field.default), default=field.default
-        )
+    add_settings(parser, SpeechEncoderSettings)
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    settings = SpeechEncoderSettings(
-        **{field.name: getattr(options, field.name) for field in fields(SpeechEncoderSettings)}
-    )
+    settings = chosen_settings(SpeechEncoderSettings, options)
     torch.set_num_threads(settings.threads)
     options.out.mkdir(parents=True, exist_ok=True)
     recordings = {clip.seed: clip.samples for folder in options.puppets for clip in ClipStore(folder)}

@@ -14,7 +14,7 @@ import argparse
 import json
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +25,7 @@ from transformers import ByT5Tokenizer
 
 from stableavatar.data.puppets import EXPRESSIONS, Identity
 from stableavatar.data.puppets.clip import draw_prompt
+from stableavatar.training.tiny.arguments import add_settings, chosen_settings
 from stableavatar.training.tiny.avatar import TEXT_LENGTH, TEXT_WIDTH, build_text_encoder
 
 logger = logging.getLogger(__name__)
@@ -148,15 +149,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """The command line; see the module's first lines."""
     parser = argparse.ArgumentParser(description="Trains the prompt encoder of the embedded model.")
     parser.add_argument("--out", type=Path, required=True, help="folder for curve, figures and model")
-    for field in fields(TextEncoderSettings):
-        parser.add_argument(
-            f"--{field.name.replace('_', '-')}", type=type(field.default), default=field.default
-        )
+    add_settings(parser, TextEncoderSettings)
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    settings = TextEncoderSettings(
-        **{field.name: getattr(options, field.name) for field in fields(TextEncoderSettings)}
-    )
+    settings = chosen_settings(TextEncoderSettings, options)
     torch.set_num_threads(settings.threads)
     options.out.mkdir(parents=True, exist_ok=True)
     model = train(settings, options.out)

@@ -1,0 +1,21 @@
+"""Settings of the trainings of `tiny`'s parts as options of their commands."""
+
+import argparse
+from dataclasses import fields
+from typing import Any, TypeVar
+
+Settings = TypeVar("Settings")
+
+
+def add_settings(parser: argparse.ArgumentParser, kind: type[Any]) -> None:
+    """An option for every number of a dataclass of settings."""
+    for field in fields(kind):
+        if isinstance(field.default, int | float):
+            name = f"--{field.name.replace('_', '-')}"
+            parser.add_argument(name, type=type(field.default), default=field.default)
+
+
+def chosen_settings(kind: type[Settings], options: argparse.Namespace) -> Settings:
+    """The settings that were given. Raises ValueError for what cannot be."""
+    given = vars(options)
+    return kind(**{field.name: given[field.name] for field in fields(kind) if field.name in given})  # type: ignore[arg-type]
