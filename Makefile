@@ -8,9 +8,11 @@ MODEL  ?= tiny
 PARITY ?= ../shared/parity
 DEMO   := src/stableavatar/assets/demo
 # Where the embedded model is trained: data and checkpoints; every step goes on where it stopped. START=tiny begins with
-# the weights that ship, in place of none; MINUTES are the autoencoder's.
+# the weights that ship, in place of none; MINUTES are the autoencoder's. CLIPS puppets act what their seeds say, ACTED others
+# act smiling and serious.
 WORK    := runs/tiny
 CLIPS   ?= 3000
+ACTED   ?= 500
 MINUTES ?= 240
 START   ?=
 # Photographs that `make evaluate-tiny` animates beside the astronaut.
@@ -71,6 +73,8 @@ bench: $(STAMP)  ## speed and memory beside diffusers, into docs/performance.md 
 
 tiny: $(STAMP)   ## train the embedded model anew, from puppets to weights (many hours on two cores)
 	$(BIN)/python -m stableavatar.data.puppets store --folder $(WORK)/puppets --clips $(CLIPS)
+	$(BIN)/python -m stableavatar.data.puppets store --folder $(WORK)/acted --seed $(CLIPS) --clips $(ACTED) \
+	    --expressions smiling serious
 	mkdir -p $(WORK)/encoders
 	test -e $(WORK)/encoders/vae || { $(BIN)/python -m stableavatar.training.tiny.autoencoder --resume \
 	    --out $(WORK)/autoencoder --puppets $(WORK)/puppets --minutes $(MINUTES) \

@@ -11,8 +11,8 @@ from benchmarks.measuring import interleaved, table
 from benchmarks.sizes import Sizes
 from stableavatar.data.encoding import EncodedSample, stack_samples
 from stableavatar.data.sampler import ClipKey
+from stableavatar.training.efficiency import use_explicit_attention
 from stableavatar.training.objective import ObjectiveSettings
-from stableavatar.training.optimisations import use_explicit_attention
 from stableavatar.training.optimizers import OptimizerSettings, make_optimizer
 from stableavatar.training.parameters import trained_parameters
 from stableavatar.training.settings import TrainerSettings

@@ -325,6 +325,25 @@ def test_a_store_is_resumed_and_reads_back_what_was_rendered(tmp_path: Path) -> 
         ClipStore(tmp_path / "nowhere")
 
 
+def test_a_person_acts_every_expression_of_a_store_with_the_same_words_and_movements(tmp_path: Path) -> None:
+    arguments = ["store", "--folder", str(tmp_path), "--seed", str(EVALUATION_SEED), "--clips", "1"]
+    arguments += ["--seconds", "0.6", "--size", "48", "--processes", "1"]
+    assert main([*arguments, "--expressions", "smiling", "shaking the head"]) == 0
+    shaking, smiling = ClipStore(tmp_path)
+    made = make_clip(EVALUATION_SEED, 0.6, size=48, expression="smiling")
+    assert smiling.folder.name == f"{EVALUATION_SEED}-smiling".rjust(18, "0")
+    assert (smiling.expression, smiling.prompt) == ("smiling", made.prompt)
+    assert (shaking.expression, shaking.folder.name[-17:]) == ("shaking the head", "-shaking-the-head")
+    assert np.array_equal(smiling.frames, made.frames)
+    assert not np.array_equal(smiling.frames[-1], shaking.frames[-1])
+    for same in ("samples", "portrait"):
+        assert np.array_equal(getattr(smiling, same), getattr(shaking, same))
+    build_store(tmp_path, [EVALUATION_SEED], seconds=0.6, size=48, processes=1)
+    drawn = ClipStore(tmp_path)[0]
+    assert len({drawn.mark, smiling.mark, shaking.mark}) == 3
+    assert drawn.mark == str(EVALUATION_SEED)
+
+
 def test_clips_are_written_in_the_layout_the_data_set_reads(tmp_path: Path, clip: PuppetClip) -> None:
     seed = str(EVALUATION_SEED + 3)
     options = ["--clips", "2", "--seconds", "0.4", "--size", "64", "--folder", str(tmp_path)]

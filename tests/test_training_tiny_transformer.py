@@ -28,9 +28,9 @@ from stableavatar.media.reading import probe
 from stableavatar.models.attention import KernelProcessor
 from stableavatar.pipeline import AvatarPipeline
 from stableavatar.training.checkpoints import list_checkpoints, load_checkpoint
+from stableavatar.training.efficiency import use_explicit_attention
 from stableavatar.training.muon import MuonAdamW
 from stableavatar.training.objective import ObjectiveSettings, draw_step
-from stableavatar.training.optimisations import use_explicit_attention
 from stableavatar.training.recipes import load_recipe
 from stableavatar.training.run import Training, cache_latents, prepare_training
 from stableavatar.training.tiny.assemble import SAMPLING_DEFAULTS

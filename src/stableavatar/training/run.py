@@ -36,8 +36,8 @@ from stableavatar.placement.slow_kernels import avoid_slow_kernels
 from stableavatar.training.avatar import Avatar
 from stableavatar.training.checkpoints import list_checkpoints
 from stableavatar.training.devices import process_device
+from stableavatar.training.efficiency import use_explicit_attention
 from stableavatar.training.lora import add_lora, save_lora
-from stableavatar.training.optimisations import use_explicit_attention
 from stableavatar.training.parameters import freeze_others, trained_by_recipe
 from stableavatar.training.recipes import DataChoice, ModelChoice, Recipe
 from stableavatar.training.tiny.assemble import assemble, embedded_pipeline

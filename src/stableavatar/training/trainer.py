@@ -42,10 +42,10 @@ from stableavatar.training.checkpoints import (
     set_random_state,
 )
 from stableavatar.training.devices import backend, on_cpu
+from stableavatar.training.efficiency import compile_blocks, enable_gradient_checkpointing
 from stableavatar.training.ema import MovingAverage
 from stableavatar.training.log import JsonLog, LossMeter, finite, flat
 from stableavatar.training.objective import StepLoss
-from stableavatar.training.optimisations import compile_blocks, enable_gradient_checkpointing
 from stableavatar.training.optimizers import clip_gradients, make_optimizer, set_constants, set_rate
 from stableavatar.training.parameters import trained_parameters
 from stableavatar.training.run_state import DeepSpeedState, RunState, ShardedState, WholeState

@@ -61,6 +61,10 @@ def main(arguments: list[str] | None = None) -> int:
     store.add_argument("--clips", type=int, default=1500)
     store.add_argument("--seconds", type=float, default=4.0)
     store.add_argument("--size", type=int, default=128)
+    store.add_argument(
+        "--expressions", nargs="+", default=(), metavar="NAME",
+        help="a clip of every person for each of these, in place of one with the seed's own expression",
+    )  # fmt: skip
     store.add_argument("--processes", type=int, default=2)
     dataset = commands.add_parser("dataset", help="clips as MP4, WAV and PNG in the trainer's folders")
     dataset.add_argument("--folder", type=Path, required=True)
@@ -80,7 +84,12 @@ def main(arguments: list[str] | None = None) -> int:
             logger.info("wrote %s", listing)
         else:
             build_store(
-                options.folder, seeds, seconds=options.seconds, size=options.size, processes=options.processes
+                options.folder,
+                seeds,
+                seconds=options.seconds,
+                size=options.size,
+                expressions=options.expressions,
+                processes=options.processes,
             )
     except InputError as error:
         logger.error("%s", error)

@@ -3,6 +3,8 @@
 0000000042/frames.npy    uint8 [T, H, W, 3], opened as a memory map
 0000000042/labels.npz    samples, articulation [T, 6], masks (bit-packed), portrait
 0000000042/about.json    seed, prompt, expression, person, frames, size
+
+A clip whose expression was chosen, not drawn from its seed, says so in its name: 0000000042-smiling.
 """
 
 from __future__ import annotations
@@ -12,10 +14,11 @@ import logging
 import multiprocessing
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Literal
 from zipfile import BadZipFile
@@ -52,8 +55,8 @@ class StoredClip:
 
     @property
     def mark(self) -> str:
-        """Its seed, of which everything is made."""
-        return str(self.seed)
+        """Its seed, of which everything is made, and its expression where that was chosen."""
+        return str(self.seed) if self.folder.name.isdigit() else f"{self.seed} {self.expression}"
 
     @property
     def length(self) -> int:
@@ -130,13 +133,13 @@ class StoredClip:
 
 
 class ClipStore:
-    """Random access to the finished clips of a store that :func:`build_store` made, in order of seeds."""
+    """Random access to the finished clips of a store that :func:`build_store` made, in order of names."""
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
         if not self.folder.is_dir():
             raise InputError(f"There is no clip store in {self.folder}; make one with `build_store`.")
-        self.folders = sorted(entry for entry in self.folder.iterdir() if entry.name.isdigit())
+        self.folders = sorted(entry for entry in self.folder.iterdir() if entry.name[0].isdigit())
 
     def __len__(self) -> int:
         return len(self.folders)
@@ -183,18 +186,33 @@ def _save(clip: PuppetClip, folder: Path) -> None:
         partial_folder.rename(folder)
 
 
-def _make_one(seed: int, folder: Path, seconds: float, size: int) -> int:
+def _clip_folder(folder: Path, seed: int, expression: str | None) -> Path:
+    return folder / (f"{seed:010d}" if expression is None else f"{seed:010d}-{expression.replace(' ', '-')}")
+
+
+def _make_one(clip: tuple[int, str | None], folder: Path, seconds: float, size: int) -> None:
     torch.set_num_threads(1)
-    _save(make_clip(seed, seconds, size=size), folder / f"{seed:010d}")
-    return seed
+    seed, expression = clip
+    made = make_clip(seed, seconds, size=size, expression=expression)
+    _save(made, _clip_folder(folder, seed, expression))
 
 
 def build_store(
-    folder: str | Path, seeds: Iterable[int], *, seconds: float = 4.0, size: int = 128, processes: int = 2
+    folder: str | Path,
+    seeds: Iterable[int],
+    *,
+    seconds: float = 4.0,
+    size: int = 128,
+    expressions: Sequence[str] = (),
+    processes: int = 2,
 ) -> ClipStore:
     """Render clips into `folder`; clips already there are kept, so an interrupted build can be run again.
 
     A clip of 4 s at 128x128 takes about 5 MB. Each clip appears under its name only when complete.
+
+    Args:
+        expressions: a clip for each, in which the same person says and does the same but for it. Without, a
+            clip a seed, with the seed's own expression.
 
     Raises:
         InputError: `processes` below 1, or what :func:`make_clip` raises.
@@ -203,11 +221,12 @@ def build_store(
         raise InputError(f"A store is built by at least one process, got {processes}.")
     target = Path(folder)
     target.mkdir(parents=True, exist_ok=True)
-    missing = [seed for seed in seeds if not (target / f"{seed:010d}").exists()]
+    clips = product(seeds, expressions or (None,))
+    missing = [clip for clip in clips if not _clip_folder(target, *clip).exists()]
     task = partial(_make_one, folder=target, seconds=seconds, size=size)
     if processes == 1:
-        for done, seed in enumerate(missing, 1):
-            task(seed)
+        for done, clip in enumerate(missing, 1):
+            task(clip)
             _report(done, len(missing))
     elif missing:
         with multiprocessing.get_context("spawn").Pool(processes) as pool:
