@@ -59,7 +59,7 @@ parity: $(STAMP) ## every parity case under PARITY=folder against our model
 evaluate-tiny: $(STAMP) ## the embedded model against its bars (an hour; QUICK=1: a subset in minutes)
 	{ $(BIN)/stableavatar download --landmarks && $(BIN)/python -m stableavatar.evaluation.faces; } \
 	    && portraits="$(addprefix --portrait ,$(PORTRAITS))"; \
-	$(BIN)/python -m stableavatar.evaluation.tiny --model $(MODEL) $$portraits \
+	$(BIN)/python -m stableavatar.evaluation.tiny --model $(MODEL) --processes 2 $$portraits \
 	    $(if $(QUICK),--quick,--out docs/tiny.md $(if $(wildcard $(WORK)),--curves $(WORK)))
 
 evaluate-lora: $(STAMP) ## what a LoRA of one unseen person gains, into docs/training.md

@@ -24,6 +24,7 @@ from stableavatar.data.puppets import (
 from stableavatar.errors import InputError
 from stableavatar.evaluation import cases, tiny
 from stableavatar.evaluation.cases import Plan
+from stableavatar.evaluation.embedded import Evaluation, Person
 from stableavatar.evaluation.faces import FaceReader
 from stableavatar.evaluation.identity import sharpness_ratio, steadied_similarity, worst_second
 from stableavatar.evaluation.lips import lip_score, openness, tail_difference
@@ -33,7 +34,7 @@ from stableavatar.evaluation.pictures import sharpness, shifted, signal_to_noise
 from stableavatar.evaluation.reconstruction import clip_signal_to_noise, end_against_start
 from stableavatar.evaluation.regions import photograph_regions, puppet_regions
 from stableavatar.evaluation.registry import GROUPS, find_metric
-from stableavatar.evaluation.report import write_report
+from stableavatar.evaluation.report import Exhibit, Exhibits, write_report
 from stableavatar.evaluation.scores import COLUMNS, Scores, markdown_table
 from stableavatar.evaluation.sheets import (
     contact_sheet,
@@ -44,7 +45,6 @@ from stableavatar.evaluation.sheets import (
     thin,
 )
 from stableavatar.evaluation.steadiness import colour_drift, flicker
-from stableavatar.evaluation.tiny import Evaluation, Person
 from toy import toy_folder
 
 SMALL = Plan(
@@ -209,8 +209,8 @@ class TruthfulSpeaker:
 
 
 def test_a_truthful_speaker_passes_every_bar(meter: MouthMeter) -> None:
-    evaluation = Evaluation(SMALL, lambda frames: frames, TruthfulSpeaker(), meter)
-    scores = evaluation.run()
+    whole = Evaluation(SMALL, lambda frames: frames, TruthfulSpeaker(), meter).run()
+    scores = whole.scores
     # Three seconds of two puppets: by chance a wrong track may come near; that bar is for the full plan.
     assert [line for line in scores.missed() if "wrong" not in line] == []
     lips = find_metric("lip_correlation")
@@ -227,13 +227,15 @@ def test_a_truthful_speaker_passes_every_bar(meter: MouthMeter) -> None:
                 if variant != "wrong" and not metric.name.startswith(("photograph", "face_")):
                     assert value is not None
                     assert goal.passes(value), (metric.name, variant, value)
-    assert set(evaluation.exhibits.puppet) == {"truth", "decoded", "generated"}
+    assert whole.exhibits.puppet is not None
+    assert set(whole.exhibits.puppet.rows) == {"truth", "decoded", "generated"}
+    assert whole.exhibits.photograph is not None
 
 
 def test_a_still_picture_and_a_blurring_coder_miss_their_bars(meter: MouthMeter) -> None:
     plan = replace(SMALL, puppets=1, wrong=0, silence=0, prompts=0, long=0)
     speaker = TruthfulSpeaker(faithful=False)
-    missed = Evaluation(plan, partial(blurred, sigma=8.0), speaker, meter).run().missed()
+    missed = Evaluation(plan, partial(blurred, sigma=8.0), speaker, meter).run().scores.missed()
     assert any(line.startswith("lip correlation: 0") for line in missed)
     assert any(line.startswith("autoencoder: PSNR") for line in missed)
     assert any(line.startswith("photograph: lip correlation") for line in missed)
@@ -301,7 +303,7 @@ def test_plans_are_checked() -> None:
 
 
 def test_cases_feed_unseen_voices_and_other_words(clip: PuppetClip) -> None:
-    first, second = cases.talking_cases(SMALL)
+    first, second = (cases.talking_case(SMALL, index) for index in range(2))
     assert first.truth.seed == EVALUATION_SEED
     assert len(first.samples) == len(first.other) == 3 * 16_000
     assert len(first.frames) == len(first.called) == 75
@@ -325,8 +327,7 @@ def test_photographs_of_any_length_are_animated_and_judged_by_the_worst(meter: M
     plan = replace(SMALL, puppets=1, wrong=0, silence=0, prompts=0, long=0, photograph_seconds=3.1)
     people = [Person(name, portrait, photograph_regions(cases.SIZE)) for name in ("a", "b")]
     reader = cast(FaceReader, AstronautsFace())
-    evaluation = Evaluation(plan, lambda frames: frames, TruthfulSpeaker(), meter, reader, people)
-    scores = evaluation.run()
+    scores = Evaluation(plan, lambda frames: frames, TruthfulSpeaker(), meter, reader, people).run().scores
     identity = find_metric("face_identity")
     assert len(scores.values["people", "face_identity", "made"]) == 3  # the astronaut's own, and two more
     assert scores.figure("people", identity, "decoded") == pytest.approx(1.0)
@@ -345,8 +346,8 @@ def test_report_replaces_its_own_part_of_a_document(tmp_path: Path) -> None:
     logs.mkdir(parents=True)
     lines = [{"step": k, "seconds": 2.0 * k, "loss": 1 / (k + 1), "psnr": 10.0 + k} for k in range(900)]
     (logs / "curve.jsonl").write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
-    exhibits = tiny.Exhibits(puppet_called=np.linspace(0, 1, 20, dtype=np.float32))
-    exhibits.puppet = {"truth": np.zeros((20, 16, 16, 3), np.uint8)}
+    rows = {"truth": np.zeros((20, 16, 16, 3), np.uint8)}
+    exhibits = Exhibits(puppet=Exhibit(rows, np.linspace(0, 1, 20, dtype=np.float32), None))
     write_report(document, Scores(), exhibits, "first", tmp_path / "logs")
     document.write_text(document.read_text(encoding="utf-8") + "\nKept after.\n", encoding="utf-8")
     write_report(document, Scores(), exhibits, "second")
@@ -416,8 +417,27 @@ def test_command_runs_a_model_and_fails_on_its_bars(
     assert "| MISS |" in document.read_text(encoding="utf-8")
     assert (tmp_path / "tiny" / "astronaut.png").exists()
     assert tiny.main(["--quick", "--gate", str(model / "vae")]) == 1
+    assert tiny.main(["--quick", "--model", str(model), "--processes", "0"]) == 2
+    assert "at least one process" in caplog.text
     assert tiny.main(["--quick", "--model", str(tmp_path / "nothing")]) == 2
     assert tiny.main(["--quick", "--gate", str(tmp_path)]) == 2
     assert tiny.main(["--quick", "--gate", str(model / "vae"), "--portrait", "a.png"]) == 2
     assert "leave --portrait out" in caplog.text
     assert "config.json is missing" in caplog.text
+
+
+@pytest.mark.usefixtures("meter")
+def test_processes_share_an_evaluation_and_give_its_figures(tmp_path: Path) -> None:
+    plan = replace(
+        SMALL, seconds=1.0, autoencoder_frames=25, wrong=1, prompts=0, photograph_seconds=1.0, long=0
+    )
+    setup = tiny.Setup(plan, str(toy_folder(tmp_path / "toy")), options={"steps": 1})
+    alone, shared = tiny.measure(setup), tiny.measure(setup, processes=2)
+    assert alone.scores.values.keys() == shared.scores.values.keys()
+    for key, values in alone.scores.values.items():
+        assert shared.scores.values[key] == pytest.approx(values, abs=1e-3), key
+    assert len(shared.scores.values["puppets", "similarity", "made"]) == 2
+    assert shared.exhibits.puppet is not None
+    assert shared.exhibits.photograph is not None
+    with pytest.raises(InputError, match="nothing"):
+        tiny.measure(replace(setup, model=str(tmp_path / "nothing")), processes=2)

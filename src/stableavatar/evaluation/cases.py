@@ -3,7 +3,6 @@ seen."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,6 +24,8 @@ FPS = 25
 SIZE = 128
 Samples = NDArray[np.float32]
 
+ASKED_EXPRESSIONS = ("smiling", "serious")
+"""What prompts ask for, of the same person with the same speech."""
 _OTHER = 7
 """Recordings this far apart have other voices and other words."""
 _READINGS = (0, 10)
@@ -106,36 +107,32 @@ def called_opening(samples: Samples, frames: int) -> Track:
     return articulate(samples, SAMPLE_RATE, FPS).opening[:frames]
 
 
-def talking_cases(plan: Plan) -> Iterator[TalkingCase]:
-    """The plan's puppets, rendered one at a time, each with a recording of its own."""
+def talking_case(plan: Plan, index: int) -> TalkingCase:
+    """One of the plan's puppets, each with a recording of its own."""
     frames = round(plan.seconds * FPS)
     samples = frames * SAMPLE_RATE // FPS
-    for index in range(plan.puppets):
-        truth = make_clip(EVALUATION_SEED + index, plan.autoencoder_frames / FPS, size=SIZE)
-        spoken = truth.samples[:samples]
-        yield TalkingCase(
-            truth=truth,
-            frames=truth.frames[:frames],
-            samples=spoken,
-            called=called_opening(spoken, frames),
-            other=evaluation_speech(index + _OTHER, plan.seconds)[:samples],
-        )
+    truth = make_clip(EVALUATION_SEED + index, plan.autoencoder_frames / FPS, size=SIZE)
+    spoken = truth.samples[:samples]
+    return TalkingCase(
+        truth=truth,
+        frames=truth.frames[:frames],
+        samples=spoken,
+        called=called_opening(spoken, frames),
+        other=evaluation_speech(index + _OTHER, plan.seconds)[:samples],
+    )
 
 
-def silent_cases(plan: Plan) -> Iterator[PuppetClip]:
-    """Puppets to whom silence is fed, and how they keep their mouths shut."""
+def silent_case(plan: Plan, index: int) -> PuppetClip:
+    """A puppet to whom silence is fed, and how it keeps its mouth shut."""
     silence = np.zeros(round(plan.silence_seconds * SAMPLE_RATE), dtype=np.float32)
-    for index in range(plan.silence):
-        yield make_clip(
-            EVALUATION_SEED + index, plan.silence_seconds, size=SIZE, samples=silence, expression="neutral"
-        )
+    return make_clip(
+        EVALUATION_SEED + index, plan.silence_seconds, size=SIZE, samples=silence, expression="neutral"
+    )
 
 
-def prompted_cases(plan: Plan) -> Iterator[PuppetClip]:
-    """Each puppet twice with the same speech: smiling, and serious."""
-    for index in range(plan.prompts):
-        for expression in ("smiling", "serious"):
-            yield make_clip(EVALUATION_SEED + index, plan.prompt_seconds, size=SIZE, expression=expression)
+def prompted_case(plan: Plan, index: int, expression: str) -> PuppetClip:
+    """A puppet with one of `ASKED_EXPRESSIONS`; its speech is the same with each."""
+    return make_clip(EVALUATION_SEED + index, plan.prompt_seconds, size=SIZE, expression=expression)
 
 
 def photograph() -> Frames:
@@ -177,15 +174,14 @@ def photograph_speech(seconds: float) -> tuple[Samples, Samples]:
     return np.concatenate(own * rounds)[:samples], evaluation_speech(_OTHER, seconds)
 
 
-def long_cases(plan: Plan) -> Iterator[TalkingCase]:
-    """Puppets that talk for minutes."""
+def long_case(plan: Plan, index: int) -> TalkingCase:
+    """A puppet that talks for minutes."""
     frames = round(plan.long_seconds * FPS)
-    for index in range(plan.long):
-        truth = make_clip(EVALUATION_SEED + index, plan.long_seconds, size=SIZE)
-        yield TalkingCase(
-            truth=truth,
-            frames=truth.frames,
-            samples=truth.samples,
-            called=called_opening(truth.samples, frames),
-            other=evaluation_speech(index + _OTHER, plan.long_seconds),
-        )
+    truth = make_clip(EVALUATION_SEED + index, plan.long_seconds, size=SIZE)
+    return TalkingCase(
+        truth=truth,
+        frames=truth.frames,
+        samples=truth.samples,
+        called=called_opening(truth.samples, frames),
+        other=evaluation_speech(index + _OTHER, plan.long_seconds),
+    )

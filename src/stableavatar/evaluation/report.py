@@ -4,7 +4,7 @@ losses."""
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -31,17 +31,22 @@ _SHOWN_SECONDS = 10
 _FPS = 25
 
 
+@dataclass(frozen=True)
+class Exhibit:
+    """A clip kept for the report's pictures: rows of frames by name, and the opening called for and, where a
+    model spoke, measured."""
+
+    rows: dict[str, Frames]
+    called: Track
+    measured: Track | None
+
+
 @dataclass
 class Exhibits:
-    """Clips kept for the report's pictures: rows of frames by name, and the opening called for and
-    measured."""
+    """What the report shows."""
 
-    puppet: dict[str, Frames] = field(default_factory=dict)
-    puppet_called: Track | None = None
-    puppet_measured: Track | None = None
-    photograph: dict[str, Frames] = field(default_factory=dict)
-    photograph_called: Track | None = None
-    photograph_measured: Track | None = None
+    puppet: Exhibit | None = None
+    photograph: Exhibit | None = None
 
 
 def write_report(
@@ -62,16 +67,10 @@ def write_report(
     folder = document.with_suffix("")
     folder.mkdir(parents=True, exist_ok=True)
     lines = [f"Measured: {title}.", "", markdown_table(scores), ""]
-    if exhibits.puppet and exhibits.puppet_called is not None:
-        moments = telling_moments(exhibits.puppet_called, _MOMENTS)
-        contact_sheet(exhibits.puppet, moments).save(folder / "puppet.png")
-        lines += ["An unseen puppet with unseen speech:", "", f"![puppet]({folder.name}/puppet.png)", ""]
-    lines += _mouth(folder, "puppet", exhibits.puppet_called, exhibits.puppet_measured)
-    if exhibits.photograph and exhibits.photograph_called is not None:
-        moments = telling_moments(exhibits.photograph_called, _MOMENTS)
-        contact_sheet(exhibits.photograph, moments).save(folder / "astronaut.png")
-        lines += ["A photograph, never trained on:", "", f"![astronaut]({folder.name}/astronaut.png)", ""]
-    lines += _mouth(folder, "astronaut", exhibits.photograph_called, exhibits.photograph_measured)
+    if exhibits.puppet is not None:
+        lines += _show(folder, "puppet", "An unseen puppet with unseen speech:", exhibits.puppet)
+    if exhibits.photograph is not None:
+        lines += _show(folder, "astronaut", "A photograph, never trained on:", exhibits.photograph)
     if curves is not None:
         gather_curves(curves, folder)
     lines += _draw_curves(folder)
@@ -79,17 +78,20 @@ def write_report(
     logger.info("written to %s", document)
 
 
-def _mouth(folder: Path, name: str, called: Track | None, measured: Track | None) -> list[str]:
-    if called is None or measured is None:
-        return []
-    count = min(len(called), _SHOWN_SECONDS * _FPS)
+def _show(folder: Path, name: str, caption: str, exhibit: Exhibit) -> list[str]:
+    moments = telling_moments(exhibit.called, _MOMENTS)
+    contact_sheet(exhibit.rows, moments).save(folder / f"{name}.png")
+    lines = [caption, "", f"![{name}]({folder.name}/{name}.png)", ""]
+    if exhibit.measured is None:
+        return lines
+    count = min(len(exhibit.called), _SHOWN_SECONDS * _FPS)
     seconds = np.arange(count) / _FPS
     tracks = {
-        "called for by the speech": (seconds, called[:count].astype(np.float64)),
-        "measured": (seconds, measured[:count].astype(np.float64)),
+        "called for by the speech": (seconds, exhibit.called[:count].astype(np.float64)),
+        "measured": (seconds, exhibit.measured[:count].astype(np.float64)),
     }
     line_plot(f"{name}: opening of the mouth", tracks, "seconds").save(folder / f"{name}_mouth.png")
-    return [f"![opening of the mouth]({folder.name}/{name}_mouth.png)", ""]
+    return [*lines, f"![opening of the mouth]({folder.name}/{name}_mouth.png)", ""]
 
 
 def gather_curves(logs: Path, folder: Path) -> None:

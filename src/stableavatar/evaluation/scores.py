@@ -31,6 +31,11 @@ class Scores:
         for metric in GROUPS[group].metrics:
             self.values.setdefault((group, metric.name, variant), []).append(metric.measure(clip))
 
+    def merge(self, other: Scores) -> None:
+        """Takes over the values of other clips."""
+        for key, values in other.values.items():
+            self.values.setdefault(key, []).extend(values)
+
     def figure(self, group: str, metric: Metric, variant: Variant) -> float | None:
         """The figure of a metric, None where no clip of the variant was measured."""
         values = self.values.get((group, metric.name, variant))
