@@ -42,7 +42,8 @@ test: $(STAMP)   ## run every test
 test-large: $(STAMP) ## the tests that need DeepSpeed, torchao and W&B, in an environment of their own
 	$(PYTHON) -m venv $(VENV)-large
 	$(VENV)-large/bin/pip install -q -c constraints.txt -e '.[dev,large]'
-	$(VENV)-large/bin/python -m pytest tests/test_training_processes.py tests/test_training_trainer.py tests/test_training_optimizers.py
+	$(VENV)-large/bin/python -m pytest tests/test_training_processes.py tests/test_training_trainer.py tests/test_training_optimizers.py \
+	    tests/test_training_tiny_transformer.py
 
 lint: $(STAMP)   ## style and types
 	$(BIN)/ruff check .
@@ -65,7 +66,7 @@ evaluate-tiny: $(STAMP) ## the embedded model against its bars (an hour; QUICK=1
 evaluate-lora: $(STAMP) ## what a LoRA of one unseen person gains, into docs/training.md
 	$(BIN)/python -m stableavatar.evaluation.lora data --folder runs/tiny-lora/data
 	$(BIN)/stableavatar cache-latents recipes/tiny-lora.yaml --passes 4 --output runs/tiny-lora/latents
-	$(BIN)/stableavatar train recipes/tiny-lora.yaml --resume
+	$(BIN)/stableavatar train recipes/tiny-lora.yaml --resume latest
 	$(BIN)/python -m stableavatar.evaluation.lora measure --lora runs/tiny-lora/lora --out docs/training.md
 
 bench: $(STAMP)  ## speed and memory beside diffusers, into docs/performance.md (QUICK=1 prints small sizes)
@@ -88,7 +89,7 @@ tiny: $(STAMP)   ## train the embedded model anew, from puppets to weights (many
 	test -e $(WORK)/encoders/text_encoder || { $(BIN)/python -m stableavatar.training.tiny.text_encoder \
 	    --out $(WORK)/text_encoder && cp -R $(WORK)/text_encoder/final $(WORK)/encoders/text_encoder; }
 	$(BIN)/stableavatar cache-latents recipes/tiny.yaml --output $(WORK)/latents
-	OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node 2 -m stableavatar train recipes/tiny.yaml --resume \
+	OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node 2 -m stableavatar train recipes/tiny.yaml --resume latest \
 	    $(if $(START),--set model.embedded.start=$(START))
 	$(BIN)/python -m stableavatar.training.tiny.meter --autoencoder $(WORK)/encoders/vae
 	rm -rf src/stableavatar/assets/tiny && cp -R $(WORK)/model src/stableavatar/assets/tiny

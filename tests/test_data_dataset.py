@@ -16,10 +16,11 @@ from numpy.typing import NDArray
 from transformers import Wav2Vec2Config, Wav2Vec2Model
 
 from clip_folders import SIDE, write_clip
+from media_files import write_video
 from stableavatar.conditioning.image import picture_tensor, reference_condition
 from stableavatar.conditioning.speech import speech_features
 from stableavatar.data.cache import CachedWindows, CacheWriter, LatentCache, read_manifest
-from stableavatar.data.clips import FolderClip, find_clips, normalized_speech, read_path_list
+from stableavatar.data.clips import FolderClip, clip_frames, find_clips, normalized_speech, read_path_list
 from stableavatar.data.dataset import ClipDataset, ClipDatasetSettings, Window, read_sample
 from stableavatar.data.encoding import Encoders, stack_samples
 from stableavatar.data.masks import masks_to_latents
@@ -481,3 +482,30 @@ def test_a_cache_is_told_by_what_it_holds_and_knows_its_encoders(
         other.quant_conv.bias += 1
     with pytest.raises(InputError, match="another vae"):
         LatentCache(folder).check_encoders(Encoders(other, encoders[1]))
+
+
+def test_a_video_is_read_as_its_masks_were_made_from_it(tmp_path: Path) -> None:
+    """By its own matrix, upright, with square pixels; where it says another shape, not at all."""
+    rng = np.random.default_rng(0)
+    picture = np.repeat(np.repeat(rng.integers(40, 200, (3, 3, 3)), 32, axis=0), 32, axis=1).astype(np.uint8)
+    clip = write_clip(tmp_path / "speech" / "1", frames=6, size=(96, 96), images=False)
+    write_video(clip / "sub_clip.mp4", [picture] * 6, rotation=90)
+    read = FolderClip.open(clip).read_frames(2, 3)
+    assert np.array_equal(read, np.stack(list(clip_frames(clip))[2:5]))
+    assert (
+        np.abs(read[0].astype(int) - np.rot90(picture)).mean()
+        < np.abs(read[0].astype(int) - picture).mean() / 4
+    )
+
+    write_video(clip / "sub_clip.mp4", [picture[:64]] * 6, aspect=Fraction(2))
+    wide = FolderClip.open(clip)
+    assert wide.size == (192, 64)
+    assert wide.read_frames(0, 1).shape == (1, 64, 192, 3)
+    with pytest.raises(InputError, match=r"face_masks: masks of 96x96 pixels to frames of 192x64"):
+        wide.read_masks("face_masks", 0, 1)
+
+    write_video(clip / "sub_clip.mp4", [picture[:64]] * 6, rotation=90)
+    with pytest.raises(
+        InputError, match=r"64x96 pixels where 96x64 were expected \(it is to be shown turned"
+    ):
+        FolderClip.open(clip).read_frames(0, 1)

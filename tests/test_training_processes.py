@@ -148,14 +148,36 @@ def test_deepspeed_is_the_run_of_one(one: Path, tmp_path: Path, stage: str) -> N
     assert_same_curve(one, tmp_path, average=stage == "2")
 
 
+@pytest.mark.parametrize("name", ["zero2", "zero3"])
+def test_deepspeed_as_shipped_keeps_whole_weights_and_computes_in_half(tmp_path: Path, name: str) -> None:
+    pytest.importorskip("deepspeed", reason="in the extra large; see make test-large")
+    file = Path(__file__).parents[1] / "recipes" / "accelerate" / f"{name}.yaml"
+    folders = [tmp_path / precision for precision in ("no", "bf16")]
+    for folder in folders:
+        folder.mkdir()
+        subprocess.run(
+            [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(file), "--num_processes", "2",
+             __file__, str(folder), "none", "5", f"precision={folder.name}"],
+            check=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"},
+        )  # fmt: skip
+    whole, half = (load_file(folder / "weights.safetensors") for folder in folders)
+    assert any(not torch.equal(whole[key], half[key]) for key in whole)
+    for key, value in half.items():
+        assert not torch.equal(value, value.bfloat16().float()), key  # not rounded
+        torch.testing.assert_close(value, whole[key], rtol=0.05, atol=0.02)
+    for folder in folders:
+        assert torch.equal(load_file(folder / "frozen.safetensors")["fixed"], Fit().fixed)
+
+
 def test_sharding_needs_processes(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="several processes"):
         train(tmp_path, batch=2, steps=1, sharding="fsdp2")
 
 
 if __name__ == "__main__":
+    precision = [word.removeprefix("precision=") for word in sys.argv if word.startswith("precision=")]
     zero_3 = os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") == "3"
     train(
         Path(sys.argv[1]), batch=2, sharding=sys.argv[2], steps=int(sys.argv[3]), resume="resume" in sys.argv,
-        **({"ema_decay": 0.0} if zero_3 else {}),
+        **({"ema_decay": 0.0} if zero_3 else {}), **({"precision": precision[0]} if precision else {}),
     )  # fmt: skip

@@ -2,8 +2,10 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from stableavatar.errors import InputError
 from stableavatar.media.reading import probe, read_frames, read_metadata
 from stableavatar.models.transformer import StableAvatarTransformer3DModel
 from stableavatar.pipeline import AvatarPipeline
+from stableavatar.training.checkpoints import list_checkpoints
 from stableavatar.training.log import read_log
 from stableavatar.training.parameters import freeze_others, trained_by_recipe
 from stableavatar.training.recipes import load_recipe
@@ -96,6 +99,7 @@ def test_every_recipe_builds_its_model_and_runs(path: Path, data: Path, tmp_path
         ("model.size=2b", r"model\.size"),
         ("data.lists=[]", "name lists, folders, puppets or a cache"),
         ("data.clips.frames=10", "4n"),
+        ("data.clips.masks=false", r"mask_loss drawn needs masks: set data\.clips\.masks"),
         ("model.dtype=bfloat16", "need dtype float32"),
         ("lora.rank=0", "rank must be at least 1"),
         ("trainer.steps", "sets nothing"),
@@ -165,7 +169,9 @@ def test_interrupted_and_resumed_a_recipe_gives_the_same_weights(data: Path, tmp
     AcceleratorState._reset_state(True)
     prepare_training(load_recipe(SQUARE, toy(data, tmp_path / "parts", "trainer.steps=2"))).run()
     AcceleratorState._reset_state(True)
-    prepare_training(load_recipe(SQUARE, toy(data, tmp_path / "parts", "trainer.steps=4")), resume=True).run()
+    prepare_training(
+        load_recipe(SQUARE, toy(data, tmp_path / "parts", "trainer.steps=4")), resume="latest"
+    ).run()
     weights = [
         load_file(tmp_path / name / "transformer" / "diffusion_pytorch_model.safetensors")
         for name in ("whole", "parts")
@@ -206,6 +212,56 @@ def test_validation_videos_have_sound_and_change_nothing(
     AcceleratorState._reset_state(True)
     prepare_training(load_recipe(SQUARE, toy(data, tmp_path / "alone", *more[2:]))).run()
     assert curve(tmp_path / "looked") == curve(tmp_path / "alone")
+
+
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        ({"cases": [{"portrait": "nowhere.png", "speech": "nowhere.wav"}]}, "no file nowhere.png"),
+        ({"cases": [], "options": {"stepz": 3}}, "no option stepz; did you mean steps"),
+        ({"cases": [], "options": {"steps": 0}}, "steps"),
+    ],
+)
+def test_validation_that_could_not_be_made_is_refused_at_once(
+    data: Path, tmp_path: Path, change: dict[str, Any], what: str
+) -> None:
+    with pytest.raises(InputError, match=what):
+        prepare_training(load_recipe(SQUARE, toy(data, tmp_path, f"validation={json.dumps(change)}")))
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_without_masks_where_the_loss_asks_for_none(data: Path, tmp_path: Path, cached: bool) -> None:
+    for kind in ("face_masks", "lip_masks"):
+        for folder in data.parent.glob(f"speech/*/{kind}"):
+            folder.rename(folder.with_name(f".{kind}"))
+    try:
+        given = toy(data, tmp_path, "objective.mask_loss=none", "data.clips.masks=false")
+        if cached:
+            cache = tmp_path / "cache"
+            cache_latents(load_recipe(SQUARE, given), cache, passes=1, dtype=torch.float32)
+            with pytest.raises(InputError, match=r"was made without masks, which .* drawn needs"):
+                prepare_training(load_recipe(SQUARE, toy(data, tmp_path, f"data.cache={cache}")))
+            AcceleratorState._reset_state(True)
+            given.append(f"data.cache={cache}")
+        assert prepare_training(load_recipe(SQUARE, given)).run()[0].step == 2
+    finally:
+        for folder in data.parent.glob("speech/*/.*_masks"):
+            folder.rename(folder.with_name(folder.name.removeprefix(".")))
+
+
+def test_a_training_resumes_beside_the_same_frozen_weights_alone(data: Path, tmp_path: Path) -> None:
+    path = SQUARE.with_name("1.3b-square-lora.yaml")
+    more = ["model.dtype=float32", "lora.rank=2", "lora.alpha=2"]
+    prepare_training(load_recipe(path, toy(data, tmp_path / "run", *more))).run()
+    AcceleratorState._reset_state(True)
+    training = prepare_training(load_recipe(SQUARE, toy(data, tmp_path / "other", "trainer.steps=1")))
+    other = training.run()[1]
+    for change, what in (("lora.alpha=4", "lora"), (f"model.transformer={other}", "frozen weights")):
+        AcceleratorState._reset_state(True)
+        with pytest.raises(InputError, match=f"another {what}"):
+            prepare_training(
+                load_recipe(path, toy(data, tmp_path / "run", *more, change)), resume="latest", new_data=True
+            )
 
 
 def test_spread_over_two_processes_a_recipe_is_that_of_one_and_makes_its_videos(
@@ -324,7 +380,7 @@ class TestCommands:
         assert done.exit_code == 2
         assert "resume from the latest" in done.output.replace("\n", " ")
         AcceleratorState._reset_state(True)
-        done = run("train", SQUARE, "--resume", *arguments(cached, "trainer.steps=3"))
+        done = run("train", SQUARE, "--resume", "latest", *arguments(cached, "trainer.steps=3"))
         assert done.exit_code == 0, done.output
         assert "after 3 of 3 steps" in done.output
 
@@ -338,6 +394,37 @@ class TestCommands:
             done = run("train", *arguments)
             assert done.exit_code == 2
             assert what in done.output.replace("\n", " ")
+
+    def test_a_signal_to_all_processes_ends_it_with_a_checkpoint(self, data: Path, tmp_path: Path) -> None:
+        folder = tmp_path / "run"
+        endless = toy(
+            data, folder, "trainer.steps=1000000", "trainer.checkpoint_every=1000000", "trainer.workers=2"
+        )
+        process = subprocess.Popen(
+            [sys.executable, "-m", "stableavatar", "train", str(SQUARE), *(word for it in endless for word in ("--set", it))],
+            start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )  # fmt: skip
+        while not (folder / "log.jsonl").exists() or not read_log(folder / "log.jsonl"):
+            assert process.poll() is None
+            time.sleep(0.1)
+        os.killpg(process.pid, signal.SIGTERM)
+        output, _ = process.communicate(timeout=120)
+        assert process.returncode == 0, output
+        assert len(list_checkpoints(folder)) == 1
+
+    def test_a_given_checkpoint_is_gone_on_from(self, data: Path, tmp_path: Path) -> None:
+        def arguments(name: str, *more: str) -> list[str]:
+            return [word for one in toy(data, tmp_path / name, *more) for word in ("--set", one)]
+
+        assert run("train", SQUARE, *arguments("first")).exit_code == 0
+        AcceleratorState._reset_state(True)
+        (checkpoint,) = list_checkpoints(tmp_path / "first")
+        done = run("train", SQUARE, "--resume", checkpoint, *arguments("second", "trainer.steps=3"))
+        assert done.exit_code == 0, done.output
+        assert [line["step"] for line in read_log(tmp_path / "second" / "log.jsonl")] == [3]
+        AcceleratorState._reset_state(True)
+        done = run("train", SQUARE, "--resume", tmp_path / "nowhere", *arguments("third"))
+        assert done.exit_code == 2, done.output
 
 
 def test_a_missing_file_of_a_clip_is_named(data: Path, tmp_path: Path) -> None:

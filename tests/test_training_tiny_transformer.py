@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -29,10 +30,12 @@ from stableavatar.models.attention import KernelProcessor
 from stableavatar.pipeline import AvatarPipeline
 from stableavatar.training.checkpoints import list_checkpoints, load_checkpoint
 from stableavatar.training.efficiency import use_explicit_attention
+from stableavatar.training.log import read_log
 from stableavatar.training.muon import MuonAdamW
 from stableavatar.training.objective import ObjectiveSettings, draw_step
 from stableavatar.training.recipes import load_recipe
 from stableavatar.training.run import Training, cache_latents, prepare_training
+from stableavatar.training.tiny import avatar as tiny_avatar
 from stableavatar.training.tiny.assemble import SAMPLING_DEFAULTS
 from stableavatar.training.tiny.avatar import TinyAvatar, build_text_encoder, grow_transformer
 
@@ -81,23 +84,27 @@ def cache(encoders: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "cache"
 
 
-def prepared(encoders: Path, out: Path, *more: str, resume: bool = False) -> Training:
+def prepared(encoders: Path, out: Path, *more: str, resume: Literal["latest"] | None = None) -> Training:
     """The recipe at toy size."""
     AcceleratorState._reset_state(True)
-    toy = (
+    return prepare_training(load_recipe(RECIPE, toy(encoders, out, *more)), resume=resume)
+
+
+def toy(encoders: Path, out: Path, *more: str) -> list[str]:
+    """What brings the recipe to toy size."""
+    return [
         f"output={out}", f"model.source={encoders}", "model.encoder_dtype=float32", "model.embedded.heads=1", "model.embedded.layers=1",
         "trainer.compile=false", "trainer.optimizer.schedule=constant",
         "trainer.optimizer.decay_steps=null", "data.window_frames=5", "data.clips.frames=9",
         "trainer.batch_size=2", *more,
-    )  # fmt: skip
-    return prepare_training(load_recipe(RECIPE, toy), resume=resume)
+    ]  # fmt: skip
 
 
 def test_the_recipe_makes_a_model_that_generates(encoders: Path, cache: Path, tmp_path: Path) -> None:
     at = f"data.cache={cache}"
     _, made = prepared(encoders, tmp_path / "whole", at, "trainer.steps=3").run()
     prepared(encoders, tmp_path / "parts", at, "trainer.steps=2").run()
-    prepared(encoders, tmp_path / "parts", at, "trainer.steps=3", resume=True).run()
+    prepared(encoders, tmp_path / "parts", at, "trainer.steps=3", resume="latest").run()
     whole, parts = (load_checkpoint(list_checkpoints(tmp_path / name)[-1]) for name in ("whole", "parts"))
     assert whole.counters["step"] == parts.counters["step"] == 3
     for name, value in whole.model.items():
@@ -358,3 +365,58 @@ def test_a_store_of_puppets_becomes_a_cache_and_validation_videos(encoders: Path
     ).run()  # fmt: skip
     (video,) = (tmp_path / "run" / "validation").rglob("*.mp4")
     assert probe(video).frames == 15
+
+
+SPREADABLE = ("trainer.optimizer.kind=adamw", "objective.audio_output_dropping=0.0")
+
+
+@pytest.mark.parametrize("way", ["ddp", "fsdp2", "zero2", "zero3", "zero3-offload"])
+def test_two_processes_have_the_curve_of_one(encoders: Path, cache: Path, tmp_path: Path, way: str) -> None:
+    """ZeRO runs one step: DeepSpeed's checkpoints are not asked for more than that they are written."""
+    deepspeed = way.startswith("zero")
+    if deepspeed:
+        pytest.importorskip("deepspeed", reason="in the extra large; see make test-large")
+    usual = [
+        f"data.cache={cache}", "trainer.batch_size=1", "trainer.log_every=1", "trainer.precision='no'",
+        f"trainer.steps={1 if deepspeed else 4}", "trainer.optimizer.epsilon=1.0e-3",
+        *(() if way == "ddp" else SPREADABLE), *(("trainer.ema_decay=0.0",) if way.startswith("zero3") else ()),
+    ]  # fmt: skip
+    alone = prepared(encoders, tmp_path / "one", *usual, "trainer.accumulation=4")
+    _, made = alone.run()
+    more = ["trainer.accumulation=2", f"trainer.sharding={'fsdp2' if way == 'fsdp2' else 'none'}"]
+    launcher = ["torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
+    if deepspeed:
+        shipped = RECIPE.parent / "accelerate" / f"{way}.yaml"
+        launcher = ["accelerate.commands.launch", "--config_file", str(shipped), "--num_processes", "2"]
+    subprocess.run(
+        [sys.executable, "-m", *launcher, "-m", "stableavatar", "train", str(RECIPE),
+         *(word for it in toy(encoders, tmp_path / "two", *usual, *more) for word in ("--set", it))],
+        check=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"},
+    )  # fmt: skip
+    curves = [read_log(tmp_path / name / "log.jsonl") for name in ("one", "two")]
+    assert len(curves[0]) == len(curves[1]) == (1 if deepspeed else 4)
+    for one, two in zip(*curves, strict=True):
+        assert two["loss"] == pytest.approx(one["loss"], rel=1e-4)
+        assert two["gradient_norm"] == pytest.approx(one["gradient_norm"], rel=1e-3)
+    one, two = (AvatarPipeline.from_pretrained(folder) for folder in (made, tmp_path / "two" / "model"))
+    for part in ("transformer", "text_encoder", "image_encoder"):
+        found = getattr(two, part).state_dict()
+        for name, value in getattr(one, part).state_dict().items():
+            torch.testing.assert_close(found[name], value, rtol=2e-2, atol=1e-3)  # kept in bfloat16
+
+
+def test_what_it_is_given_is_made_where_the_batch_lies(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    avatar = TinyAvatar(ObjectiveSettings(), heads=1, layers=1, audio_dim=16, latent_channels=16)
+    asked: list[torch.device] = []
+    monkeypatch.setattr(
+        tiny_avatar,
+        "encode_tokens",
+        lambda _encoder, ids, mask, length: (
+            asked.extend([ids.device, mask.device]) or torch.zeros(len(ids), length, 8, device=ids.device)
+        ),
+    )
+    batch = stack_samples([CachedWindows(LatentCache(cache))[k, 0] for k in range(2)])
+    elsewhere = avatar.to("meta").inputs(batch.to(torch.device("meta")))
+    assert set(map(str, asked)) == {"meta"}
+    assert elsewhere.judged is not None
+    assert str(elsewhere.judged.device) == "meta"

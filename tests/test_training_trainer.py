@@ -200,6 +200,19 @@ def test_averaged_weights_in_callbacks_which_cannot_disturb_the_run(tmp_path: Pa
     assert_same_run(tmp_path / "alone", tmp_path / "watched")
 
 
+def test_a_callback_that_fails_does_not_take_the_checkpoint_with_it(tmp_path: Path) -> None:
+    def fail(_step: int) -> None:
+        raise InputError("no room for a video")
+
+    made = settings(callback_every=5)
+    trainer = Trainer(Fit(), Points(), torch.stack, made, tmp_path, callbacks=[fail])
+    with pytest.raises(InputError, match="no room"):
+        trainer.train()
+    again = Trainer(Fit(), Points(), torch.stack, made, tmp_path)
+    again.resume("latest")
+    assert again.step == 5
+
+
 def test_moving_average_forgets_its_start() -> None:
     weight = nn.Parameter(torch.zeros(1))
     average = MovingAverage({"w": weight}, 0.5)

@@ -272,7 +272,7 @@ class AvatarPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         Raises:
             InputError: a file or an option that cannot be used.
         """
-        given = _options(options)
+        given = check_options(options)
         live = as_live(speech, given)
         if isinstance(live, LiveRecording) and live is not speech:
             live.sound.wanted = False  # frames alone are asked for
@@ -394,7 +394,7 @@ class AvatarPipeline(DiffusionPipeline, WanLoraLoaderMixin):
             StoppedError: `stop` said so.
         """
         encoding = output_options or OutputOptions()
-        given = _options(options)
+        given = check_options(options)
         speech = as_live(speech, given)
         if encoding.live or isinstance(speech, LiveRecording) or str(output) == STANDARD_OUTPUT:
             if resume:
@@ -449,7 +449,9 @@ def generate(
     return load(model).generate(portrait, speech, output, **options)
 
 
-def _options(values: dict[str, Any]) -> GenerateOptions:
+def check_options(values: dict[str, Any]) -> GenerateOptions:
+    """The options of `AvatarPipeline.generate` and `stream`. Raises InputError: there is no such option, or
+    not with this value."""
     known = [f.name for f in fields(GenerateOptions)]
     for name in values:
         if name not in known:

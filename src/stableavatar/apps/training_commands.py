@@ -25,8 +25,13 @@ def train(
     recipe: RecipeArgument,
     settings: SetOption = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on from the newest checkpoint, where there is one.")
-    ] = False,
+        str | None,
+        typer.Option(
+            "--resume",
+            metavar="latest|FOLDER",
+            help="Go on from the newest checkpoint of the output, where there is one, or from a given one.",
+        ),
+    ] = None,
     new_data: Annotated[
         bool,
         typer.Option(
@@ -40,15 +45,16 @@ def train(
     """Train a transformer, or a LoRA for one, by a RECIPE.
 
     Several processes share the work where torchrun or accelerate launch starts them. Ctrl-C ends it with a
-    checkpoint, from which --resume goes on as if it had not been stopped.
+    checkpoint, from which --resume latest goes on as if it had not been stopped.
     """
     log_to_stderr(max(verbose, 1))
     quieten_libraries(verbose)
     training = _import("stableavatar.training.run")
     chosen = _import("stableavatar.training.recipes").load_recipe(recipe, settings or ())
-    if new_data and not resume:
-        raise InputError("--new-data says how to resume: add --resume")
-    ready = training.prepare_training(chosen, resume=resume, new_data=new_data)
+    if new_data and resume is None:
+        raise InputError("--new-data says how to resume: add --resume latest")
+    checkpoint = resume if resume in (None, "latest") else Path(resume)
+    ready = training.prepare_training(chosen, resume=checkpoint, new_data=new_data)
     leads = ready.trainer.accelerator.is_main_process
     result, made = ready.run()
     if leads:

@@ -74,8 +74,6 @@ class CacheWriter:
         frames, window = self.dataset.settings.frames, self.window_frames
         if window is not None and (window % 4 != 1 or not 5 <= window <= frames):
             raise InputError(f"window_frames must be 4n+1, from 5 to the {frames} of a sample, not {window}")
-        if not self.dataset.settings.masks:
-            raise InputError("a cache holds masks: read the clips with masks=True")
         self.folder.mkdir(parents=True, exist_ok=True)
         origin = {
             "dataset": asdict(self.dataset.settings),
@@ -241,7 +239,9 @@ class LatentCache(Dataset[EncodedSample]):
         number, row = passes[key[1] % len(passes)]
         shard = self._shards[number]
         there = set(shard.keys())
-        tensors = {name: shard.get_slice(name)[row] for name in TENSORS if name in there}
+        tensors: dict[str, Any] = {
+            name: shard.get_slice(name)[row] if name in there else None for name in TENSORS
+        }
         prompt = self.manifest["shards"][number]["prompts"][row]
         return EncodedSample(
             **tensors,
@@ -304,8 +304,8 @@ class CachedWindows(Dataset[EncodedSample]):
             sample,
             latents=sample.latents[:, stretch],
             speech=sample.speech[start],
-            face_mask=sample.face_mask[stretch],
-            lip_mask=sample.lip_mask[stretch],
+            face_mask=None if sample.face_mask is None else sample.face_mask[stretch],
+            lip_mask=None if sample.lip_mask is None else sample.lip_mask[stretch],
             starts_clip=start == 0,
         )
 

@@ -7,6 +7,7 @@
 `images/` may be missing: the frames are then decoded from `sub_clip.mp4`, which also knows the frame rate.
 """
 
+import contextlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
@@ -22,7 +23,7 @@ from PIL import Image
 from stableavatar.conditioning.speech import Loudness
 from stableavatar.errors import InputError
 from stableavatar.media.audio import Speech
-from stableavatar.media.reading import read_frames
+from stableavatar.media.reading import read_frames, square_width
 from stableavatar.media.timing import sample_position
 
 SAMPLE_RATE = 16_000  # of the speech that is handed on, mono
@@ -148,19 +149,21 @@ class FolderClip:
             files = (images / f"frame_{k}.png" for k in range(start, start + count))
             return _stack((_read_picture(path, "RGB") for path in files), count, shape, images)
         video = self.folder / "sub_clip.mp4"
-        try:
-            with av.open(str(video)) as container:
-                # From the first frame on: clips are short, and seeking is exact in few containers.
-                decoded = islice(container.decode(video=0), start, start + count)
-                pictures = (frame.to_ndarray(format="rgb24") for frame in decoded)
-                return _stack(pictures, count, shape, video)
-        except (OSError, av.error.FFmpegError) as error:
-            raise InputError(f"cannot decode the video {video}: {error}") from error
+        # From the first frame on: clips are short, and seeking is exact in few containers.
+        with contextlib.closing(read_frames(video)) as decoded:
+            return _stack(islice(decoded, start, start + count), count, shape, video)
 
     def read_masks(self, kind: MaskKind, start: int, count: int) -> NDArray[np.float32]:
         """Masks of frames `start` to `start + count`, float32 `[count, h, w]` in [0, 1]."""
         folder = self.folder / kind
         pictures = [_read_picture(folder / f"frame_{k}.png", "L") for k in range(start, start + count)]
+        height, width = pictures[0].shape
+        # Of another size they are brought to the latents' as well; of another shape they are of other frames.
+        if abs(width * self.size[1] - height * self.size[0]) > max(width, height) * 8:
+            raise InputError(
+                f"{folder}: masks of {width}x{height} pixels to frames of {self.size[0]}x{self.size[1]}; "
+                f"make them again (stableavatar extract-{kind.replace('_', '-')})"
+            )
         return _stack(pictures, count, pictures[0].shape, folder) / np.float32(255)
 
     def read_portrait(self) -> NDArray[np.uint8]:
@@ -242,7 +245,8 @@ def _probe(video: Path) -> tuple[int, Fraction, tuple[int, int]]:
             rate = stream.average_rate
             # Some muxers leave the number of frames out of the header.
             frames = stream.frames or sum(1 for packet in container.demux(stream) if packet.size)
-            size = (stream.codec_context.width, stream.codec_context.height)
+            codec = stream.codec_context
+            size = (square_width(codec.width, stream.sample_aspect_ratio), codec.height)
     except (OSError, av.error.FFmpegError) as error:
         raise InputError(f"cannot read the video {video}: {error}") from error
     if rate is None or rate <= 0 or frames < 1:
@@ -284,6 +288,10 @@ def _read_picture(path: Path, mode: Literal["RGB", "L"]) -> NDArray[np.uint8]:
         raise InputError(f"cannot read the picture {path}: {error}") from error
 
 
+def _size(shape: tuple[int, ...]) -> str:
+    return f"{shape[1]}x{shape[0]}"
+
+
 def _stack(
     pictures: Iterable[NDArray[np.uint8]], count: int, shape: tuple[int, ...], source: Path
 ) -> NDArray[np.uint8]:
@@ -292,7 +300,12 @@ def _stack(
     for picture in pictures:
         if picture.shape != shape:
             raise InputError(
-                f"{source}: a picture of {picture.shape[:2]} pixels where {shape[:2]} were expected"
+                f"{source}: a picture of {_size(picture.shape)} pixels where {_size(shape)} were expected"
+                + (
+                    " (it is to be shown turned: stableavatar extract-frames writes its frames upright)"
+                    if source.suffix == ".mp4" and picture.shape[:2] == (shape[1], shape[0])
+                    else ""
+                )
             )
         stacked[read] = picture
         read += 1

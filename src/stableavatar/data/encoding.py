@@ -18,7 +18,6 @@ from stableavatar.conditioning.speech import speech_features
 from stableavatar.conditioning.text import encode_prompts
 from stableavatar.data.clips import normalized_speech
 from stableavatar.data.dataset import ClipSample
-from stableavatar.errors import InputError
 from stableavatar.sampling.decoding import normalise_latents
 
 # Prompts whose embeddings are kept: data sets have a few, or one a clip.
@@ -35,7 +34,7 @@ class EncodedSample:
         portrait: the reference picture, uint8 `[8·H, 8·W, 3]`.
         speech: features of the clip's speech `[S, D]`, or, of longer clips, those of every window
             `[W, S, D]` (see `data.cache.CacheWriter`).
-        face_mask, lip_mask: `[F, H, W]` in [0, 1].
+        face_mask, lip_mask: `[F, H, W]` in [0, 1]; None where the clips were read without.
         starts_clip: whether the first latent frame stands for a single frame, as a video's first one does.
         prompt_embeddings `[L, D]`, empty_prompt `[L, D]` (of no prompt), portrait_embeddings `[P, D]`: None
             where those encoders are trained.
@@ -45,8 +44,8 @@ class EncodedSample:
     reference: torch.Tensor
     portrait: torch.Tensor
     speech: torch.Tensor
-    face_mask: torch.Tensor
-    lip_mask: torch.Tensor
+    face_mask: torch.Tensor | None
+    lip_mask: torch.Tensor | None
     prompt: str
     starts_clip: bool = True
     prompt_embeddings: torch.Tensor | None = None
@@ -64,8 +63,8 @@ class EncodedBatch:
     condition: torch.Tensor
     portrait: torch.Tensor
     speech: torch.Tensor
-    face_mask: torch.Tensor
-    lip_mask: torch.Tensor
+    face_mask: torch.Tensor | None
+    lip_mask: torch.Tensor | None
     prompts: tuple[str, ...]
     starts_clip: tuple[bool, ...]
     prompt_embeddings: torch.Tensor | None = None
@@ -99,8 +98,8 @@ def stack_samples(samples: Sequence[EncodedSample]) -> EncodedBatch:
         condition=torch.cat([reference_mask(reference), reference], dim=1),
         portrait=torch.stack([sample.portrait for sample in samples]),
         speech=torch.stack([sample.speech[:length] for sample in samples]).float(),
-        face_mask=stacked("face_mask"),
-        lip_mask=stacked("lip_mask"),
+        face_mask=stacked_if_there("face_mask"),
+        lip_mask=stacked_if_there("lip_mask"),
         prompts=tuple(sample.prompt for sample in samples),
         starts_clip=tuple(sample.starts_clip for sample in samples),
         prompt_embeddings=stacked_if_there("prompt_embeddings"),
@@ -177,23 +176,19 @@ class Encoders:
             window_frames: T of the windows that are taken from the samples, which are longer: the speech of
                 every window that starts at a latent frame is encoded on its own, as when sampling, and
                 references have the length of a window.
-
-        Raises:
-            InputError: samples without masks.
         """
         frames = window_frames or len(samples[0].frames)
         pictures = {_reference_key(sample): sample.reference for sample in samples}
         with self._on_device("vae"):
-            latents = encode_videos(self.vae, np.stack([sample.frames for sample in samples]))
-            encoded = encode_references(self.vae, np.stack(list(pictures.values())), frames)
+            # One at a time: the memory of a video is the largest there is.
+            latents = [encode_videos(self.vae, sample.frames[None])[0] for sample in samples]
+            encoded = [encode_references(self.vae, it[None], frames)[0] for it in pictures.values()]
         references = dict(zip(pictures, encoded, strict=True))
         portraits = dict(zip(pictures, self._portraits(list(pictures.values())), strict=True))
         with self._on_device("speech_encoder"):
             speech = [self._speech(sample, window_frames) for sample in samples]
         result = []
         for sample, latent, features in zip(samples, latents, speech, strict=True):
-            if sample.face_mask is None or sample.lip_mask is None:
-                raise InputError("the loss needs masks: read the clips with masks=True")
             result.append(
                 EncodedSample(
                     latents=latent,

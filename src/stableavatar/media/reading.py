@@ -176,21 +176,25 @@ def _video_stream(container: Any, path: str | Path, role: str) -> Any:
     return stream
 
 
+def square_width(width: int, aspect: Fraction | None) -> int:
+    """A picture's width with square pixels, of pixels of an aspect (None: square)."""
+    # Encoders crop to odd ratios such as 4320:4313; only a real anamorphic picture is worth a resampling.
+    if aspect and abs(aspect - 1) > Fraction(1, 50):
+        return max(1, round(width * aspect))
+    return width
+
+
 def _states_frames(container: Any) -> bool:
     return "mov" in container.format.name.split(",")
 
 
 def _to_rgb(frame: "av.VideoFrame", aspect: Fraction | None) -> Frame:
     """A decoded frame as uint8 [H, W, 3], by its own matrix and range, with square pixels, turned upright."""
-    width = frame.width
-    # Encoders crop to odd ratios such as 4320:4313; only a real anamorphic picture is worth a resampling.
-    if aspect and abs(aspect - 1) > Fraction(1, 50):
-        width = max(1, round(frame.width * aspect))
     source = None
     if frame.colorspace == _UNSPECIFIED and not frame.format.is_rgb:
         source = Colorspace.ITU709 if frame.height >= 720 else Colorspace.ITU601
     converted = frame.reformat(
-        width=width,
+        width=square_width(frame.width, aspect),
         format="rgb24",
         src_colorspace=source,
         dst_color_range=ColorRange.JPEG,

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from stableavatar.media.files import write_file
+
 RANGES = 4  # of sigma, equally wide
 
 
@@ -49,7 +51,7 @@ class JsonLog:
         self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
         kept = [line for line in read_log(path) if line["step"] <= step] if path.exists() else []
-        path.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+        write_file(path, "".join(json.dumps(line) + "\n" for line in kept).encode())
 
     def write(self, line: Mapping[str, Any]) -> None:
         """Add a line; numbers that are not finite become null."""

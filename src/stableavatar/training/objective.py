@@ -146,15 +146,21 @@ def noised(latents: torch.Tensor, noise: torch.Tensor, sigma: torch.Tensor) -> t
 
 
 def mask_weight(
-    mode: MaskLoss, draw: float, face_mask: torch.Tensor, lip_mask: torch.Tensor
+    mode: MaskLoss, draw: float, face_mask: torch.Tensor | None, lip_mask: torch.Tensor | None
 ) -> torch.Tensor | float:
     """What the squared error is multiplied by, of the masks' shape.
 
     `drawn`: 1 + face + lip if draw < 0.4, face if draw < 0.5, else lip. `expected`: the mean of that over the
     draw, 0.4·(1 + face + lip) + 0.1·face + 0.5·lip = 0.4 + 0.5·face + 0.9·lip. `none`: 1.
+
+    Raises:
+        InputError: another mode than `none`, and no masks.
     """
     if mode == "none":
         return 1.0
+    if face_mask is None or lip_mask is None:
+        raise InputError(f"mask_loss {mode} needs masks: read the clips with masks")
+    face_mask, lip_mask = face_mask.float(), lip_mask.float()
     if mode == "expected":
         return 0.4 + 0.5 * face_mask + 0.9 * lip_mask
     if draw < 0.4:
@@ -193,7 +199,7 @@ class ModelInputs:
         prompt: `[B, L, C]`, zeros after the prompt; `empty_prompt`: `[1, L, C]`, what a dropped one becomes.
         portrait: `[B, P, C]`.
         speech: features of the clips' speech `[B, S, C]`.
-        face_mask, lip_mask: in [0, 1], at latent size, `[B, F, H, W]`.
+        face_mask, lip_mask: in [0, 1], at latent size, `[B, F, H, W]`; None: with mask_loss `none` alone.
         judged: latent frames whose error counts, 0 or 1, `[B, F]`; None: all. The motion term counts all.
     """
 
@@ -203,8 +209,8 @@ class ModelInputs:
     empty_prompt: torch.Tensor
     portrait: torch.Tensor
     speech: torch.Tensor
-    face_mask: torch.Tensor
-    lip_mask: torch.Tensor
+    face_mask: torch.Tensor | None
+    lip_mask: torch.Tensor | None
     judged: torch.Tensor | None = None
 
 
@@ -255,9 +261,7 @@ def step_loss(
         return_dict=False,
     )
     target = noise - latents
-    weight = mask_weight(
-        settings.mask_loss, draws.mask_draw, inputs.face_mask.float(), inputs.lip_mask.float()
-    )
+    weight = mask_weight(settings.mask_loss, draws.mask_draw, inputs.face_mask, inputs.lip_mask)
     if inputs.judged is not None:
         weight = weight * inputs.judged[:, :, None, None]
     error = flow_matching_error(velocity, target, weight)

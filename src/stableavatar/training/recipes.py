@@ -163,6 +163,11 @@ class Recipe:
             raise InputError("model: a LoRA is trained beside a model that is there: leave embedded out")
         if self.lora is None and self.model.dtype != "float32":
             raise InputError("model: weights that are trained need dtype float32; those beside a LoRA do not")
+        if not self.data.clips.masks and self.objective.mask_loss != "none":
+            raise InputError(
+                f"objective: mask_loss {self.objective.mask_loss} needs masks: set data.clips.masks, or "
+                "mask_loss none"
+            )
         if self.model.dtype != "float32" and self.trainer.precision == "no":
             raise InputError(f"model: dtype {self.model.dtype} needs trainer.precision bf16")
 

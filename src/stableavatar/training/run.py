@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from accelerate import PartialState, cpu_offload_with_hook
@@ -30,7 +30,7 @@ from stableavatar.data.encoding import Encoders, stack_samples
 from stableavatar.data.puppets import ClipStore
 from stableavatar.errors import InputError
 from stableavatar.models.transformer import StableAvatarTransformer3DModel
-from stableavatar.pipeline import TINY, AvatarPipeline
+from stableavatar.pipeline import TINY, AvatarPipeline, check_options
 from stableavatar.placement.device import DTYPES
 from stableavatar.placement.slow_kernels import avoid_slow_kernels
 from stableavatar.training.avatar import Avatar
@@ -38,7 +38,7 @@ from stableavatar.training.checkpoints import list_checkpoints
 from stableavatar.training.devices import process_device
 from stableavatar.training.efficiency import use_explicit_attention
 from stableavatar.training.lora import add_lora, save_lora
-from stableavatar.training.parameters import freeze_others, trained_by_recipe
+from stableavatar.training.parameters import freeze_others, frozen_digest, trained_by_recipe
 from stableavatar.training.recipes import DataChoice, ModelChoice, Recipe
 from stableavatar.training.tiny.assemble import assemble, embedded_pipeline
 from stableavatar.training.tiny.avatar import TinyAvatar
@@ -92,20 +92,24 @@ class Training:
 
     def _export_embedded(self, avatar: TinyAvatar, trained: Mapping[str, torch.Tensor]) -> Path:
         folder = self.recipe.output / EMBEDDED
+        frozen = self.trainer.frozen_state()
         if self.trainer.accelerator.is_main_process:
             encoders = load_encoders(self.recipe.model, torch.device("cpu"))
             with torch.device("meta"):
                 written = embedded_avatar(self.recipe, avatar.transformer.config)
-            written.load_state_dict({**avatar.state_dict(), **trained}, assign=True)
+            written.load_state_dict({**frozen, **trained}, assign=True)
             assemble(written, encoders.vae, encoders.speech_encoder, folder)
         return folder
 
 
-def prepare_training(recipe: Recipe, *, resume: bool = False, new_data: bool = False) -> Training:
+def prepare_training(
+    recipe: Recipe, *, resume: Path | Literal["latest"] | None = None, new_data: bool = False
+) -> Training:
     """Read model and data.
 
     Args:
-        resume: go on from the newest checkpoint, where there is one.
+        resume: go on from a checkpoint; `latest`: from the newest one in `recipe.output`, and from the
+            beginning where there is none.
         new_data: see `Trainer.resume`.
 
     Raises:
@@ -140,9 +144,21 @@ def prepare_training(recipe: Recipe, *, resume: bool = False, new_data: bool = F
         prepare = _Encode(encoders)
     callbacks = []
     if recipe.validation is not None:
-        callbacks.append(ValidationVideos(recipe, avatar, encoders))
+        videos = ValidationVideos(recipe, avatar, encoders)
+        videos.check()
+        callbacks.append(videos)
+    identity = {"frozen weights": frozen_digest(avatar)}
+    if recipe.lora is not None:
+        identity["lora"] = f"rank {recipe.lora.rank}, alpha {recipe.lora.alpha or recipe.lora.rank}"
     trainer: Trainer[Any] = Trainer(
-        avatar, source, collate, recipe.trainer, recipe.output, prepare=prepare, callbacks=callbacks
+        avatar,
+        source,
+        collate,
+        recipe.trainer,
+        recipe.output,
+        prepare=prepare,
+        identity=identity,
+        callbacks=callbacks,
     )
     if trainer.spread and recipe.objective.audio_output_dropping:
         raise InputError(
@@ -151,8 +167,10 @@ def prepare_training(recipe: Recipe, *, resume: bool = False, new_data: bool = F
         )
     for callback in callbacks:
         callback.leads = trainer.accelerator.is_main_process
-    if resume and list_checkpoints(recipe.output):
-        trainer.resume("latest", new_data=new_data)
+    if resume == "latest" and not list_checkpoints(recipe.output):
+        logger.warning("%s holds no checkpoint yet: the training begins at step 0", recipe.output)
+    elif resume is not None:
+        trainer.resume(resume, new_data=new_data)
     return Training(recipe, avatar, trainer)
 
 
@@ -203,6 +221,11 @@ def open_cache(recipe: Recipe, encoders: Encoders | None) -> Any:
             raise InputError(
                 f"{cache.folder} was made with data.{name} {stored}, and the recipe has {wanted}"
             )
+    if recipe.objective.mask_loss != "none" and not origin["dataset"]["masks"]:
+        raise InputError(
+            f"{cache.folder} was made without masks, which objective.mask_loss "
+            f"{recipe.objective.mask_loss} needs"
+        )
     return cache if recipe.data.window_frames is None else CachedWindows(cache, recipe.trainer.seed)
 
 
@@ -332,6 +355,16 @@ class ValidationVideos:
     def __init__(self, recipe: Recipe, avatar: Avatar, encoders: Encoders | None) -> None:
         self.recipe, self.avatar, self.encoders = recipe, avatar, encoders
         self.leads = True
+
+    def check(self) -> None:
+        """Before a training that would come upon it hours later. Raises InputError: a portrait or a recording
+        is not there, or `generate` has no such option or value."""
+        assert self.recipe.validation is not None
+        for case in self.recipe.validation.cases:
+            for file in (case.portrait, case.speech):
+                if not file.is_file():
+                    raise InputError(f"validation: there is no file {file}")
+        check_options(self.recipe.validation.options)
 
     def __call__(self, step: int) -> None:
         assert self.recipe.validation is not None

@@ -20,7 +20,7 @@ class TrainerSettings:
         batch_size: clips a process and micro-step; `accumulation` micro-steps make an optimizer step.
         ema_decay: of the moving average of the weights; 0 keeps none.
         precision: `bf16` runs the forward pass in autocast, and Muon multiplies in it; weights and what an
-            optimizer keeps stay float32 (with DeepSpeed, what its own settings say).
+            optimizer keeps stay float32.
         gradient_checkpointing: recompute activations in the backward pass, for memory.
         compile: compile the model's repeated blocks (torch.compile); the first steps take minutes, and on a
             CPU a C++ compiler is needed.

@@ -9,6 +9,7 @@ is deterministic (CPU), and two processes train what one does with twice the acc
 import contextlib
 import dataclasses
 import logging
+import signal
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -96,6 +97,8 @@ class Trainer(Generic[Sample]):
         source: the data set; `collate` makes a batch of a list of its samples.
         folder: for checkpoints and `log.jsonl`.
         prepare: makes of a batch, in the loop's own process, what the module takes on a device.
+        identity: what of the module no checkpoint holds, in names and values: a run resumes only with the
+            same.
         callbacks: called with the number of steps done every `settings.callback_every` steps, with the
             averaged weights in place where there are any; they cannot disturb the run's random numbers. Where
             the model is spread over processes all of them call, else the first.
@@ -116,6 +119,7 @@ class Trainer(Generic[Sample]):
         folder: Path,
         *,
         prepare: Callable[[Any, torch.device], Any] | None = None,
+        identity: Mapping[str, Any] | None = None,
         callbacks: Iterable[Callback] = (),
     ) -> None:
         self.settings = settings
@@ -123,6 +127,7 @@ class Trainer(Generic[Sample]):
         self.source = source
         self.collate = collate
         self.prepare = prepare
+        self.identity = dict(identity or {})
         self.callbacks = tuple(callbacks)
         self.step = 0
         self.skipped_steps = 0
@@ -190,9 +195,21 @@ class Trainer(Generic[Sample]):
         dtype = torch.bfloat16 if settings.precision == "bf16" else torch.float32
         optimizer = make_optimizer(settings.optimizer, trained_parameters(module), dtype)
         if self._deepspeed:
+            config = accelerator.deepspeed_plugin.deepspeed_config
+            offload = config.get("zero_optimization", {}).get("offload_optimizer", {})
+            if settings.optimizer.kind == "adamw-8bit" and offload.get("device", "none") != "none":
+                raise InputError(
+                    "where DeepSpeed offloads the optimizer it takes an Adam of its own: use adamw"
+                )
             if settings.ema_decay and self.spread:
                 raise InputError("averaged weights cannot be kept of parameters that ZeRO-3 spreads")
-            config = accelerator.deepspeed_plugin.deepspeed_config
+            if accelerator.mixed_precision != "no":
+                raise InputError(
+                    f"with mixed_precision {accelerator.mixed_precision} DeepSpeed would round all weights: "
+                    "set it to no in what accelerate launch reads; the recipe's trainer.precision is used"
+                )
+            # Weights and what the optimizer keeps stay float32, as everywhere.
+            config["torch_autocast"] = {"enabled": settings.precision == "bf16", "dtype": "bfloat16"}
             config["train_micro_batch_size_per_gpu"] = settings.batch_size
             config["gradient_accumulation_steps"] = settings.accumulation
             config["train_batch_size"] = settings.batch_size * self.sampler.pieces
@@ -219,8 +236,8 @@ class Trainer(Generic[Sample]):
         """Go on from a checkpoint of this run's folder, or from a given one.
 
         Args:
-            new_data: the data set, the batch and the number of processes may be others; the order begins anew
-                at the step's number.
+            new_data: the data set, the batch and the number of processes may be others (the seed and the
+                `identity` may not); the order begins anew at the step's number.
 
         Raises:
             CheckpointError: there is none, it is damaged, or it belongs to another model.
@@ -235,7 +252,7 @@ class Trainer(Generic[Sample]):
         different = [
             name for name, value in self._identity().items() if counters["identity"].get(name) != value
         ]
-        if different and not (new_data and "seed" not in different):
+        if different and not (new_data and not {"seed", *self.identity} & set(different)):
             raise InputError(
                 f"{checkpoint} was trained with another {', '.join(different)}; it cannot be resumed exactly"
             )
@@ -298,13 +315,14 @@ class Trainer(Generic[Sample]):
                 self.accelerator.log(finite(line), step=self.step)
                 self._meter, log_step, log_time = LossMeter(), self.step, time.monotonic()
             aside = time.monotonic()
+            # Before the callbacks: one that fails must not take the steps since the last checkpoint with it.
+            if self.step % settings.checkpoint_every == 0 and not self._bad_in_a_row:
+                self.save()
+                saved = self.step
             # Only the first process may have callbacks; the others wait for it all the same.
             several = self.accelerator.num_processes > 1
             if (self.callbacks or several) and self.step % settings.callback_every == 0:
                 self._call_back()
-            if self.step % settings.checkpoint_every == 0 and not self._bad_in_a_row:
-                self.save()
-                saved = self.step
             log_time += time.monotonic() - aside
         if saved != self.step:
             self.save()
@@ -450,6 +468,7 @@ class Trainer(Generic[Sample]):
             batch_sampler=_Batches(self.sampler, self.step),
             collate_fn=self.collate,
             num_workers=self.settings.workers,
+            worker_init_fn=_leave_stopping_to_the_loop,
             # The loader seeds its workers from here, not from the generators that a checkpoint keeps.
             generator=torch.Generator().manual_seed(self.settings.seed),
         )
@@ -477,7 +496,14 @@ class Trainer(Generic[Sample]):
             "accumulation": settings.accumulation,
             "clips": self.source.fingerprint,
             "processes": self.accelerator.num_processes,
+            **self.identity,
         }
+
+
+def _leave_stopping_to_the_loop(_worker: int) -> None:
+    """Who ends a run signals all its processes; readers go on until the loop has written its checkpoint."""
+    for name in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(name, signal.SIG_IGN)
 
 
 class _Batches:

@@ -177,6 +177,7 @@ class TinyAvatar(Avatar):
         tokens = self.tokenizer(
             distinct, padding="longest", truncation=True, max_length=TEXT_LENGTH, return_tensors="pt"
         )
+        tokens = tokens.to(self.text_encoder.device)
         embeddings = encode_tokens(self.text_encoder, tokens.input_ids, tokens.attention_mask, TEXT_LENGTH)
         return embeddings[[distinct.index(prompt) for prompt in prompts]]
 
@@ -193,8 +194,8 @@ class TinyAvatar(Avatar):
         The first latent frame of a window in the middle of a clip is not judged: when sampling, what a window
         says of it is blended away, save in the first window, whose first latent frame is of another kind.
         """
-        judged = torch.ones(batch.latents.shape[0], batch.latents.shape[2])
-        judged[:, 0] = torch.tensor(batch.starts_clip, dtype=torch.float32)
+        judged = batch.latents.new_ones(batch.latents.shape[0], batch.latents.shape[2])
+        judged[:, 0] = judged.new_tensor(batch.starts_clip)
         prompts = self.encode_prompts(("", *batch.prompts))
         return ModelInputs(
             latents=batch.latents,
