@@ -32,6 +32,19 @@ def test_a_lora_trains_little_and_saves_the_gradients_of_weights() -> None:
     assert lora.operations == pytest.approx(whole.operations * 3 / 4)
 
 
+def test_operations_are_those_of_the_layers_and_of_attention() -> None:
+    """By hand, of what grows with the picture: 81 frames of 512x512 are 21 x 32 x 32 tokens."""
+    tokens, dim, hidden, layers = 21 * 32 * 32, 1536, 8960, 30
+    itself = 4 * tokens * tokens * dim
+    to_others = 4 * tokens * (512 + 257) * dim
+    # Self-attention has four maps of the tokens, attention to what is outside another two, and the feed-
+    # forward two.
+    maps = 2 * tokens * (4 * dim * dim + 2 * dim * dim + 2 * dim * hidden)
+    forward = found("1.3b-square").operations / 4
+    assert forward == pytest.approx(layers * (itself + to_others + maps), rel=0.12)
+    assert forward > layers * (itself + to_others + maps)
+
+
 def test_recomputing_takes_time_for_memory() -> None:
     kept = found("1.3b-square", "trainer.gradient_checkpointing=false")
     recomputed = found("1.3b-square", "trainer.gradient_checkpointing=true")

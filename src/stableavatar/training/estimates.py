@@ -28,6 +28,7 @@ SHAPES = {"square": (512, 512), "rec": (832, 480), "vec": (480, 832)}
 # What is assumed of a GPU, and how much of its products' rate a training reaches.
 GPU_TFLOPS = 312  # bfloat16, dense, of an A100
 REACHED = 0.4
+_MACHINE = 8  # GPUs
 START, END = (
     "<!-- estimates: written by stableavatar.training.estimates -->",
     "<!-- end of estimates -->",
@@ -43,6 +44,7 @@ class Estimate:
         operations: multiplications and additions of a clip's forward pass, again where it is recomputed, and
             of its backward pass: as many for what flows through, and as many for weights that are trained.
         trained: parameters.
+        loaded: bytes of the weights that a process reads, before they are spread.
     """
 
     weights: float
@@ -52,6 +54,7 @@ class Estimate:
     activations: float
     operations: float
     trained: int
+    loaded: float
 
     @property
     def memory(self) -> float:
@@ -116,6 +119,7 @@ def estimate(recipe: Recipe, gpus: int) -> Estimate:
         operations=passes
         * _forward_operations(recipe.model.size, frames, height // 8, width // 8, _features(recipe)),
         trained=trained,
+        loaded=4 * trained + of_frozen * frozen,
     )
 
 
@@ -143,18 +147,31 @@ def _forward_operations(size: str, frames: int, height: int, width: int, feature
         (1, features, config["audio_dim"]),
     )
     # Tensors without values, that claim to lie on a CPU: there is no autocast, which the model switches off
-    # in places, for those that say they have none.
-    with FakeTensorMode(allow_non_fake_inputs=True), FlopCounterMode(display=False) as counter:
+    # in places, for those that say they have none. A CPU's attention is not among what the counter knows.
+    attention = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_operations}
+    with (
+        FakeTensorMode(allow_non_fake_inputs=True),
+        FlopCounterMode(display=False, custom_mapping=attention) as counter,
+    ):
         counted = StableAvatarTransformer3DModel.from_config(config)
         counted(*(torch.zeros(shape) for shape in shapes))
     return float(counter.get_total_flops())
+
+
+def _attention_operations(
+    query: Sequence[int], key: Sequence[int], value: Sequence[int], *_: object, **__: object
+) -> int:
+    """Of shapes [B, heads, n, D], [B, heads, m, D] and [B, heads, m, E]: every query by every key, and every
+    weight by every value."""
+    batch, heads, queries, width = query
+    return 2 * batch * heads * queries * key[2] * (width + value[3])
 
 
 def table(folder: Path, gpus: Sequence[int]) -> str:
     """The text with the table, of every recipe in a folder."""
     headings = [
         "recipe", "GPUs", "trained, millions", "weights", "gradients", "optimizer", "activations",
-        "GB in all", "PFLOP a clip", "seconds a step",
+        "GB in all", "PFLOP a clip", "seconds a step", "days", "GB of main memory",
     ]  # fmt: skip
     lines = ["| " + " | ".join(headings) + " |", "|" + " --- |" * len(headings)]
     for path in sorted(folder.glob("*.yaml")):
@@ -171,7 +188,9 @@ def table(folder: Path, gpus: Sequence[int]) -> str:
                 f"{found.trained / 1e6:,.0f}",
                 *(f"{size / GIGABYTE:,.1f}" for size in sizes),
                 f"{found.operations / 1e15:.2f}",
-                f"{found.seconds(recipe.trainer.batch_size * recipe.trainer.accumulation):.1f}",
+                f"{(seconds := found.seconds(recipe.trainer.batch_size * recipe.trainer.accumulation)):.1f}",
+                f"{seconds * recipe.trainer.steps / 86_400:.1f}",
+                f"{min(count, _MACHINE) * found.loaded / GIGABYTE:,.0f}",
             ]
             lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(
@@ -180,7 +199,10 @@ def table(folder: Path, gpus: Sequence[int]) -> str:
             "encoders (cache-latents, or offload_encoders) and what the CUDA libraries take; operations "
             "counted of a forward pass, times four (recomputed, and twice for the gradients; times three "
             "for a LoRA); seconds at "
-            f"{REACHED:.0%} of {GPU_TFLOPS} TFLOP/s.",
+            f"{REACHED:.0%} of {GPU_TFLOPS} TFLOP/s, without what is sent between GPUs; days of the recipe's "
+            "steps. Main memory is that of a machine of up to "
+            f"{_MACHINE} of these GPUs at the start, where every process reads the whole model before it "
+            "keeps its part (where the number of GPUs is any: of one).",
             "",
             *lines,
         ]

@@ -142,7 +142,8 @@ class Trainer(Generic[Sample]):
             project_dir=folder / "trackers",
             # A step in which no clip hears its speech leaves the adapter without a gradient.
             kwargs_handlers=[
-                DistributedDataParallelKwargs(find_unused_parameters=True),
+                # Gradients lie in the buckets they are sent in, else they would lie there once more.
+                DistributedDataParallelKwargs(find_unused_parameters=True, gradient_as_bucket_view=True),
                 InitProcessGroupKwargs(backend=backend(), timeout=timedelta(minutes=settings.wait_minutes)),
             ],
         )
