@@ -1,5 +1,7 @@
 """Raw videos into clips: what is kept, what is not and why, and that nothing is lost or done twice."""
 
+import base64
+import io
 import json
 from collections.abc import Sequence
 from fractions import Fraction
@@ -9,6 +11,7 @@ import av
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from PIL import Image
 
 from command_line import run
 from media_files import tone, write_video
@@ -169,6 +172,18 @@ class TestFolder:
         assert "broken.mp4" in page
         assert page.count("<img") == 9
         assert not (data / ".prepare").exists()
+
+    def test_the_report_shows_what_was_dropped_too(self, tmp_path: Path) -> None:
+        video(tmp_path / "raw" / "a.mp4", [puppet(951_000, 0.8), empty(0.8), puppet(951_001, 0.8)])
+        assert prepare(tmp_path / "raw", tmp_path / "data", SHORT, tell=lambda _: None)["dropped"] == 1
+        (entry,) = json.loads((tmp_path / "data" / "prepare.json").read_text())["videos"].values()
+        wall, person = [], []
+        for stretch in entry["stretches"]:
+            assert len(stretch["thumbnails"]) == 3
+            for picture in stretch["thumbnails"]:
+                pixels = np.asarray(Image.open(io.BytesIO(base64.b64decode(picture))))
+                (person if stretch["reason"] is None else wall).append(float(pixels.std()))
+        assert max(wall) < 5 < min(person)
 
     def test_the_sound_is_that_of_the_pictures(self, tmp_path: Path) -> None:
         raw = tmp_path / "raw"

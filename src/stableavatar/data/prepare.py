@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from stableavatar.data.clips import PROMPTS, SHAPES, Shape
+from stableavatar.data.clips import PROMPTS, SHAPES, Shape, clip_frames
 from stableavatar.data.landmarks import FaceLandmarker, face_mask, lip_mask
 from stableavatar.data.prepare_report import report, thumbnails
 from stableavatar.data.prepare_state import PrepareState
@@ -102,24 +102,26 @@ def prepare_video(video: Path, work: Path, settings: PrepareSettings) -> list[di
     landmarker = FaceLandmarker()
     try:
         stretches = [judge(it, video, settings) for it in find_stretches(video, landmarker, settings)]
-        kept = [it for it in stretches if it.reason is None]
         results: dict[int, dict[str, Any]] = {}
         frames = read_frames_at(video, FPS)
-        for number, stretch in enumerate(kept):
+        for number, stretch in enumerate(stretches):
+            count = stretch.stop - stretch.start
             folder = work / str(number)
             part = _between(frames, stretch)
+            if stretch.reason is not None:
+                results[stretch.start] = {"thumbnails": thumbnails(part, count)}
+                continue
             try:
                 shape = write_clip(video, stretch, part, folder, landmarker, settings)
                 results[stretch.start] = {
                     "work": str(folder),
                     "shape": shape,
-                    "thumbnails": thumbnails(folder),
+                    "thumbnails": thumbnails(clip_frames(folder), count),
                 }
             except InputError as error:
                 shutil.rmtree(folder, ignore_errors=True)
                 stretch.reason = str(error)
-                for _ in part:  # up to its end, where the next one is looked for
-                    pass
+                results[stretch.start] = {"thumbnails": thumbnails(part, count)}
         frames.close()
     except InputError as error:
         return [asdict(Stretch(0, 0, str(error)))]

@@ -3,28 +3,30 @@
 import base64
 import html
 import io
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from fractions import Fraction
-from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
 _THUMBNAILS = 3
 
 
-def thumbnails(folder: Path) -> list[str]:
-    """A few small pictures of a clip, as text for a page; kept with the state, as clips may be moved."""
-    files = sorted((folder / "images").iterdir(), key=lambda path: int(path.stem.rsplit("_", 1)[1]))
-    result = []
-    for place in np.linspace(0, len(files) - 1, _THUMBNAILS).round().astype(int):
-        with Image.open(files[place]) as picture:
-            picture.thumbnail((160, 160))
-            content = io.BytesIO()
-            picture.convert("RGB").save(content, "JPEG", quality=80)
-        result.append(base64.b64encode(content.getvalue()).decode())
-    return result
+def thumbnails(frames: Iterable[NDArray[np.uint8]], count: int) -> list[str]:
+    """A few small pictures of `count` frames, as text for a page; kept with the state, as clips may be
+    moved."""
+    places = set(np.linspace(0, count - 1, _THUMBNAILS).round().astype(int).tolist())
+    return [_small(frame) for place, frame in enumerate(frames) if place in places]
+
+
+def _small(frame: NDArray[np.uint8]) -> str:
+    picture = Image.fromarray(frame)
+    picture.thumbnail((160, 160))
+    content = io.BytesIO()
+    picture.save(content, "JPEG", quality=80)
+    return base64.b64encode(content.getvalue()).decode()
 
 
 def report(videos: Mapping[str, Any], fps: Fraction) -> str:
