@@ -318,6 +318,18 @@ class TestStart:
         assert not started["base"]["blocks.0.attn2.k_vocal.weight"].any()
         assert started["square"]["blocks.0.attn2.k_vocal.weight"].any()
 
+    def test_what_it_made_becomes_a_model_to_generate_with(self, data: Path, tmp_path: Path) -> None:
+        published = tmp_path / "checkpoints"
+        write_published(published)
+        more = [f"model.source={published}", "model.variant=square"]
+        _, made = prepare_training(load_recipe(SQUARE, toy(data, tmp_path / "run", *more))).run()
+        done = run("convert", published, tmp_path / "mine", "--transformer", made)
+        assert done.exit_code == 0, done.output
+        wanted = StableAvatarTransformer3DModel.from_pretrained(made).state_dict()
+        mine = AvatarPipeline.from_pretrained(tmp_path / "mine")
+        for name, value in mine.transformer.state_dict().items():
+            torch.testing.assert_close(value, wanted[name], rtol=0, atol=0)
+
     def test_it_goes_on_from_an_export(self, data: Path, tmp_path: Path) -> None:
         _, made = prepare_training(load_recipe(SQUARE, toy(data, tmp_path / "first"))).run()
         AcceleratorState._reset_state(True)

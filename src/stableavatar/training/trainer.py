@@ -250,9 +250,8 @@ class Trainer(Generic[Sample]):
                 raise CheckpointError(f"{self.folder} holds no complete checkpoint to resume from")
             checkpoint = found[-1]
         counters = load_counters(checkpoint)
-        different = [
-            name for name, value in self._identity().items() if counters["identity"].get(name) != value
-        ]
+        stored = counters["identity"]
+        different = [name for name, value in self._identity().items() if stored.get(name, value) != value]
         if different and not (new_data and not {"seed", *self.identity} & set(different)):
             raise InputError(
                 f"{checkpoint} was trained with another {', '.join(different)}; it cannot be resumed exactly"
