@@ -338,6 +338,9 @@ def test_a_person_acts_every_expression_of_a_store_with_the_same_words_and_movem
     assert not np.array_equal(smiling.frames[-1], shaking.frames[-1])
     for same in ("samples", "portrait"):
         assert np.array_equal(getattr(smiling, same), getattr(shaking, same))
+    moved = [make_motion(EVALUATION_SEED, made.articulation, name) for name in ("smiling", "serious")]
+    for same in ("blink", "gaze_x", "turn", "nod"):
+        assert np.array_equal(*(getattr(motion, same) for motion in moved))
     build_store(tmp_path, [EVALUATION_SEED], seconds=0.6, size=48, processes=1)
     drawn = ClipStore(tmp_path)[0]
     assert len({drawn.mark, smiling.mark, shaking.mark}) == 3

@@ -220,6 +220,7 @@ def test_validation_videos_have_sound_and_change_nothing(
         ({"cases": [{"portrait": "nowhere.png", "speech": "nowhere.wav"}]}, "no file nowhere.png"),
         ({"cases": [], "options": {"stepz": 3}}, "no option stepz; did you mean steps"),
         ({"cases": [], "options": {"steps": 0}}, "steps"),
+        ({"cases": [], "options": {"duration": 2}}, "duration belongs to a case, as its seconds"),
     ],
 )
 def test_validation_that_could_not_be_made_is_refused_at_once(

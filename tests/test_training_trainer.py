@@ -3,6 +3,8 @@
 import json
 import multiprocessing
 import random
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -211,6 +213,26 @@ def test_a_callback_that_fails_does_not_take_the_checkpoint_with_it(tmp_path: Pa
     again = Trainer(Fit(), Points(), torch.stack, made, tmp_path)
     again.resume("latest")
     assert again.step == 5
+
+
+def test_an_error_ends_the_process_though_readers_ignore_signals(tmp_path: Path) -> None:
+    script = f"""if True:
+        import sys
+        sys.path.insert(0, {str(Path(__file__).parent)!r})
+        from pathlib import Path
+        import torch
+        from fitting import Fit, Points, settings
+        from stableavatar.training.trainer import Trainer
+
+        def fail(step):
+            raise RuntimeError("not foreseen")
+
+        made = settings(workers=1, callback_every=1)
+        Trainer(Fit(), Points(), torch.stack, made, Path({str(tmp_path)!r}), callbacks=[fail]).train()
+    """
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1
+    assert "not foreseen" in done.stderr
 
 
 def test_moving_average_forgets_its_start() -> None:

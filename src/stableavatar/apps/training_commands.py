@@ -29,7 +29,8 @@ def train(
         typer.Option(
             "--resume",
             metavar="latest|FOLDER",
-            help="Go on from the newest checkpoint of the output, where there is one, or from a given one.",
+            help="Go on from the newest checkpoint of the output, where there is one, or, into another "
+            "output, from a given one.",
         ),
     ] = None,
     new_data: Annotated[

@@ -216,7 +216,9 @@ def read_path_list(path: Path) -> list[Path]:
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"cannot read the list of clips {path}: {error}") from error
+        there = sorted(other.name for other in path.parent.glob("*_path.txt"))
+        hint = f"; beside it are {', '.join(there)}" if there else ""
+        raise InputError(f"cannot read the list of clips {path}: {error}{hint}") from error
     folders = [path.parent / line.strip() for line in lines if line.strip()]
     if not folders:
         raise InputError(f"the list of clips {path} is empty")

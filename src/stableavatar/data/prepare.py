@@ -22,9 +22,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from stableavatar.data.clips import PROMPTS, SHAPES, Shape, clip_frames
+from stableavatar.data.clips import PROMPTS, SHAPES, Shape
 from stableavatar.data.landmarks import FaceLandmarker, face_mask, lip_mask
-from stableavatar.data.prepare_report import report, thumbnails
+from stableavatar.data.prepare_report import places, report, thumbnail
 from stableavatar.data.prepare_state import PrepareState
 from stableavatar.data.stretches import FPS, Last, PrepareSettings, Stretch, find_stretches, judge
 from stableavatar.errors import InputError
@@ -105,27 +105,40 @@ def prepare_video(video: Path, work: Path, settings: PrepareSettings) -> list[di
         results: dict[int, dict[str, Any]] = {}
         frames = read_frames_at(video, FPS)
         for number, stretch in enumerate(stretches):
-            count = stretch.stop - stretch.start
             folder = work / str(number)
             part = _between(frames, stretch)
             if stretch.reason is not None:
-                results[stretch.start] = {"thumbnails": thumbnails(part, count)}
+                results[stretch.start] = _dropped(part, stretch)
                 continue
             try:
                 shape = write_clip(video, stretch, part, folder, landmarker, settings)
                 results[stretch.start] = {
                     "work": str(folder),
                     "shape": shape,
-                    "thumbnails": thumbnails(clip_frames(folder), count),
+                    "thumbnails": [
+                        thumbnail(np.asarray(Image.open(folder / "images" / f"frame_{place}.png")))
+                        for place in places(stretch.stop - stretch.start)
+                    ],
                 }
             except InputError as error:
                 shutil.rmtree(folder, ignore_errors=True)
                 stretch.reason = str(error)
-                results[stretch.start] = {"thumbnails": thumbnails(part, count)}
+                results[stretch.start] = _dropped(part, stretch)
         frames.close()
     except InputError as error:
         return [asdict(Stretch(0, 0, str(error)))]
     return [{**asdict(it), **results.get(it.start, {})} for it in stretches]
+
+
+def _dropped(part: Iterator[Frame], stretch: Stretch) -> dict[str, Any]:
+    """A picture out of the middle of what is not kept, or of what is left of it; small, as there may be many
+    such stretches. All of the part is read, so that the next one can be looked for."""
+    middle = (stretch.stop - stretch.start) // 2
+    shown: Frame | None = None
+    for number, frame in enumerate(part):
+        if shown is None or number == middle:
+            shown = frame
+    return {} if shown is None else {"thumbnails": [thumbnail(shown, 96)]}
 
 
 def prepare(

@@ -3,7 +3,7 @@
 import base64
 import html
 import io
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from fractions import Fraction
 from typing import Any
 
@@ -14,16 +14,15 @@ from PIL import Image
 _THUMBNAILS = 3
 
 
-def thumbnails(frames: Iterable[NDArray[np.uint8]], count: int) -> list[str]:
-    """A few small pictures of `count` frames, as text for a page; kept with the state, as clips may be
-    moved."""
-    places = set(np.linspace(0, count - 1, _THUMBNAILS).round().astype(int).tolist())
-    return [_small(frame) for place, frame in enumerate(frames) if place in places]
+def places(count: int) -> list[int]:
+    """Which of the frames of a clip are shown."""
+    return np.linspace(0, count - 1, _THUMBNAILS).round().astype(int).tolist()
 
 
-def _small(frame: NDArray[np.uint8]) -> str:
+def thumbnail(frame: NDArray[np.uint8], size: int = 160) -> str:
+    """A small picture as text for a page; kept with the state, as clips may be moved."""
     picture = Image.fromarray(frame)
-    picture.thumbnail((160, 160))
+    picture.thumbnail((size, size))
     content = io.BytesIO()
     picture.save(content, "JPEG", quality=80)
     return base64.b64encode(content.getvalue()).decode()

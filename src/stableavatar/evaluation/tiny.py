@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -94,7 +95,7 @@ def measure(setup: Setup, processes: int = 1) -> Part:
     """All tasks, shared by processes that each have a model of their own and a part of the cores.
 
     Raises:
-        InputError: `processes` below 1, or see :meth:`Setup.evaluation`.
+        InputError: `processes` below 1, one of them was killed, or see :meth:`Setup.evaluation`.
     """
     if processes < 1:
         raise InputError(f"An evaluation takes at least one process, not {processes}.")
@@ -114,7 +115,12 @@ def _spread(setup: Setup, tasks: Sequence[Task], processes: int) -> Iterator[Par
     with ProcessPoolExecutor(
         processes, multiprocessing.get_context("spawn"), initializer=_begin, initargs=(setup, threads)
     ) as pool:
-        yield from pool.map(_do, tasks)
+        try:
+            yield from pool.map(_do, tasks)
+        except BrokenProcessPool as error:
+            raise InputError(
+                "a process of the evaluation was killed, perhaps for want of memory: use fewer --processes"
+            ) from error
 
 
 def _face_reader(*, required: bool) -> FaceReader | None:

@@ -26,6 +26,11 @@ class Avatar(nn.Module):
         self.objective = objective
         self.sigmas = training_sigmas(objective.shift)
 
+    @staticmethod
+    def never_acts(_name: str) -> bool:
+        """Whether a parameter has no part in any result."""
+        return False
+
     def inputs(self, batch: EncodedBatch) -> ModelInputs:
         """What the transformer takes.
 

@@ -31,12 +31,12 @@ def freeze_others(module: nn.Module, trained: Callable[[str], bool]) -> None:
         parameter.requires_grad_(trained(name))
 
 
-def frozen_digest(module: nn.Module) -> str:
-    """A digest of the parameters that are not trained: of names, shapes and 64 values of each, which tells
-    one model from another without reading all of it."""
+def frozen_digest(module: nn.Module, never_acts: Callable[[str], bool]) -> str:
+    """A digest of the parameters that are not trained, save those whose names `never_acts` accepts: of names,
+    shapes and some values of each, which tells one model from another without reading all of it."""
     digest = hashlib.sha256()
     for name, parameter in sorted(module.named_parameters()):
-        if not parameter.requires_grad:
+        if not parameter.requires_grad and not never_acts(name):
             values = parameter.detach().flatten()
             some = values[:: max(1, len(values) // 64)].float().cpu().numpy()
             digest.update(f"{name} {tuple(parameter.shape)}".encode() + some.tobytes())

@@ -97,7 +97,9 @@ class Training:
             encoders = load_encoders(self.recipe.model, torch.device("cpu"))
             with torch.device("meta"):
                 written = embedded_avatar(self.recipe, avatar.transformer.config)
-            written.load_state_dict({**frozen, **trained}, assign=True)
+            # What has two names is there by one.
+            written.load_state_dict({**frozen, **trained}, strict=False, assign=True)
+            written.text_encoder.tie_weights()
             assemble(written, encoders.vae, encoders.speech_encoder, folder)
         return folder
 
@@ -147,7 +149,7 @@ def prepare_training(
         videos = ValidationVideos(recipe, avatar, encoders)
         videos.check()
         callbacks.append(videos)
-    identity = {"frozen weights": frozen_digest(avatar)}
+    identity = {"frozen weights": frozen_digest(avatar, avatar.never_acts)}
     if recipe.lora is not None:
         identity["lora"] = f"rank {recipe.lora.rank}, alpha {recipe.lora.alpha or recipe.lora.rank}"
     trainer: Trainer[Any] = Trainer(
@@ -364,7 +366,11 @@ class ValidationVideos:
             for file in (case.portrait, case.speech):
                 if not file.is_file():
                     raise InputError(f"validation: there is no file {file}")
-        check_options(self.recipe.validation.options)
+        options = self.recipe.validation.options
+        for name, place in (("prompt", "prompt"), ("duration", "seconds")):
+            if name in options:
+                raise InputError(f"validation: {name} belongs to a case, as its {place}, not to the options")
+        check_options(options)
 
     def __call__(self, step: int) -> None:
         assert self.recipe.validation is not None

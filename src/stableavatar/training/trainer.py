@@ -9,6 +9,7 @@ is deterministic (CPU), and two processes train what one does with twice the acc
 import contextlib
 import dataclasses
 import logging
+import multiprocessing
 import signal
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -287,7 +288,13 @@ class Trainer(Generic[Sample]):
             where = {"wandb": {"dir": str(self.folder / "trackers")}}
             self.accelerator.init_trackers(PROJECT, flat(dataclasses.asdict(settings)), init_kwargs=where)
         deadline = time.monotonic() + 60 * settings.minutes if settings.minutes is not None else None
-        batches = self._batches()
+        with self._batches() as batches:
+            self._train(batches, log, deadline)
+        return TrainingResult(self.step, self.skipped_steps, list_checkpoints(self.folder)[-1])
+
+    def _train(self, batches: Iterator[Any], log: JsonLog | None, deadline: float | None) -> None:
+        """The loop, and a checkpoint at its end."""
+        settings = self.settings
         self.module.train()
         # A run that stands at its checkpoint need not write that again.
         saved = (
@@ -326,7 +333,6 @@ class Trainer(Generic[Sample]):
             log_time += time.monotonic() - aside
         if saved != self.step:
             self.save()
-        return TrainingResult(self.step, self.skipped_steps, list_checkpoints(self.folder)[-1])
 
     def close(self) -> None:
         """Leave the group of processes; the module can be used on, the trainer cannot.
@@ -370,10 +376,11 @@ class Trainer(Generic[Sample]):
         return self._kept(values, torch.float32)
 
     def frozen_state(self) -> dict[str, torch.Tensor]:
-        """Everything of the module's state that is not trained, by name, whole and on the CPU. Called on
-        every process; all but the first get nothing."""
+        """Everything of the module's state that is not trained, by name, whole and on the CPU; a trained
+        parameter's second name is left out. Called on every process; all but the first get nothing."""
         state = self.accelerator.unwrap_model(self.module).state_dict(keep_vars=True)
-        return self._kept({name: value for name, value in state.items() if name not in self.parameters})
+        trained = {id(parameter) for parameter in self.parameters.values()}
+        return self._kept({name: value for name, value in state.items() if id(value) not in trained})
 
     def _kept(
         self, values: Mapping[str, torch.Tensor], dtype: torch.dtype | None = None
@@ -462,7 +469,9 @@ class Trainer(Generic[Sample]):
         words = np.random.SeedSequence((self.settings.seed, self.step, piece)).generate_state(2)
         return torch.Generator().manual_seed(int(words[0]) << 32 | int(words[1]))
 
-    def _batches(self) -> Iterator[Any]:
+    @contextlib.contextmanager
+    def _batches(self) -> Iterator[Iterator[Any]]:
+        others = set(multiprocessing.active_children())
         loader: DataLoader[Any] = DataLoader(
             self.source,  # type: ignore[arg-type]
             batch_sampler=_Batches(self.sampler, self.step),
@@ -472,7 +481,18 @@ class Trainer(Generic[Sample]):
             # The loader seeds its workers from here, not from the generators that a checkpoint keeps.
             generator=torch.Generator().manual_seed(self.settings.seed),
         )
-        return iter(loader)
+        batches = iter(loader)
+        workers = set(multiprocessing.active_children()) - others
+        try:
+            yield batches
+        finally:
+            # They do not end by a signal, and an error's traceback would keep the loader from ending them:
+            # Python would wait for them at its end, for ever.
+            if workers:
+                batches._shutdown_workers()  # type: ignore[attr-defined]
+            for worker in workers:
+                if worker.is_alive():
+                    worker.kill()
 
     def _call_back(self) -> None:
         kept = random_state()

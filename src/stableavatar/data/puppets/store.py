@@ -211,8 +211,8 @@ def build_store(
     A clip of 4 s at 128x128 takes about 5 MB. Each clip appears under its name only when complete.
 
     Args:
-        expressions: a clip for each, in which the same person says and does the same but for it. Without, a
-            clip a seed, with the seed's own expression.
+        expressions: a clip for each, in which the same person says the same and, but for it, moves alike.
+            Without, a clip a seed, with the seed's own expression.
 
     Raises:
         InputError: `processes` below 1, or what :func:`make_clip` raises.

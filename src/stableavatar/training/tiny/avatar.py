@@ -142,7 +142,12 @@ class TinyAvatar(Avatar):
             )
         )
         for name, parameter in self.image_encoder.named_parameters():
-            parameter.requires_grad_("layers.2." not in name and "post_layernorm" not in name)
+            parameter.requires_grad_(not self.never_acts(f"image_encoder.{name}"))
+
+    @staticmethod
+    def never_acts(name: str) -> bool:
+        """Whether a parameter has no part in any result: the portrait encoder's last layer."""
+        return name.startswith("image_encoder.") and ("layers.2." in name or "post_layernorm" in name)
 
     def start_from(self, folder: Path) -> None:
         """Go on from the parts below `folder`, whose transformer may know fewer latent channels.
