@@ -347,6 +347,34 @@ def test_a_person_acts_every_expression_of_a_store_with_the_same_words_and_movem
     assert drawn.mark == str(EVALUATION_SEED)
 
 
+def test_varied_persons_look_otherwise_and_move_alike(tmp_path: Path) -> None:
+    seed = max(range(EVALUATION_SEED, EVALUATION_SEED + 8), key=lambda seed: Identity.varied(seed).marks)
+    usual, varied = Identity.from_seed(seed), Identity.varied(seed)
+    assert replace(varied, nose_relief=usual.nose_relief, lines=1.0, marks=0.0) == usual
+    arguments = [
+        "store",
+        "--folder",
+        str(tmp_path),
+        "--seed",
+        str(seed),
+        "--clips",
+        "1",
+        "--varied",
+    ]
+    arguments += ["--seconds", "0.2", "--size", "48", "--processes", "1"]
+    assert main(arguments) == 0
+    assert main([*arguments, "--expressions", "smiling"]) == 0
+    drawn, smiling = ClipStore(tmp_path)
+    assert (drawn.mark, smiling.mark) == (f"{seed} varied", f"{seed} smiling varied")
+    plain = make_clip(seed, 0.2, size=48)
+    assert np.array_equal(drawn.frames, make_clip(seed, 0.2, size=48, identity=varied).frames)
+    difference = np.abs(drawn.frames.astype(int) - plain.frames).max(axis=-1)
+    assert difference[plain.face_masks > 0].mean() > 4
+    assert difference[:, :4].max() == 0  # only the face
+    assert np.array_equal(drawn.samples, plain.samples)
+    assert np.array_equal(drawn.lip_masks, plain.lip_masks)
+
+
 def test_clips_are_written_in_the_layout_the_data_set_reads(tmp_path: Path, clip: PuppetClip) -> None:
     seed = str(EVALUATION_SEED + 3)
     options = ["--clips", "2", "--seconds", "0.4", "--size", "64", "--folder", str(tmp_path)]

@@ -22,18 +22,17 @@ logger = logging.getLogger("stableavatar.data.puppets")
 
 def _preview(options: argparse.Namespace) -> None:
     columns: int = options.columns
+    person = Identity.varied if options.varied else Identity.from_seed
     rows = []
     if options.portraits:
         for row in range(options.rows):
             seeds = range(options.seed + row * columns, options.seed + (row + 1) * columns)
-            rows.append(
-                np.concatenate(
-                    [Renderer(Identity.from_seed(s), options.size).portrait() for s in seeds], axis=1
-                )
-            )
+            rows.append(np.concatenate([Renderer(person(s), options.size).portrait() for s in seeds], axis=1))
     else:
         for seed in range(options.seed, options.seed + options.rows):
-            clip = make_clip(seed, 4.0, size=options.size, expression=options.expression)
+            clip = make_clip(
+                seed, 4.0, size=options.size, expression=options.expression, identity=person(seed)
+            )
             chosen = np.linspace(0, len(clip.frames) - 1, columns).astype(int)
             rows.append(np.concatenate([clip.frames[k] for k in chosen], axis=1))
             logger.info("%d: %s", seed, clip.prompt)
@@ -54,6 +53,7 @@ def main(arguments: list[str] | None = None) -> int:
     preview.add_argument(
         "--portraits", action="store_true", help="one portrait a cell instead of moments of a clip"
     )
+    preview.add_argument("--varied", action="store_true", help="as in a store")
     preview.add_argument("--out", type=Path, required=True)
     store = commands.add_parser("store", help="render many clips into a folder for training")
     store.add_argument("--folder", type=Path, required=True)
@@ -65,6 +65,7 @@ def main(arguments: list[str] | None = None) -> int:
         "--expressions", nargs="+", default=(), metavar="NAME",
         help="a clip of every person for each of these, in place of one with the seed's own expression",
     )  # fmt: skip
+    store.add_argument("--varied", action="store_true", help="persons whose noses and skin are less alike")
     store.add_argument("--processes", type=int, default=2)
     dataset = commands.add_parser("dataset", help="clips as MP4, WAV and PNG in the trainer's folders")
     dataset.add_argument("--folder", type=Path, required=True)
@@ -89,6 +90,7 @@ def main(arguments: list[str] | None = None) -> int:
                 seconds=options.seconds,
                 size=options.size,
                 expressions=options.expressions,
+                varied=options.varied,
                 processes=options.processes,
             )
     except InputError as error:

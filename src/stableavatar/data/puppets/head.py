@@ -162,6 +162,8 @@ def _paint_skin(identity: Identity, grid: _Grid, rng: np.random.Generator) -> tu
             np.asarray(identity.skin) * np.array([0.7, 0.52, 0.42]),
             0.6 * identity.freckles * spots * zone,
         )
+    if identity.marks > 0:
+        _paint_marks(identity, flesh)
     lines = np.zeros_like(x)
     if identity.wrinkles > 0.15:
         waves = 0.5 + 0.5 * np.sin((y + 0.02 * np.sin(7 * x) + 0.05 * x * x) * 55)
@@ -187,14 +189,15 @@ def _paint_skin(identity: Identity, grid: _Grid, rng: np.random.Generator) -> tu
     lines += 0.22 * blob(x, y, 0, tip + 0.075, identity.nose_width * 0.6, 0.018)
     lines += 0.12 * blob(x, y, 0, identity.mouth_y - 0.12, 0.03, 0.05)
     lines += 0.16 * blob(x, y, 0, identity.mouth_y + identity.lower_lip + 0.07, 0.14, 0.03)
-    shade = shade * (1 - np.clip(lines, 0, 0.8))
+    shade = shade * (1 - np.clip(identity.lines * lines, 0, 0.8))
     if identity.rendering != "drawing":
         shade *= 1 - 0.18 * (1 - smoothstep(0.0, 0.16, distance))
     skin = _lit(flesh, shade.astype(np.float32), identity.light_colour)
     skin += (0.13 * shine * (0.5 + 0.5 * plain))[..., None]
     for side in (-1.0, 1.0):
         hole = blob(x, y, side * identity.nose_width * 0.42, tip + 0.048, 0.027, 0.016)
-        over(skin, np.asarray(identity.skin) * np.array([0.28, 0.2, 0.2]), 0.9 * smoothstep(0.3, 0.9, hole))
+        dark = 0.9 * min(identity.lines, 1.0) * smoothstep(0.3, 0.9, hole)
+        over(skin, np.asarray(identity.skin) * np.array([0.28, 0.2, 0.2]), dark)
     _paint_brows(identity, grid, skin, rng)
     _paint_beard(identity, grid, skin, distance, rng)
     if identity.outline > 0:
@@ -204,6 +207,18 @@ def _paint_skin(identity: Identity, grid: _Grid, rng: np.random.Generator) -> tu
     middle = blob(x, y, 0, 0.35, 0.3, 0.3)
     level = float((shade * middle).sum() / middle.sum())
     return skin, face, _tuple(np.asarray(identity.light_colour) * level)
+
+
+def _paint_marks(identity: Identity, flesh: Array) -> None:
+    """Light and dark of every size, as photographs have it of light that the puppets do not know, and as many
+    colours; in place."""
+    rng = np.random.default_rng([identity.seed, 405])
+    size = flesh.shape[0]
+    for cells, octaves, strength in ((4, 3, 0.14), (18, 3, 0.1)):
+        flesh *= 1 + (strength * identity.marks * noise_field(rng, size, size, cells, octaves))[..., None]
+    for channel in range(3):
+        flesh[..., channel] *= 1 + 0.05 * identity.marks * noise_field(rng, size, size, 5, 2)
+    np.clip(flesh, 0, 1, out=flesh)
 
 
 def _tuple(values: Array) -> Colour:

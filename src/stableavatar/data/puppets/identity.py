@@ -7,7 +7,7 @@ nose and mouth's upper third so that the chin is at y = 1, the eyes near y = -0.
 from __future__ import annotations
 
 import colorsys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -133,11 +133,26 @@ class Identity:
     blur: float
     grain: float
     outline: float
+    lines: float
+    marks: float
 
     @classmethod
     def from_seed(cls, seed: int) -> Identity:
         """The one identity that belongs to `seed` (any non-negative integer)."""
         return _draw_identity(seed)
+
+    @classmethod
+    def varied(cls, seed: int) -> Identity:
+        """The same person with a nose of any relief, from none on, folds drawn faintly or strongly, and marks
+        of any kind on the skin: less of the face is as all puppets' is, so that it has to be taken from the
+        portrait. For training; what is measured are the persons of `from_seed`."""
+        rng = np.random.default_rng([seed, 404])
+        return replace(
+            cls.from_seed(seed),
+            nose_relief=float(rng.uniform(0, 0.2)),
+            lines=float(rng.uniform(0, 1.3)),
+            marks=float(rng.uniform(0, 1)),
+        )
 
     def describe(self) -> str:
         """A few visible words, such as "woman with red hair and glasses"."""
@@ -297,4 +312,6 @@ def _draw_identity(seed: int) -> Identity:
         blur=uniform(0, 0.004) if rng.uniform() < 0.4 else 0.0,
         grain=uniform(0.0, 0.02) if rng.uniform() < 0.5 else 0.0,
         outline=uniform(0.6, 1.0) if drawn else 0.0,
+        lines=1.0,
+        marks=0.0,
     )

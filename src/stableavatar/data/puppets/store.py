@@ -4,7 +4,8 @@
 0000000042/labels.npz    samples, articulation [T, 6], masks (bit-packed), portrait
 0000000042/about.json    seed, prompt, expression, person, frames, size
 
-A clip whose expression was chosen, not drawn from its seed, says so in its name: 0000000042-smiling.
+A clip whose expression was chosen, not drawn from its seed, says so in its name: 0000000042-smiling; and
+one of a varied person: 0000000042-varied-smiling.
 """
 
 from __future__ import annotations
@@ -29,10 +30,13 @@ from numpy.typing import NDArray
 
 from stableavatar.data.puppets.articulation import Articulation
 from stableavatar.data.puppets.clip import FPS, PuppetClip, make_clip
+from stableavatar.data.puppets.identity import Identity
 from stableavatar.data.puppets.speech import SAMPLE_RATE
 from stableavatar.errors import InputError
 
 logger = logging.getLogger(__name__)
+
+_VARIED = "varied"
 
 
 @dataclass(frozen=True)
@@ -55,8 +59,11 @@ class StoredClip:
 
     @property
     def mark(self) -> str:
-        """Its seed, of which everything is made, and its expression where that was chosen."""
-        return str(self.seed) if self.folder.name.isdigit() else f"{self.seed} {self.expression}"
+        """Its seed, of which everything is made, and what was chosen: an expression, a varied person."""
+        chosen = self.folder.name.partition("-")[2]
+        varied = chosen.startswith(_VARIED)
+        expression = f" {self.expression}" if chosen not in ("", _VARIED) else ""
+        return f"{self.seed}{expression}{' varied' if varied else ''}"
 
     @property
     def length(self) -> int:
@@ -186,15 +193,18 @@ def _save(clip: PuppetClip, folder: Path) -> None:
         partial_folder.rename(folder)
 
 
-def _clip_folder(folder: Path, seed: int, expression: str | None) -> Path:
-    return folder / (f"{seed:010d}" if expression is None else f"{seed:010d}-{expression.replace(' ', '-')}")
+def _clip_folder(folder: Path, seed: int, expression: str | None, *, varied: bool) -> Path:
+    chosen = [_VARIED] if varied else []
+    chosen += [] if expression is None else [expression.replace(" ", "-")]
+    return folder / "-".join([f"{seed:010d}", *chosen])
 
 
-def _make_one(clip: tuple[int, str | None], folder: Path, seconds: float, size: int) -> None:
+def _make_one(clip: tuple[int, str | None], folder: Path, seconds: float, size: int, *, varied: bool) -> None:
     torch.set_num_threads(1)
     seed, expression = clip
-    made = make_clip(seed, seconds, size=size, expression=expression)
-    _save(made, _clip_folder(folder, seed, expression))
+    person = Identity.varied(seed) if varied else None
+    made = make_clip(seed, seconds, size=size, expression=expression, identity=person)
+    _save(made, _clip_folder(folder, seed, expression, varied=varied))
 
 
 def build_store(
@@ -204,6 +214,7 @@ def build_store(
     seconds: float = 4.0,
     size: int = 128,
     expressions: Sequence[str] = (),
+    varied: bool = False,
     processes: int = 2,
 ) -> ClipStore:
     """Render clips into `folder`; clips already there are kept, so an interrupted build can be run again.
@@ -213,6 +224,7 @@ def build_store(
     Args:
         expressions: a clip for each, in which the same person says the same and, but for it, moves alike.
             Without, a clip a seed, with the seed's own expression.
+        varied: persons of :meth:`Identity.varied`.
 
     Raises:
         InputError: `processes` below 1, or what :func:`make_clip` raises.
@@ -222,8 +234,8 @@ def build_store(
     target = Path(folder)
     target.mkdir(parents=True, exist_ok=True)
     clips = product(seeds, expressions or (None,))
-    missing = [clip for clip in clips if not _clip_folder(target, *clip).exists()]
-    task = partial(_make_one, folder=target, seconds=seconds, size=size)
+    missing = [clip for clip in clips if not _clip_folder(target, *clip, varied=varied).exists()]
+    task = partial(_make_one, folder=target, seconds=seconds, size=size, varied=varied)
     if processes == 1:
         for done, clip in enumerate(missing, 1):
             task(clip)
