@@ -2,34 +2,27 @@
 What its commands do is tested where they are."""
 
 import re
-import shlex
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import typer
 
-from stableavatar.apps import cli
+from documents import commands, parse
 from stableavatar.training.recipes import load_recipe
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted((ROOT / "docs").glob("*.md"))
-COMMANDS = typer.main.get_command(cli.app).commands  # type: ignore[attr-defined]
 
 
-def commands(page: Path) -> Iterator[list[str]]:
-    """The commands of this project in the blocks of a page; of torchrun's and the like, what they run."""
-    for text in re.findall(r"```bash\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL):
-        for line in text.replace("\\\n", " ").splitlines():
-            words = shlex.split(line, comments=True)
-            if "stableavatar" in words:
-                yield words[words.index("stableavatar") + 1 :]
+def named(page: Path) -> list[list[str]]:
+    """The commands of this project in a page's blocks."""
+    blocks = re.findall(r"```bash\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+    return [words for text in blocks for words in commands(text) if words[0] == "stableavatar"]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_commands_are_known(page: Path) -> None:
-    for words in commands(page):
-        context = COMMANDS[words[0]].make_context(words[0], list(words[1:]))
+    for words in named(page):
+        context = parse(words)
         if "recipe" in context.params:
             load_recipe(ROOT / context.params["recipe"], context.params["settings"] or ())
 
@@ -41,5 +34,5 @@ def test_files_that_are_linked_exist(page: Path) -> None:
 
 
 def test_there_are_commands() -> None:
-    assert sum(len(list(commands(page))) for page in PAGES) > 5
-    assert {words[0] for words in commands(ROOT / "docs" / "training.md")} >= {"prepare", "train", "convert"}
+    assert sum(len(named(page)) for page in PAGES) > 5
+    assert {words[1] for words in named(ROOT / "docs" / "training.md")} >= {"prepare", "train", "convert"}

@@ -364,7 +364,7 @@ def test_varied_persons_look_otherwise_and_move_alike(tmp_path: Path) -> None:
     arguments += ["--seconds", "0.2", "--size", "48", "--processes", "1"]
     assert main(arguments) == 0
     assert main([*arguments, "--expressions", "smiling"]) == 0
-    drawn, smiling = ClipStore(tmp_path)
+    smiling, drawn = ClipStore(tmp_path)
     assert (drawn.mark, smiling.mark) == (f"{seed} varied", f"{seed} smiling varied")
     plain = make_clip(seed, 0.2, size=48)
     assert np.array_equal(drawn.frames, make_clip(seed, 0.2, size=48, identity=varied).frames)

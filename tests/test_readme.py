@@ -14,16 +14,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-import typer
 
 from command_line import portrait, run, speech, toy_model
+from documents import COMMANDS, commands, parse
 from stableavatar import pipeline
 from stableavatar.apps import cli
 from stableavatar.media.video import probe
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-COMMANDS = typer.main.get_command(cli.app).commands  # type: ignore[attr-defined]
 # Commands of the system, which have nothing to do with what is tested here.
 FOREIGN = ("python3", ".venv/bin/pip", "source", "arecord")
 
@@ -45,13 +44,6 @@ def blocks() -> Iterator[Block]:
     pattern = r"(<!-- needs: [^>]+ -->\n)?```(\w*)\n(.*?)```"
     for marker, language, text in re.findall(pattern, README, re.DOTALL):
         yield Block(language, text, runs=not marker)
-
-
-def commands(text: str) -> list[list[str]]:
-    """The commands of a block, those of a pipe one by one; of torchrun's, what it runs."""
-    parts = (part for line in text.replace("\\\n", " ").splitlines() for part in line.split(" | "))
-    found = [words for part in parts if (words := shlex.split(part, comments=True))]
-    return [words[words.index("-m") + 1 :] if words[0] == "torchrun" else words for words in found]
 
 
 @pytest.fixture
@@ -77,7 +69,7 @@ def test_commands(folder: Path) -> None:
                 result = run(*words[1:])
                 assert result.exit_code == 0, (words, result.output)
             elif words[0] == "stableavatar":
-                COMMANDS[words[1]].make_context(words[1], words[2:])
+                parse(words)
             elif words[0] == "make":
                 make_knows(words)
             else:
@@ -131,7 +123,7 @@ def test_examples_of_the_help_are_commands() -> None:
     assert len(lines) > 3
     for words in commands("\n".join(lines)):
         assert words[0] == "stableavatar"
-        COMMANDS[words[1]].make_context(words[1], words[2:])
+        parse(words)
 
 
 def test_the_demo_is_what_the_readme_says() -> None:
@@ -142,7 +134,7 @@ def test_the_demo_is_what_the_readme_says() -> None:
     lines = [shlex.split(line) for line in done.stdout.splitlines() if "generate" in line.split()[1:2]]
     [words] = lines
     arguments = words[words.index("generate") + 1 :]
-    parsed = COMMANDS["generate"].make_context("generate", arguments).params
+    parsed = parse(["stableavatar", "generate", *arguments]).params
     assert (parsed["model"], str(parsed["output"])) == ("tiny", "out/demo.mp4")
     assert (ROOT / parsed["portrait"]).is_file()
     assert (ROOT / parsed["speech"]).is_file()

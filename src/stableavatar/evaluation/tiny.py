@@ -3,9 +3,9 @@ controls.
 
     python -m stableavatar.evaluation.tiny [--quick] [--model tiny] [--out docs/tiny.md]
 
-Clips are made, measured and let go; nothing is kept from run to run. Exit status 1 where a
-bar of this state is missed (spec/6-embedded-model.md). `--gate FOLDER` measures an autoencoder alone, before
-a transformer is trained.
+Clips are made, measured and let go; nothing is kept from run to run. Exit status 1 where a bar of this state
+is missed (spec/6-embedded-model.md). `--gate FOLDER` measures an autoencoder alone, before a transformer is
+trained.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ def measure(setup: Setup, processes: int = 1) -> Part:
     """
     if processes < 1:
         raise InputError(f"An evaluation takes at least one process, not {processes}.")
-    evaluation = setup.evaluation()
+    evaluation = setup.evaluation()  # of several processes' too: what is missing is said once, and at once
     if processes == 1:
         return evaluation.run()
     tasks = evaluation.tasks()

@@ -181,6 +181,7 @@ def table(folder: Path, gpus: Sequence[int]) -> str:
         spread = recipe.trainer.sharding == "fsdp2"
         for count in gpus if spread else [1]:
             found = estimate(recipe, count)
+            seconds = found.seconds(recipe.trainer.batch_size * recipe.trainer.accumulation)
             sizes = (found.weights, found.gradients, found.optimizer, found.activations, found.memory)
             cells = [
                 path.stem,
@@ -188,7 +189,7 @@ def table(folder: Path, gpus: Sequence[int]) -> str:
                 f"{found.trained / 1e6:,.0f}",
                 *(f"{size / GIGABYTE:,.1f}" for size in sizes),
                 f"{found.operations / 1e15:.2f}",
-                f"{(seconds := found.seconds(recipe.trainer.batch_size * recipe.trainer.accumulation)):.1f}",
+                f"{seconds:.1f}",
                 f"{seconds * recipe.trainer.steps / 86_400:.1f}",
                 f"{min(count, _MACHINE) * found.loaded / GIGABYTE:,.0f}",
             ]

@@ -9,8 +9,6 @@ is deterministic (CPU), and two processes train what one does with twice the acc
 import contextlib
 import dataclasses
 import logging
-import multiprocessing
-import signal
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -28,7 +26,6 @@ from accelerate.utils import (
     is_wandb_available,
 )
 from torch import nn
-from torch.utils.data import DataLoader
 
 from stableavatar.data.sampler import ClipKey, GroupedSampler
 from stableavatar.errors import CheckpointError, InputError
@@ -46,6 +43,7 @@ from stableavatar.training.checkpoints import (
 from stableavatar.training.devices import backend, on_cpu
 from stableavatar.training.efficiency import compile_blocks, enable_gradient_checkpointing
 from stableavatar.training.ema import MovingAverage
+from stableavatar.training.loader import open_batches
 from stableavatar.training.log import JsonLog, LossMeter, finite, flat
 from stableavatar.training.objective import StepLoss
 from stableavatar.training.optimizers import clip_gradients, make_optimizer, set_constants, set_rate
@@ -288,7 +286,14 @@ class Trainer(Generic[Sample]):
             where = {"wandb": {"dir": str(self.folder / "trackers")}}
             self.accelerator.init_trackers(PROJECT, flat(dataclasses.asdict(settings)), init_kwargs=where)
         deadline = time.monotonic() + 60 * settings.minutes if settings.minutes is not None else None
-        with self._batches() as batches:
+        with open_batches(
+            self.source,
+            self.collate,
+            self.sampler,
+            step=self.step,
+            seed=settings.seed,
+            readers=settings.workers,
+        ) as batches:
             self._train(batches, log, deadline)
         return TrainingResult(self.step, self.skipped_steps, list_checkpoints(self.folder)[-1])
 
@@ -469,31 +474,6 @@ class Trainer(Generic[Sample]):
         words = np.random.SeedSequence((self.settings.seed, self.step, piece)).generate_state(2)
         return torch.Generator().manual_seed(int(words[0]) << 32 | int(words[1]))
 
-    @contextlib.contextmanager
-    def _batches(self) -> Iterator[Iterator[Any]]:
-        others = set(multiprocessing.active_children())
-        loader: DataLoader[Any] = DataLoader(
-            self.source,  # type: ignore[arg-type]
-            batch_sampler=_Batches(self.sampler, self.step),
-            collate_fn=self.collate,
-            num_workers=self.settings.workers,
-            worker_init_fn=_leave_stopping_to_the_loop,
-            # The loader seeds its workers from here, not from the generators that a checkpoint keeps.
-            generator=torch.Generator().manual_seed(self.settings.seed),
-        )
-        batches = iter(loader)
-        workers = set(multiprocessing.active_children()) - others
-        try:
-            yield batches
-        finally:
-            # They do not end by a signal, and an error's traceback would keep the loader from ending them:
-            # Python would wait for them at its end, for ever.
-            if workers:
-                batches._shutdown_workers()  # type: ignore[attr-defined]
-            for worker in workers:
-                if worker.is_alive():
-                    worker.kill()
-
     def _call_back(self) -> None:
         kept = random_state()
         self.module.eval()
@@ -518,20 +498,3 @@ class Trainer(Generic[Sample]):
             "processes": self.accelerator.num_processes,
             **self.identity,
         }
-
-
-def _leave_stopping_to_the_loop(_worker: int) -> None:
-    """Who ends a run signals all its processes; readers go on until the loop has written its checkpoint."""
-    for name in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(name, signal.SIG_IGN)
-
-
-class _Batches:
-    """The clips of this process's micro-steps from a step on, as DataLoader wants them."""
-
-    def __init__(self, sampler: GroupedSampler, first: int) -> None:
-        self.sampler = sampler
-        self.first = first
-
-    def __iter__(self) -> Iterator[list[ClipKey]]:
-        return self.sampler.from_step(self.first)

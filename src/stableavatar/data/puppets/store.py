@@ -5,7 +5,7 @@
 0000000042/about.json    seed, prompt, expression, person, frames, size
 
 A clip whose expression was chosen, not drawn from its seed, says so in its name: 0000000042-smiling; and
-one of a varied person: 0000000042-varied-smiling.
+one of a varied person: 0000000042-smiling-varied.
 """
 
 from __future__ import annotations
@@ -36,8 +36,6 @@ from stableavatar.errors import InputError
 
 logger = logging.getLogger(__name__)
 
-_VARIED = "varied"
-
 
 @dataclass(frozen=True)
 class StoredClip:
@@ -60,10 +58,7 @@ class StoredClip:
     @property
     def mark(self) -> str:
         """Its seed, of which everything is made, and what was chosen: an expression, a varied person."""
-        chosen = self.folder.name.partition("-")[2]
-        varied = chosen.startswith(_VARIED)
-        expression = f" {self.expression}" if chosen not in ("", _VARIED) else ""
-        return f"{self.seed}{expression}{' varied' if varied else ''}"
+        return " ".join([str(self.seed), *self.folder.name.split("-")[1:]])
 
     @property
     def length(self) -> int:
@@ -194,8 +189,8 @@ def _save(clip: PuppetClip, folder: Path) -> None:
 
 
 def _clip_folder(folder: Path, seed: int, expression: str | None, *, varied: bool) -> Path:
-    chosen = [_VARIED] if varied else []
-    chosen += [] if expression is None else [expression.replace(" ", "-")]
+    chosen = [] if expression is None else [expression.replace(" ", "-")]
+    chosen += ["varied"] if varied else []
     return folder / "-".join([f"{seed:010d}", *chosen])
 
 

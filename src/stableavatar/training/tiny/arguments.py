@@ -1,6 +1,8 @@
 """Settings of the trainings of `tiny`'s parts as options of their commands."""
 
 import argparse
+import inspect
+from collections.abc import Callable
 from dataclasses import fields
 from typing import Any, TypeVar
 
@@ -15,7 +17,7 @@ def add_settings(parser: argparse.ArgumentParser, kind: type[Any]) -> None:
             parser.add_argument(name, type=type(field.default), default=field.default)
 
 
-def chosen_settings(kind: type[Settings], options: argparse.Namespace) -> Settings:
+def chosen_settings(kind: Callable[..., Settings], options: argparse.Namespace) -> Settings:
     """The settings that were given. Raises ValueError for what cannot be."""
-    given = vars(options)
-    return kind(**{field.name: given[field.name] for field in fields(kind) if field.name in given})  # type: ignore[arg-type]
+    known = inspect.signature(kind).parameters
+    return kind(**{name: value for name, value in vars(options).items() if name in known})
