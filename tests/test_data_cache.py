@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKLWan
-from transformers import Wav2Vec2Config, Wav2Vec2Model
+from transformers import Wav2Vec2Model
 
 from clip_folders import SIDE, write_clip
 from stableavatar.conditioning.image import picture_tensor, reference_condition
@@ -19,6 +19,7 @@ from stableavatar.data.clips import normalized_speech
 from stableavatar.data.dataset import ClipDataset, ClipDatasetSettings
 from stableavatar.data.encoding import Encoders, stack_samples
 from stableavatar.errors import InputError
+from toy_encoders import toy_encoder_pair
 
 
 @pytest.fixture
@@ -28,18 +29,7 @@ def root(tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def encoders() -> tuple[AutoencoderKLWan, Wav2Vec2Model]:
-    torch.manual_seed(0)
-    vae = AutoencoderKLWan(
-        base_dim=4, z_dim=16, dim_mult=[1, 1, 1], num_res_blocks=1, temperal_downsample=[True, True], is_residual=True,
-        in_channels=12, out_channels=12, patch_size=2, latents_mean=[0.1] * 16, latents_std=[0.5] * 16,
-    )  # fmt: skip
-    speech = Wav2Vec2Model(
-        Wav2Vec2Config(
-            hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, conv_dim=[8] * 7,
-            num_conv_pos_embeddings=8, num_conv_pos_embedding_groups=2, feat_extract_norm="group",
-        )
-    )  # fmt: skip
-    return vae.eval(), speech.eval()
+    return toy_encoder_pair(mean=0.1, deviation=0.5)
 
 
 KEYS = [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (1, 2), (2, 0)]

@@ -14,7 +14,7 @@ import torch
 from accelerate.state import AcceleratorState
 from diffusers import AutoencoderKLWan
 from torch import nn
-from transformers import UMT5EncoderModel, Wav2Vec2Config, Wav2Vec2Model
+from transformers import UMT5EncoderModel, Wav2Vec2Model
 
 from clip_folders import write_clip
 from command_line import portrait, speech
@@ -39,32 +39,19 @@ from stableavatar.training.run import Training, cache_latents, prepare_training
 from stableavatar.training.tiny import avatar as tiny_avatar
 from stableavatar.training.tiny.assemble import SAMPLING_DEFAULTS
 from stableavatar.training.tiny.avatar import TinyAvatar, build_text_encoder, grow_transformer
+from toy_encoders import toy_encoder_pair
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerator")
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "tiny.yaml"
 
 
-def toy_encoders(folder: Path) -> Path:
-    torch.manual_seed(0)
-    vae = AutoencoderKLWan(
-        base_dim=4, z_dim=16, dim_mult=[1, 1, 1], num_res_blocks=1, temperal_downsample=[True, True], is_residual=True,
-        in_channels=12, out_channels=12, patch_size=2, latents_mean=[0.0] * 16, latents_std=[1.0] * 16,
-    )  # fmt: skip
-    speech = Wav2Vec2Model(
-        Wav2Vec2Config(
-            hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, conv_dim=[8] * 7,
-            num_conv_pos_embeddings=8, num_conv_pos_embedding_groups=2, feat_extract_norm="group",
-        )
-    )  # fmt: skip
-    vae.save_pretrained(folder / "vae")
-    speech.save_pretrained(folder / "speech_encoder")
-    return folder
-
-
 @pytest.fixture(scope="module")
 def encoders(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return toy_encoders(tmp_path_factory.mktemp("encoders"))
+    folder = tmp_path_factory.mktemp("encoders")
+    for name, part in zip(("vae", "speech_encoder"), toy_encoder_pair(), strict=True):
+        part.save_pretrained(folder / name)
+    return folder
 
 
 @pytest.fixture(scope="module")
