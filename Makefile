@@ -8,13 +8,21 @@ MODEL  ?= tiny
 PARITY ?= ../shared/parity
 DEMO   := src/stableavatar/assets/demo
 # Where the embedded model is trained: data and checkpoints; every step goes on where it stopped. START=tiny begins with
-# the weights that ship, in place of none; MINUTES are the autoencoder's. CLIPS puppets act what their seeds say, ACTED others
-# act smiling and serious.
-WORK    := runs/tiny
-CLIPS   ?= 3000
-ACTED   ?= 500
-MINUTES ?= 240
-START   ?=
+# the weights that ship, in place of none. CLIPS puppets act what their seeds say, ACTED others act smiling and serious, VARIED
+# others are less alike; MINUTES are the autoencoder's, SHARPENED its decoder's alone. QUICK=1 goes through every stage in
+# moments, in a folder of its own, and leaves the package as it is.
+QUICK  ?=
+WORK    = $(if $(QUICK),runs/tiny-quick,runs/tiny)
+CLIPS   = $(if $(QUICK),8,3000)
+ACTED   = $(if $(QUICK),2,500)
+VARIED  = $(if $(QUICK),2,1000)
+MINUTES = $(if $(QUICK),0.2,240)
+SHARPENED = $(if $(QUICK),0.2,45)
+START  ?=
+# recipes/tiny.yaml, there.
+RECIPE  = recipes/tiny.yaml --set output=$(WORK) --set model.source=$(WORK)/encoders --set data.cache=$(WORK)/latents \
+    --set 'data.puppets=[$(WORK)/puppets,$(WORK)/acted,$(WORK)/varied]' \
+    $(if $(START),--set model.embedded.start=$(START)) $(if $(QUICK),--set trainer.steps=4 --set trainer.compile=false)
 # Photographs that `make evaluate-tiny` animates beside the astronaut.
 PORTRAITS ?= $(wildcard $(addprefix ../shared/samples/portraits/,boy.jpg echo_01.jpg hallo_0008.jpg woman_blazer.png))
 # What `make bench` measures, by default all: transformer peak decode generate first-frame processes training.
@@ -72,27 +80,29 @@ evaluate-lora: $(STAMP) ## what a LoRA of one unseen person gains, into docs/tra
 bench: $(STAMP)  ## speed and memory beside diffusers, into docs/performance.md (QUICK=1 prints small sizes)
 	$(BIN)/python -m benchmarks.run $(if $(QUICK),--quick) $(PARTS)
 
-tiny: $(STAMP)   ## train the embedded model anew, from puppets to weights (many hours on two cores)
+tiny: $(STAMP)   ## train the embedded model anew, from puppets to weights (many hours on two cores; QUICK=1: only pass through it)
 	$(BIN)/python -m stableavatar.data.puppets store --folder $(WORK)/puppets --clips $(CLIPS)
 	$(BIN)/python -m stableavatar.data.puppets store --folder $(WORK)/acted --seed $(CLIPS) --clips $(ACTED) \
 	    --expressions smiling serious
+	$(BIN)/python -m stableavatar.data.puppets store --folder $(WORK)/varied --seed $$(($(CLIPS) + $(ACTED))) --clips $(VARIED) --varied
 	mkdir -p $(WORK)/encoders
 	test -e $(WORK)/encoders/vae || { $(BIN)/python -m stableavatar.training.tiny.autoencoder --resume \
 	    --out $(WORK)/autoencoder --puppets $(WORK)/puppets --minutes $(MINUTES) \
 	    $(if $(START),--start-from src/stableavatar/assets/$(START)/vae) && \
 	    $(BIN)/python -m stableavatar.training.tiny.autoencoder --resume --freeze-encoder --out $(WORK)/sharpened \
-	    --start-from $(WORK)/autoencoder/model --puppets $(WORK)/puppets --detail-weight 1 --image-steps 0 --minutes 40 && \
+	    --start-from $(WORK)/autoencoder/model --puppets $(WORK)/puppets --detail-weight 200 --image-steps 0 --minutes $(SHARPENED) && \
 	    cp -R $(WORK)/sharpened/model $(WORK)/encoders/vae; }
 	test -e $(WORK)/encoders/speech_encoder || { $(BIN)/python -m stableavatar.training.tiny.speech_encoder \
-	    --out $(WORK)/speech_encoder --puppets $(WORK)/puppets && \
+	    --out $(WORK)/speech_encoder --puppets $(WORK)/puppets $(if $(QUICK),--minutes 0.2) && \
 	    cp -R $(WORK)/speech_encoder/final $(WORK)/encoders/speech_encoder; }
 	test -e $(WORK)/encoders/text_encoder || { $(BIN)/python -m stableavatar.training.tiny.text_encoder \
-	    --out $(WORK)/text_encoder && cp -R $(WORK)/text_encoder/final $(WORK)/encoders/text_encoder; }
-	$(BIN)/stableavatar cache-latents recipes/tiny.yaml --output $(WORK)/latents
-	OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node 2 -m stableavatar train recipes/tiny.yaml --resume latest \
-	    $(if $(START),--set model.embedded.start=$(START))
-	$(BIN)/python -m stableavatar.training.tiny.meter --autoencoder $(WORK)/encoders/vae
-	rm -rf src/stableavatar/assets/tiny && cp -R $(WORK)/model src/stableavatar/assets/tiny
+	    --out $(WORK)/text_encoder $(if $(QUICK),--steps 20) && cp -R $(WORK)/text_encoder/final $(WORK)/encoders/text_encoder; }
+	$(BIN)/stableavatar cache-latents $(RECIPE) --output $(WORK)/latents
+	OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node 2 -m stableavatar train $(RECIPE) --resume latest
+	$(BIN)/python -m stableavatar.training.tiny.meter --autoencoder $(WORK)/encoders/vae \
+	    $(if $(QUICK),--identities 8 --steps 20 --out $(WORK)/meter.safetensors)
+	$(if $(QUICK),$(BIN)/stableavatar generate $(DEMO)/portrait.png $(DEMO)/speech.flac -o $(WORK)/demo.mp4 --model $(WORK)/model --overwrite,\
+	    rm -rf src/stableavatar/assets/tiny && cp -R $(WORK)/model src/stableavatar/assets/tiny)
 
 clean:           ## remove what the targets made
 	rm -rf $(VENV) $(VENV)-large out .pytest_cache .mypy_cache .ruff_cache

@@ -36,6 +36,6 @@ EXPRESSION = (
         "share",
         _told,
         mean,
-        goals={"made": Bar(low=0.9)},
+        bars={"made": Bar(low=0.9)},
     ),
 )

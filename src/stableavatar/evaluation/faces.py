@@ -181,15 +181,15 @@ def _lips(clip: Observation) -> float:
 FACES = (
     Metric(
         "face_identity", "photographs: face identity, worst second of all", "cos", _identity, worst_low,
-        goals={"made": Bar(low=0.5)},
+        bars={"made": Bar(low=0.5)},
     ),
     Metric(
         "face_lips", "photographs: lip correlation by landmarks", "r", _lips, median,
-        goals={"made": Bar(low=0.3), "wrong": Bar(high=0.15)},
+        bars={"made": Bar(low=0.3), "wrong": Bar(high=0.15)},
     ),
     Metric(
         "face_lips_worst", "photographs: the same, the worst of all", "r", _lips, worst_low,
-        goals={"made": Bar(low=0.3)},
+        bars={"made": Bar(low=0.3)},
     ),
 )  # fmt: skip
 

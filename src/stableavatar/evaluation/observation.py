@@ -118,8 +118,7 @@ class Metric:
         unit: "dB", "frames", ... or "" for a ratio.
         measure: the clip's value.
         gather: how values of several clips become the figure.
-        bars: what this state of the model has to reach, by variant; exit status 1 where one is missed.
-        goals: what the final state has to reach (spec/6), by variant.
+        bars: what the embedded model has to reach (spec/6), by variant; exit status 1 where one is missed.
     """
 
     name: str
@@ -128,7 +127,6 @@ class Metric:
     measure: Callable[[Observation], float]
     gather: Callable[[Sequence[float]], float]
     bars: Mapping[Variant, Bar] = field(default_factory=dict)
-    goals: Mapping[Variant, Bar] = field(default_factory=dict)
 
 
 def median(values: Sequence[float]) -> float:

@@ -32,10 +32,10 @@ def _steady(clip: Observation) -> float:
 RECONSTRUCTION = (
     Metric(
         "autoencoder_noise", "autoencoder: PSNR", "dB", _noise, mean,
-        bars={"decoded": Bar(low=26.0)}, goals={"decoded": Bar(low=30.0)},
+        bars={"decoded": Bar(low=30.0)},
     ),
     Metric(
         "autoencoder_steady", "autoencoder: last 50 frames less first 50", "dB", _steady, mean,
-        bars={"decoded": Bar(low=-0.5)}, goals={"decoded": Bar(low=-0.5)},
+        bars={"decoded": Bar(low=-0.5)},
     ),
 )  # fmt: skip

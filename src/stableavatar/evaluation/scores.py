@@ -42,7 +42,7 @@ class Scores:
         return None if values is None else metric.gather(values)
 
     def missed(self) -> list[str]:
-        """A line for every bar of this state that a measured figure misses."""
+        """A line for every bar that a measured figure misses."""
         lines = []
         for name, group in GROUPS.items():
             for metric in group.metrics:
@@ -54,8 +54,7 @@ class Scores:
         return lines
 
     def rows(self) -> Iterator[list[str]]:
-        """The table's rows: figure, result, controls, this state's bar and whether it is passed, and the same
-        of the final bar."""
+        """The table's rows: figure, result, controls, bar and whether it is passed."""
         for name, group in GROUPS.items():
             for metric in group.metrics:
                 shown = {variant: self.figure(name, metric, variant) for variant in VARIANTS}
@@ -69,8 +68,6 @@ class Scores:
                     *cells,
                     _bars(metric.bars, group),
                     self._verdict(name, metric, metric.bars),
-                    _bars(metric.goals, group),
-                    self._verdict(name, metric, metric.goals),
                 ]
 
     def _verdict(self, group: str, metric: Metric, bars: Mapping[Variant, Bar]) -> str:
@@ -94,7 +91,7 @@ def _bars(bars: object, group: Group) -> str:
     )
 
 
-COLUMNS = ("figure", "result", *(_HEADINGS[v] for v in VARIANTS if v != "made"), "bar", "", "final bar", "")
+COLUMNS = ("figure", "result", *(_HEADINGS[v] for v in VARIANTS if v != "made"), "bar", "")
 
 
 def rich_table(scores: Scores, title: str) -> Table:
@@ -110,6 +107,6 @@ def rich_table(scores: Scores, title: str) -> Table:
 
 def markdown_table(scores: Scores) -> str:
     """The table for a document."""
-    lines = ["| " + " | ".join(COLUMNS) + " |", "|---|" + "---:|" * 5 + "---|---|---|---|"]
+    lines = ["| " + " | ".join(COLUMNS) + " |", "|---|" + "---:|" * 5 + "---|---|"]
     lines += ["| " + " | ".join(row) + " |" for row in scores.rows()]
     return "\n".join(lines)

@@ -55,6 +55,6 @@ PHOTOGRAPH_STEADINESS = (
     Metric("photograph_flicker", "photograph: flicker outside the face", "levels", _flicker, median),
     Metric(
         "photograph_drift", "photograph: colour drift outside the face", "levels", _drift, median,
-        goals={"made": Bar(high=6.0)},
+        bars={"made": Bar(high=6.0)},
     ),
 )  # fmt: skip

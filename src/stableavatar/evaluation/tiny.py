@@ -3,8 +3,8 @@ controls.
 
     python -m stableavatar.evaluation.tiny [--quick] [--model tiny] [--out docs/tiny.md]
 
-Clips are made, measured and let go; nothing is kept from run to run. Exit status 1 where a bar of this state
-is missed (spec/6-embedded-model.md). `--gate FOLDER` measures an autoencoder alone, before a transformer is
+Clips are made, measured and let go; nothing is kept from run to run. Exit status 1 where a bar is
+missed (spec/6-embedded-model.md). `--gate FOLDER` measures an autoencoder alone, before a transformer is
 trained.
 """
 
