@@ -7,19 +7,20 @@ STAMP  := $(VENV)/.installed
 MODEL  ?= tiny
 PARITY ?= ../shared/parity
 DEMO   := src/stableavatar/assets/demo
-# Where the embedded model is trained: data and checkpoints; every step goes on where it stopped. START=tiny begins with
-# the weights that ship, in place of none. CLIPS puppets act what their seeds say, ACTED others act smiling and serious, VARIED
-# others are less alike; MINUTES are the autoencoder's, SHARPENED its decoder's alone. QUICK=1 goes through every stage in
-# moments, in a folder of its own, and leaves the package as it is.
+# Where the embedded model is trained: data and checkpoints; every step goes on where it stopped, with the same CLIPS, ACTED and
+# VARIED (else give another WORK=). START=tiny begins with the weights that ship, in place of none. CLIPS puppets act what
+# their seeds say, ACTED others act smiling and serious, VARIED others are less alike; MINUTES are the autoencoder's, SHARPENED
+# its decoder's alone. QUICK=1 goes through every stage in moments, uncompiled, in a folder that it empties first, and leaves
+# the package as it is.
 QUICK  ?=
 WORK    = $(if $(QUICK),runs/tiny-quick,runs/tiny)
-CLIPS   = $(if $(QUICK),8,3000)
-ACTED   = $(if $(QUICK),2,500)
-VARIED  = $(if $(QUICK),2,1000)
-MINUTES = $(if $(QUICK),0.2,240)
-SHARPENED = $(if $(QUICK),0.2,45)
+CLIPS ?= $(if $(QUICK),8,3000)
+ACTED ?= $(if $(QUICK),2,500)
+VARIED ?= $(if $(QUICK),2,1000)
+MINUTES ?= $(if $(QUICK),0.2,240)
+SHARPENED ?= $(if $(QUICK),0.2,45)
 START  ?=
-# recipes/tiny.yaml, there.
+# recipes/tiny.yaml in that folder: the paths are those of the file, moved.
 RECIPE  = recipes/tiny.yaml --set output=$(WORK) --set model.source=$(WORK)/encoders --set data.cache=$(WORK)/latents \
     --set 'data.puppets=[$(WORK)/puppets,$(WORK)/acted,$(WORK)/varied]' \
     $(if $(START),--set model.embedded.start=$(START)) $(if $(QUICK),--set trainer.steps=4 --set trainer.compile=false)
@@ -81,16 +82,18 @@ bench: $(STAMP)  ## speed and memory beside diffusers, into docs/performance.md 
 	$(BIN)/python -m benchmarks.run $(if $(QUICK),--quick) $(PARTS)
 
 tiny: $(STAMP)   ## train the embedded model anew, from puppets to weights (many hours on two cores; QUICK=1: only pass through it)
+	$(if $(QUICK),rm -rf runs/tiny-quick)
 	$(BIN)/python -m stableavatar.data.puppets store --folder $(WORK)/puppets --clips $(CLIPS)
 	$(BIN)/python -m stableavatar.data.puppets store --folder $(WORK)/acted --seed $(CLIPS) --clips $(ACTED) \
 	    --expressions smiling serious
 	$(BIN)/python -m stableavatar.data.puppets store --folder $(WORK)/varied --seed $$(($(CLIPS) + $(ACTED))) --clips $(VARIED) --varied
 	mkdir -p $(WORK)/encoders
 	test -e $(WORK)/encoders/vae || { $(BIN)/python -m stableavatar.training.tiny.autoencoder --resume \
-	    --out $(WORK)/autoencoder --puppets $(WORK)/puppets --minutes $(MINUTES) \
+	    --out $(WORK)/autoencoder --puppets $(WORK)/puppets --puppets $(WORK)/varied --minutes $(MINUTES) \
 	    $(if $(START),--start-from src/stableavatar/assets/$(START)/vae) && \
 	    $(BIN)/python -m stableavatar.training.tiny.autoencoder --resume --freeze-encoder --out $(WORK)/sharpened \
-	    --start-from $(WORK)/autoencoder/model --puppets $(WORK)/puppets --detail-weight 200 --image-steps 0 --minutes $(SHARPENED) && \
+	    --start-from $(WORK)/autoencoder/model --puppets $(WORK)/puppets --puppets $(WORK)/varied \
+	    --detail-weight 200 --image-steps 0 --minutes $(SHARPENED) && \
 	    cp -R $(WORK)/sharpened/model $(WORK)/encoders/vae; }
 	test -e $(WORK)/encoders/speech_encoder || { $(BIN)/python -m stableavatar.training.tiny.speech_encoder \
 	    --out $(WORK)/speech_encoder --puppets $(WORK)/puppets $(if $(QUICK),--minutes 0.2) && \

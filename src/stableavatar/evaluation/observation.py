@@ -118,7 +118,8 @@ class Metric:
         unit: "dB", "frames", ... or "" for a ratio.
         measure: the clip's value.
         gather: how values of several clips become the figure.
-        bars: what the embedded model has to reach (spec/6), by variant; exit status 1 where one is missed.
+        bars: what the embedded model has to reach, by variant; exit status 1 where one is missed. They are
+            spec/6's, and where it names no number ("the mouth stays shut", "no drift one can see") our own.
     """
 
     name: str

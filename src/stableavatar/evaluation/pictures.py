@@ -97,23 +97,27 @@ def sharpness(frames: Frames, where: Mask | None = None) -> float:
 
 
 def detail_bands(frames: Frames, where: Mask | None = None) -> NDArray[np.float64]:
-    """Mean squares of the luma's finest detail in three directions (levels squared, [3]: from above to below,
-    from left to right, across), over 2x2 pixels that lie in `where` as a whole.
+    """Mean squares of the luma's finest detail (levels squared, [12]).
 
-    A Laplacian's energy is a sum of them, and so of a weave of neighbouring pixels too, which has only the
-    third.
+    In blocks of 2x2 pixels, laid in each of the four ways: from above to below, from left to right, and
+    across; over the blocks that lie in `where` as a whole.
     """
     luma = frames.astype(np.float32) @ np.asarray(_LUMA, dtype=np.float32)
-    first, second = luma[:, :-1, :-1], luma[:, :-1, 1:]
-    third, fourth = luma[:, 1:, :-1], luma[:, 1:, 1:]
     chosen = np.ones(frames.shape[1:3], dtype=bool) if where is None else where
-    chosen = chosen[:-1, :-1] & chosen[:-1, 1:] & chosen[1:, :-1] & chosen[1:, 1:]
-    bands = (
-        first + second - third - fourth,
-        first - second + third - fourth,
-        first - second - third + fourth,
-    )
-    return np.array([np.square(band[:, chosen] / 2).mean(dtype=np.float64) for band in bands])
+    energies = []
+    for down, right in ((0, 0), (0, 1), (1, 0), (1, 1)):
+        height, width = (luma.shape[1] - down) // 2, (luma.shape[2] - right) // 2
+        laid = np.s_[..., down : down + 2 * height, right : right + 2 * width]
+        inside = chosen[laid].reshape(height, 2, width, 2).all(axis=(1, 3))
+        blocks = luma[laid].reshape(len(luma), height, 2, width, 2).swapaxes(2, 3)[:, inside]
+        (first, second), (third, fourth) = blocks.transpose(2, 3, 0, 1)
+        for band in (
+            first + second - third - fourth,
+            first - second + third - fourth,
+            first - second - third + fourth,
+        ):
+            energies.append(np.square(band / 2).mean(dtype=np.float64))
+    return np.array(energies)
 
 
 def shifted(frames: Frames, right: int, down: int) -> Frames:

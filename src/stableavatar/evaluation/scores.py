@@ -67,11 +67,12 @@ class Scores:
                     metric.title + unit,
                     *cells,
                     _bars(metric.bars, group),
-                    self._verdict(name, metric, metric.bars),
+                    self._verdict(name, metric),
                 ]
 
-    def _verdict(self, group: str, metric: Metric, bars: Mapping[Variant, Bar]) -> str:
+    def _verdict(self, group: str, metric: Metric) -> str:
         """Nothing where a bar's control was not measured and none is missed."""
+        bars = metric.bars
         figures = {variant: self.figure(group, metric, variant) for variant in bars}
         if any(value is not None and not bars[variant].passes(value) for variant, value in figures.items()):
             return "MISS"
@@ -84,8 +85,7 @@ def _number(value: float | None) -> str:
     return f"{value:.1f}" if abs(value) >= 10 else f"{value:.2f}"
 
 
-def _bars(bars: object, group: Group) -> str:
-    assert isinstance(bars, dict)
+def _bars(bars: Mapping[Variant, Bar], group: Group) -> str:
     return ", ".join(
         str(bar) if variant == group.main else f"{_HEADINGS[variant]} {bar}" for variant, bar in bars.items()
     )

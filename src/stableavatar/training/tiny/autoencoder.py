@@ -112,7 +112,7 @@ def reconstruction_loss(
 ) -> torch.Tensor:
     """Absolute, squared, edge, coarse colour and detail error of clips [B, 3, F, H, W].
 
-    The weights of pixels are [B, 1, F, H, W].
+    Sides as :func:`detail` takes them. The weights of pixels are [B, 1, F, H, W].
     """
     difference = made - true
     per_pixel = difference.abs() + settings.squared_weight * difference.square()
@@ -130,16 +130,16 @@ def reconstruction_loss(
 
 
 def detail(clips: torch.Tensor) -> torch.Tensor:
-    """How much fine detail there is around each place of clips [B, 3, F, H, W], sides in fours:
+    """How much fine detail there is around each place of clips [B, 3, F, H, W], sides in fours, at least 16:
     [B, 12, F, H/4-3, W/4-3].
 
     Brightness in blocks of 2x2 pixels, laid in each of the four ways, split into three bands (Haar's:
-    from above to below, from left to right, across); of each the root of its energy over 7x7 blocks. Errors
+    from above to below, from left to right, across); of each the root mean square over 7x7 blocks. Errors
     of pixels alone are smallest where hair and cloth, whose place the latents cannot tell, are left smooth;
     this one is smallest where they have as much detail as the truth. Bands and ways stand for themselves:
-    a sum of them is won cheapest by a chequered pattern, which a decoder that draws 2x2 pixels at a time
-    has at hand. The error is squared, for how much detail there is is not known to the pixel either, and
-    the middle of what may be there (which absolute errors ask for) is less than its mean.
+    a sum of them is won cheapest by a weave of pixels, which a decoder that draws 2x2 at a time has at hand.
+    The error is squared, for how much detail there is is not known to the pixel either, and the middle of
+    what may be there (which absolute errors ask for) is less than its mean.
     """
     grey = clips.mean(dim=1)
     height, width = grey.shape[-2] - 2, grey.shape[-1] - 2
