@@ -1,7 +1,10 @@
-"""The documentation names what is there: its commands are parsed, its recipes and settings read, its files exist.
-What its commands do is tested where they are."""
+"""The documentation and the Makefile name what is there: their commands are parsed, recipes and settings read, files
+exist. What the commands do is tested where they are."""
 
+import os
 import re
+import shlex
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -36,3 +39,41 @@ def test_files_that_are_linked_exist(page: Path) -> None:
 def test_there_are_commands() -> None:
     assert sum(len(named(page)) for page in PAGES) > 5
     assert {words[1] for words in named(ROOT / "docs" / "training.md")} >= {"prepare", "train", "convert"}
+
+
+def made(*arguments: str, **environment: str) -> str:
+    """What `make` would run."""
+    run = subprocess.run(
+        ["make", "--dry-run", "--assume-old", ".venv/.installed", *arguments],
+        cwd=ROOT, check=True, capture_output=True, text=True, env={**os.environ, **environment},
+    )  # fmt: skip
+    return run.stdout
+
+
+@pytest.mark.parametrize("arguments", [(), ("QUICK=1",), ("START=tiny",)])
+def test_make_tiny_runs_its_recipe_in_its_folder(arguments: tuple[str, ...]) -> None:
+    lines = made("tiny", *arguments).replace("\\\n", " ").splitlines()
+    for command in ("cache-latents", "train"):
+        (line,) = [line for line in lines if f"stableavatar {command} " in line]
+        context = parse(["stableavatar", *shlex.split(line[line.index(f" {command} ") :])])
+        recipe = load_recipe(ROOT / context.params["recipe"], context.params["settings"])
+        plain = load_recipe(ROOT / "recipes" / "tiny.yaml")
+        if not arguments:
+            assert recipe == plain
+        elif arguments == ("QUICK=1",):
+            assert str(recipe.output) == "runs/tiny-quick"
+            assert recipe.trainer.steps < 10 < plain.trainer.steps
+        else:
+            assert recipe.model.embedded is not None
+            assert recipe.model.embedded.start == Path("tiny")
+
+
+def test_a_quick_pass_leaves_the_package_as_it_is() -> None:
+    assert "rm -rf src/stableavatar/assets/tiny" in made("tiny")
+    quick = made("tiny", "QUICK=1")
+    assert "rm -rf src" not in quick
+    assert "cp -R runs/tiny-quick/model" not in quick
+
+
+def test_make_takes_numbers_of_the_environment_too() -> None:
+    assert re.search(r"--clips 77$", made("tiny", CLIPS="77"), re.MULTILINE)
