@@ -17,7 +17,6 @@ from stableavatar.training.tiny.autoencoder import (
     AutoencoderSettings,
     AutoencoderTrainer,
     Batches,
-    detail,
     reconstruction_loss,
 )
 from stableavatar.training.tiny.autoencoder_model import (
@@ -26,6 +25,7 @@ from stableavatar.training.tiny.autoencoder_model import (
     reconstruct,
     start_from,
 )
+from stableavatar.training.tiny.detail import detail
 from stableavatar.training.tiny.feature_memory import (
     FeatureMemory,
     chunk_lengths,
