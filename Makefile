@@ -7,22 +7,23 @@ STAMP  := $(VENV)/.installed
 MODEL  ?= tiny
 PARITY ?= ../shared/parity
 DEMO   := src/stableavatar/assets/demo
-# Where the embedded model is trained: data and checkpoints; every step goes on where it stopped, with the same CLIPS, ACTED and
-# VARIED (else give another WORK=). START=tiny begins with the weights that ship, in place of none. CLIPS puppets act what
-# their seeds say, ACTED others act smiling and serious, VARIED others are less alike; MINUTES are the autoencoder's, SHARPENED
-# its decoder's alone. QUICK=1 goes through every stage in moments, uncompiled, in a folder that it empties first, and leaves
-# the package as it is.
+# Where the embedded model is trained: data and checkpoints; every step goes on where it stopped, with the same CLIPS, ACTED,
+# VARIED and MOVING (else give another WORK=). START=tiny begins with the weights that ship, in place of none. CLIPS puppets act
+# what their seeds say, ACTED others act smiling and serious, VARIED others are less alike, and MOVING more of these nod, shake
+# and tilt their heads; MINUTES are the autoencoder's, SHARPENED its decoder's alone. QUICK=1 goes through every stage in
+# moments, uncompiled, in a folder that it empties first, and leaves the package as it is.
 QUICK  ?=
 WORK    = $(if $(QUICK),runs/tiny-quick,runs/tiny)
 CLIPS ?= $(if $(QUICK),8,3000)
 ACTED ?= $(if $(QUICK),2,500)
 VARIED ?= $(if $(QUICK),2,1000)
+MOVING ?= $(if $(QUICK),1,334)
 MINUTES ?= $(if $(QUICK),0.2,240)
 SHARPENED ?= $(if $(QUICK),0.2,45)
 START  ?=
 # recipes/tiny.yaml in that folder: the paths are those of the file, moved.
 RECIPE  = recipes/tiny.yaml --set output=$(WORK) --set model.source=$(WORK)/encoders --set data.cache=$(WORK)/latents \
-    --set 'data.puppets=[$(WORK)/puppets,$(WORK)/acted,$(WORK)/varied]' \
+    --set 'data.puppets=[$(WORK)/puppets,$(WORK)/acted,$(WORK)/varied,$(WORK)/moving]' \
     $(if $(START),--set model.embedded.start=$(START)) $(if $(QUICK),--set trainer.steps=4 --set trainer.compile=false)
 # Photographs that `make evaluate-tiny` animates beside the astronaut.
 PORTRAITS ?= $(wildcard $(addprefix ../shared/samples/portraits/,boy.jpg echo_01.jpg hallo_0008.jpg woman_blazer.png))
@@ -87,6 +88,8 @@ tiny: $(STAMP)   ## train the embedded model anew, from puppets to weights (many
 	$(BIN)/python -m stableavatar.data.puppets store --folder $(WORK)/acted --seed $(CLIPS) --clips $(ACTED) \
 	    --expressions smiling serious
 	$(BIN)/python -m stableavatar.data.puppets store --folder $(WORK)/varied --seed $$(($(CLIPS) + $(ACTED))) --clips $(VARIED) --varied
+	$(BIN)/python -m stableavatar.data.puppets store --folder $(WORK)/moving --seed $$(($(CLIPS) + $(ACTED) + $(VARIED))) \
+	    --clips $(MOVING) --varied --expressions nodding "shaking the head" "tilting the head"
 	mkdir -p $(WORK)/encoders
 	test -e $(WORK)/encoders/vae || { $(BIN)/python -m stableavatar.training.tiny.autoencoder --resume \
 	    --out $(WORK)/autoencoder --puppets $(WORK)/puppets --puppets $(WORK)/varied --minutes $(MINUTES) \

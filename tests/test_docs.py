@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from documents import commands, parse
+from stableavatar.evaluation import cases
 from stableavatar.training.recipes import load_recipe
 
 ROOT = Path(__file__).parents[1]
@@ -66,6 +67,28 @@ def test_make_tiny_runs_its_recipe_in_its_folder(arguments: tuple[str, ...]) -> 
         else:
             assert recipe.model.embedded is not None
             assert recipe.model.embedded.start == Path("tiny")
+
+
+@pytest.mark.parametrize("arguments", [(), ("QUICK=1",)])
+def test_make_tiny_makes_every_store_of_its_recipe_of_other_people(arguments: tuple[str, ...]) -> None:
+    lines = made("tiny", *arguments).replace("\\\n", " ").splitlines()
+    stores = [shlex.split(summed(line)) for line in lines if "data.puppets store " in line]
+    folders = [words[words.index("--folder") + 1] for words in stores]
+    (line,) = [line for line in lines if "stableavatar train " in line]
+    context = parse(["stableavatar", *shlex.split(line[line.index(" train ") :])])
+    recipe = load_recipe(ROOT / context.params["recipe"], context.params["settings"])
+    assert folders == [str(folder) for folder in recipe.data.puppets]
+    people: list[int] = []
+    for words in stores:
+        first = int(words[words.index("--seed") + 1]) if "--seed" in words else 0
+        people += range(first, first + int(words[words.index("--clips") + 1]))
+    assert len(people) == len(set(people))
+    assert max(people) < cases.DEVELOPMENT.seed
+
+
+def summed(line: str) -> str:
+    """With `$((1 + 2))` as the shell works it out."""
+    return re.sub(r"\$\(\(([\d +]+)\)\)", lambda match: str(sum(map(int, match[1].split("+")))), line)
 
 
 def test_a_quick_pass_leaves_the_package_as_it_is() -> None:

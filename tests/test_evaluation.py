@@ -34,6 +34,7 @@ from stableavatar.evaluation.identity import (
 )
 from stableavatar.evaluation.lips import lip_score, openness, tail_difference
 from stableavatar.evaluation.meter import MouthMeter
+from stableavatar.evaluation.movement import movement, nearest_similarity
 from stableavatar.evaluation.observation import Bar, FaceTrack, Frames, MouthTrack, Observation
 from stableavatar.evaluation.pictures import sharpness, shifted, signal_to_noise, structural_similarity
 from stableavatar.evaluation.reconstruction import clip_signal_to_noise, end_against_start
@@ -54,7 +55,8 @@ from toy import toy_folder
 
 SMALL = Plan(
     puppets=2, seconds=3.0, autoencoder_frames=77, wrong=2, silence=1, silence_seconds=1.0,
-    prompts=1, prompt_seconds=1.8, photograph_seconds=3.0, long=1, long_seconds=24.0,
+    prompts=1, prompt_seconds=1.8, moving=2, moving_seconds=2.0, photograph_seconds=3.0, long=1,
+    long_seconds=24.0,
 )  # fmt: skip
 
 
@@ -125,6 +127,30 @@ def test_likeness_falls_with_blur_shift_and_another_face(clips: list[PuppetClip]
     assert sharpness_ratio(first.frames, first.frames, where) == pytest.approx(1)
     assert sharpness_ratio(blurry, first.frames, where) < 0.3
     assert sharpness(np.full((1, 16, 16, 3), 80, np.uint8)) == pytest.approx(0, abs=1e-3)
+
+
+def test_a_moving_head_is_held_against_the_truths_nearest_frame() -> None:
+    nods = make_clip(EVALUATION_SEED, 2.0, expression="nodding")
+    later = make_clip(EVALUATION_SEED, 2.0, expression="nodding").frames[::-1]
+    where = puppet_regions(nods.identity, 128).surroundings
+    assert nearest_similarity(later, nods.frames, where) == pytest.approx(1)
+    twice = (nods.frames.astype(np.uint16) + later)[:20] // 2  # two heads over each other
+    assert nearest_similarity(twice.astype(np.uint8), nods.frames, where) < 0.97
+    assert movement(later, where) == pytest.approx(movement(nods.frames, where))
+    calm = make_clip(EVALUATION_SEED, 2.0, expression="neutral")
+    assert movement(calm.frames, where) < 0.7 * movement(nods.frames, where)
+    assert movement(still(nods), where) == 0
+
+
+def test_settings_are_chosen_on_other_puppets_than_the_evaluations() -> None:
+    plan = cases.DEVELOPMENT
+    assert plan.seed + plan.puppets <= EVALUATION_SEED
+    clips = [cases.talking_case(plan, 1).truth, cases.prompted_case(plan, 1, "smiling")]
+    clips += [cases.moving_case(plan, 1), cases.silent_case(plan, 1)]
+    assert {clip.seed for clip in clips} == {plan.seed + 1}
+    assert clips[2].expression == "shaking the head"
+    tasks = Evaluation(plan, lambda frames: frames, TruthfulSpeaker(), cast(MouthMeter, None)).tasks()
+    assert not [task for task in tasks if task.kind in ("photograph", "long")]
 
 
 @pytest.mark.parametrize("blur", [0.6, 2.0])
@@ -258,11 +284,15 @@ def test_a_truthful_speaker_passes_every_bar(meter: MouthMeter) -> None:
                     assert scores.figure(name, metric, variant) is not None, (metric.name, variant)
     assert whole.exhibits.puppet is not None
     assert set(whole.exhibits.puppet.rows) == {"truth", "decoded", "generated"}
+    assert whole.exhibits.moving is not None
+    assert scores.figure("moving", find_metric("moving_similarity"), "made") == pytest.approx(1)
+    assert scores.figure("moving", find_metric("moving_movement"), "made") == pytest.approx(1)
+    assert scores.figure("moving", find_metric("moving_movement"), "still") == 0
     assert whole.exhibits.photograph is not None
 
 
 def test_a_still_picture_and_a_blurring_coder_miss_their_bars(meter: MouthMeter) -> None:
-    plan = replace(SMALL, puppets=1, wrong=0, silence=0, prompts=0, long=0)
+    plan = replace(SMALL, puppets=1, wrong=0, silence=0, prompts=0, moving=0, long=0)
     speaker = TruthfulSpeaker(faithful=False)
     missed = Evaluation(plan, partial(blurred, sigma=8.0), speaker, meter).run().scores.missed()
     assert any(line.startswith("lip correlation: 0") for line in missed)
@@ -343,6 +373,8 @@ def test_plans_are_checked() -> None:
         replace(SMALL, autoencoder_frames=78)
     with pytest.raises(InputError, match="cannot be more"):
         replace(SMALL, prompts=3)
+    with pytest.raises(InputError, match="cannot be more"):
+        replace(SMALL, moving=3)
 
 
 def test_cases_feed_unseen_voices_and_other_words(clip: PuppetClip) -> None:
@@ -367,7 +399,7 @@ class AstronautsFace:
 
 def test_photographs_of_any_length_are_animated_and_judged_by_the_worst(meter: MouthMeter) -> None:
     portrait = cases.photograph()[0]
-    plan = replace(SMALL, puppets=1, wrong=0, silence=0, prompts=0, long=0, photograph_seconds=3.1)
+    plan = replace(SMALL, puppets=1, wrong=0, silence=0, prompts=0, moving=0, long=0, photograph_seconds=3.1)
     people = [Person(name, portrait, photograph_regions(cases.SIZE)) for name in ("a", "b")]
     reader = cast(FaceReader, AstronautsFace())
     scores = Evaluation(plan, lambda frames: frames, TruthfulSpeaker(), meter, reader, people).run().scores
@@ -450,6 +482,7 @@ def test_command_runs_a_model_and_fails_on_its_bars(
         wrong=1,
         silence=0,
         prompts=0,
+        moving=0,
         photograph_seconds=1.0,
         long=0,
     )
@@ -472,7 +505,15 @@ def test_command_runs_a_model_and_fails_on_its_bars(
 @pytest.mark.usefixtures("meter")
 def test_processes_share_an_evaluation_and_give_its_figures(tmp_path: Path) -> None:
     plan = replace(
-        SMALL, seconds=1.0, autoencoder_frames=25, wrong=1, prompts=0, photograph_seconds=1.0, long=0
+        SMALL,
+        seconds=1.0,
+        autoencoder_frames=25,
+        wrong=1,
+        prompts=0,
+        moving=1,
+        moving_seconds=1.0,
+        photograph_seconds=1.0,
+        long=0,
     )
     setup = tiny.Setup(plan, str(toy_folder(tmp_path / "toy")), options={"steps": 1})
     alone, shared = tiny.measure(setup), tiny.measure(setup, processes=2)

@@ -26,6 +26,8 @@ Samples = NDArray[np.float32]
 
 ASKED_EXPRESSIONS = ("smiling", "serious")
 """What prompts ask for, of the same person with the same speech."""
+MOVING_EXPRESSIONS = ("nodding", "shaking the head", "tilting the head")
+"""What prompts ask heads to do."""
 _OTHER = 7
 """Recordings this far apart have other voices and other words."""
 _READINGS = (0, 10)
@@ -42,9 +44,10 @@ class Plan:
     """How much is asked for. Numbers of clips, and their lengths in seconds.
 
     `puppets` clips against the truth, of which the first `wrong` also with other speech; `silence` clips;
-    `prompts` pairs of a smiling and a serious one; a photograph, with its own and with other speech.
-    `autoencoder_frames` (4n+1) of true frames go through the autoencoder for each puppet. `long` puppets
-    talk for `long_seconds`.
+    `prompts` pairs of a smiling and a serious one; `moving` clips, each of the next of `MOVING_EXPRESSIONS`;
+    `astronaut` (1 or 0) and other photographs, with their own and with other speech. `autoencoder_frames`
+    (4n+1) of true frames go through the autoencoder for each puppet. `long` puppets talk for `long_seconds`.
+    Puppets are those of `seed` and the seeds after it.
     """
 
     puppets: int
@@ -56,8 +59,12 @@ class Plan:
     prompts: int
     prompt_seconds: float
     photograph_seconds: float
+    moving: int = 0
+    moving_seconds: float = 3.0
+    astronaut: int = 1
     long: int = 0
     long_seconds: float = 300.0
+    seed: int = EVALUATION_SEED
 
     def __post_init__(self) -> None:
         if not 0 < self.puppets <= EVALUATION_RECORDINGS:
@@ -69,7 +76,7 @@ class Plan:
                 f"{self.autoencoder_frames} frames for the autoencoder: "
                 f"give 4n+1, at least {self.seconds * FPS:.0f}."
             )
-        if max(self.wrong, self.silence, self.prompts, self.long) > self.puppets:
+        if max(self.wrong, self.silence, self.prompts, self.moving, self.long) > self.puppets:
             raise InputError(
                 "Controls are made for puppets of the plan; there cannot be more of them than puppets."
             )
@@ -77,14 +84,20 @@ class Plan:
 
 FULL = Plan(
     puppets=20, seconds=10.0, autoencoder_frames=301, wrong=20, silence=4, silence_seconds=4.0,
-    prompts=10, prompt_seconds=2.6, photograph_seconds=30.0, long=1,
+    prompts=10, prompt_seconds=2.6, moving=6, photograph_seconds=30.0, long=1,
 )  # fmt: skip
 """What docs/tiny.md shows."""
 QUICK = Plan(
     puppets=3, seconds=5.0, autoencoder_frames=129, wrong=2, silence=1, silence_seconds=2.0,
-    prompts=1, prompt_seconds=2.0, photograph_seconds=5.0,
+    prompts=1, prompt_seconds=2.0, moving=3, moving_seconds=2.0, photograph_seconds=5.0,
 )  # fmt: skip
 """A subset for minutes; its medians of three clips are coarse."""
+DEVELOPMENT = Plan(
+    puppets=8, seconds=3.0, autoencoder_frames=77, wrong=2, silence=1, silence_seconds=2.0,
+    prompts=8, prompt_seconds=3.0, moving=6, photograph_seconds=5.0, astronaut=0, seed=910_000,
+)  # fmt: skip
+"""Other puppets, with voices of the training: to choose settings on, so that those of the evaluation stay
+unseen."""
 
 
 @dataclass(frozen=True)
@@ -111,7 +124,7 @@ def talking_case(plan: Plan, index: int) -> TalkingCase:
     """One of the plan's puppets, each with a recording of its own."""
     frames = round(plan.seconds * FPS)
     samples = frames * SAMPLE_RATE // FPS
-    truth = make_clip(EVALUATION_SEED + index, plan.autoencoder_frames / FPS, size=SIZE)
+    truth = make_clip(plan.seed + index, plan.autoencoder_frames / FPS, size=SIZE)
     spoken = truth.samples[:samples]
     return TalkingCase(
         truth=truth,
@@ -126,13 +139,19 @@ def silent_case(plan: Plan, index: int) -> PuppetClip:
     """A puppet to whom silence is fed, and how it keeps its mouth shut."""
     silence = np.zeros(round(plan.silence_seconds * SAMPLE_RATE), dtype=np.float32)
     return make_clip(
-        EVALUATION_SEED + index, plan.silence_seconds, size=SIZE, samples=silence, expression="neutral"
+        plan.seed + index, plan.silence_seconds, size=SIZE, samples=silence, expression="neutral"
     )
 
 
 def prompted_case(plan: Plan, index: int, expression: str) -> PuppetClip:
     """A puppet with one of `ASKED_EXPRESSIONS`; its speech is the same with each."""
-    return make_clip(EVALUATION_SEED + index, plan.prompt_seconds, size=SIZE, expression=expression)
+    return make_clip(plan.seed + index, plan.prompt_seconds, size=SIZE, expression=expression)
+
+
+def moving_case(plan: Plan, index: int) -> PuppetClip:
+    """A puppet whose head does one of `MOVING_EXPRESSIONS`."""
+    expression = MOVING_EXPRESSIONS[index % len(MOVING_EXPRESSIONS)]
+    return make_clip(plan.seed + index, plan.moving_seconds, size=SIZE, expression=expression)
 
 
 def photograph() -> Frames:
@@ -177,7 +196,7 @@ def photograph_speech(seconds: float) -> tuple[Samples, Samples]:
 def long_case(plan: Plan, index: int) -> TalkingCase:
     """A puppet that talks for minutes."""
     frames = round(plan.long_seconds * FPS)
-    truth = make_clip(EVALUATION_SEED + index, plan.long_seconds, size=SIZE)
+    truth = make_clip(plan.seed + index, plan.long_seconds, size=SIZE)
     return TalkingCase(
         truth=truth,
         frames=truth.frames,

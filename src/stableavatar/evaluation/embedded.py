@@ -26,6 +26,7 @@ from stableavatar.evaluation.cases import (
     Samples,
     called_opening,
     long_case,
+    moving_case,
     person,
     photograph,
     photograph_speech,
@@ -79,7 +80,7 @@ def find_people(files: Sequence[Path], reader: FaceReader) -> list[Person]:
     return people
 
 
-Kind = Literal["puppet", "silence", "prompts", "long", "photograph", "person"]
+Kind = Literal["puppet", "silence", "prompts", "moving", "long", "photograph", "person"]
 
 
 @dataclass(frozen=True)
@@ -123,8 +124,8 @@ class Evaluation:
         kinds: list[tuple[Kind, int]] = [("puppet", plan.puppets)]
         if self.speaker is not None:
             people = 0 if self.faces is None else len(self.people)
-            kinds = [("long", plan.long), ("photograph", 1), ("person", people), *kinds]
-            kinds += [("silence", plan.silence), ("prompts", plan.prompts)]
+            kinds = [("long", plan.long), ("photograph", plan.astronaut), ("person", people), *kinds]
+            kinds += [("silence", plan.silence), ("prompts", plan.prompts), ("moving", plan.moving)]
         return [Task(kind, index) for kind, count in kinds for index in range(count)]
 
     def run(self) -> Part:
@@ -146,6 +147,8 @@ class Evaluation:
             self._keep_silent(task.index, self.speaker, part)
         elif task.kind == "prompts":
             self._follow_prompts(task.index, self.speaker, part)
+        elif task.kind == "moving":
+            self._move(task.index, self.speaker, part)
         elif task.kind == "long":
             self._talk_on(task.index, self.speaker, part)
         elif task.kind == "photograph":
@@ -223,16 +226,35 @@ class Evaluation:
             truth = prompted_case(self.plan, index, expression)
             self._beside_truth("prompts", truth, speaker, index, part)
 
-    def _beside_truth(self, group: str, truth: PuppetClip, speaker: Speaker, seed: int, part: Part) -> None:
+    def _move(self, index: int, speaker: Speaker, part: Part) -> None:
+        """Asked to nod, shake or tilt the head."""
+        truth = moving_case(self.plan, index)
+        made = self._beside_truth("moving", truth, speaker, index, part)
+        regions = puppet_regions(truth.identity, SIZE)
+        opening = truth.articulation.opening
+        still = np.broadcast_to(truth.portrait, truth.frames.shape)
+        part.scores.add("moving", "still", self._observe(still, truth.frames, opening, regions))
+        if index == 0:
+            rows = {"truth": truth.frames, "generated": made.frames}
+            part.exhibits.moving = Exhibit(rows, made.called, made.mouth.opening)
+
+    def _beside_truth(
+        self, group: str, truth: PuppetClip, speaker: Speaker, seed: int, part: Part
+    ) -> Observation:
+        """A made clip and its truth are scored; the made one."""
         regions = puppet_regions(truth.identity, SIZE)
         variants: dict[Variant, Frames] = {
             "made": speaker(truth.portrait, truth.samples, truth.prompt, seed),
             "true": truth.frames,
         }
         opening = truth.articulation.opening
-        for variant, frames in variants.items():
-            clip = self._observe(frames, truth.frames, opening, regions, truth.expression)
+        clips = {
+            variant: self._observe(frames, truth.frames, opening, regions, truth.expression)
+            for variant, frames in variants.items()
+        }
+        for variant, clip in clips.items():
             part.scores.add(group, variant, clip)
+        return clips["made"]
 
     def _talk_on(self, index: int, speaker: Speaker, part: Part) -> None:
         """A puppet for minutes: is it at the end what it was at the start."""

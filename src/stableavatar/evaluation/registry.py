@@ -10,6 +10,7 @@ from stableavatar.evaluation.expression import EXPRESSION
 from stableavatar.evaluation.faces import FACES
 from stableavatar.evaluation.identity import IDENTITY, LONG_IDENTITY, PHOTOGRAPH_IDENTITY
 from stableavatar.evaluation.lips import LIPS, LONG_LIPS, PHOTOGRAPH_LIPS, SILENCE
+from stableavatar.evaluation.movement import MOVEMENT
 from stableavatar.evaluation.observation import Metric, Variant
 from stableavatar.evaluation.reconstruction import RECONSTRUCTION
 from stableavatar.evaluation.steadiness import (
@@ -35,6 +36,7 @@ GROUPS: Mapping[str, Group] = {
     "puppets": Group("unseen puppets, speech and voices", LIPS + IDENTITY + STEADINESS),
     "silence": Group("the same puppets, silence fed", SILENCE),
     "prompts": Group("the same puppets, two prompts", EXPRESSION),
+    "moving": Group("the same puppets, asked to move their heads", MOVEMENT),
     "long": Group("an unseen puppet for minutes", LONG_LIPS + LONG_IDENTITY + LONG_STEADINESS),
     "people": Group("photographs, read by networks for faces", FACES + PEOPLE_STEADINESS),
     "photograph": Group("a photograph", PHOTOGRAPH_LIPS + PHOTOGRAPH_IDENTITY + PHOTOGRAPH_STEADINESS),

@@ -46,6 +46,7 @@ class Exhibits:
     """What the report shows."""
 
     puppet: Exhibit | None = None
+    moving: Exhibit | None = None
     photograph: Exhibit | None = None
 
 
@@ -69,6 +70,8 @@ def write_report(
     lines = [f"Measured: {title}.", "", markdown_table(scores), ""]
     if exhibits.puppet is not None:
         lines += _show(folder, "puppet", "An unseen puppet with unseen speech:", exhibits.puppet)
+    if exhibits.moving is not None:
+        lines += _show(folder, "moving", "A puppet whose prompt has it nod:", exhibits.moving)
     if exhibits.photograph is not None:
         lines += _show(folder, "astronaut", "A photograph, never trained on:", exhibits.photograph)
     if curves is not None:

@@ -1,7 +1,7 @@
 """The table of the embedded model: what it shows on puppets and a photograph it has never seen, beside its
 controls.
 
-    python -m stableavatar.evaluation.tiny [--quick] [--model tiny] [--out docs/tiny.md]
+    python -m stableavatar.evaluation.tiny [--quick | --development] [--model tiny] [--out docs/tiny.md]
 
 Clips are made, measured and let go; nothing is kept from run to run. Exit status 1 where a bar is
 missed (spec/6-embedded-model.md). `--gate FOLDER` measures an autoencoder alone, before a transformer is
@@ -27,9 +27,8 @@ import torch
 from diffusers import AutoencoderKLWan
 from rich.console import Console
 
-from stableavatar.data.puppets import EVALUATION_SEED
 from stableavatar.errors import InputError, StableAvatarError
-from stableavatar.evaluation.cases import FULL, QUICK, Plan
+from stableavatar.evaluation.cases import DEVELOPMENT, FULL, QUICK, Plan
 from stableavatar.evaluation.embedded import Evaluation, Part, Task, code, find_people, pipeline_speaker
 from stableavatar.evaluation.faces import FaceReader
 from stableavatar.evaluation.meter import shipped_meter
@@ -138,7 +137,11 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m stableavatar.evaluation.tiny", description="The table of the embedded model."
     )
-    parser.add_argument("--quick", action="store_true", help="a subset, some minutes on two cores")
+    plans = parser.add_mutually_exclusive_group()
+    plans.add_argument("--quick", action="store_true", help="a subset, some minutes on two cores")
+    plans.add_argument(
+        "--development", action="store_true", help="other puppets, to choose settings on; no astronaut"
+    )
     parser.add_argument("--model", default="tiny", help="tiny, or a folder in this project's layout")
     parser.add_argument("--dtype", default="auto", help="auto, float32 or bfloat16")
     parser.add_argument("--gate", type=Path, help="measure the autoencoder in this folder alone")
@@ -172,7 +175,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     console = Console(width=None if sys.stdout.isatty() else 200)
     started = time.monotonic()
-    plan = QUICK if options.quick else FULL
+    plan = QUICK if options.quick else DEVELOPMENT if options.development else FULL
     given = {"steps": options.steps, "text_scale": options.text_scale, "audio_scale": options.audio_scale}
     setup = Setup(
         plan=plan,
@@ -187,7 +190,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         minutes = (time.monotonic() - started) / 60
         title = (
             f"{options.gate or options.model}, {plan.puppets} puppets x {plan.seconds:g} s, "
-            f"seeds from {EVALUATION_SEED}, {minutes:.1f} min"
+            f"seeds from {plan.seed}, {minutes:.1f} min"
         )
         console.print(rich_table(measured.scores, title))
         if options.out is not None:
