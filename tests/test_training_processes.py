@@ -58,7 +58,9 @@ class Fit(nn.Module):
         return StepLoss(error.mean(), error.detach(), batch[:, 0].clamp(0, 1))
 
 
-def train(folder: Path, batch: int, steps: int, resume: bool = False, **given: Any) -> None:
+def train(
+    folder: Path, batch: int, steps: int, resume: bool = False, empty: bool = False, **given: Any
+) -> None:
     usual = {
         "steps": steps, "batch_size": batch, "accumulation": 2, "ema_decay": 0.9, "precision": "no", "checkpoint_every": 4,
         "log_every": 2, "callback_every": 3, "seed": 3,
@@ -71,7 +73,10 @@ def train(folder: Path, batch: int, steps: int, resume: bool = False, **given: A
             file.write(f"{step}\n")
 
     spread = settings.sharding != "none" or "ACCELERATE_USE_DEEPSPEED" in os.environ
-    trainer = Trainer(Fit(skips=not spread), Points(), torch.stack, settings, folder, callbacks=[callback])
+    module = Fit(skips=not spread)
+    if empty and os.environ["RANK"] != "0":
+        module.to("meta")
+    trainer = Trainer(module, Points(), torch.stack, settings, folder, callbacks=[callback])
     if resume:
         trainer.resume("latest")
     trainer.train()
@@ -130,6 +135,11 @@ def test_spread_over_two_processes_it_is_the_run_of_one(one: Path, tmp_path: Pat
     assert calls == [step for step in ("3", "6", "9") for _ in range(2)]  # both processes look
 
 
+def test_spread_weights_may_be_the_first_process_s_alone(one: Path, tmp_path: Path) -> None:
+    train_in_two_processes(tmp_path, "fsdp2", "9", "empty")
+    assert_same_curve(one, tmp_path)
+
+
 @pytest.mark.parametrize("stage", ["2", "3"])
 def test_deepspeed_is_the_run_of_one(one: Path, tmp_path: Path, stage: str) -> None:
     pytest.importorskip("deepspeed", reason="in the extra large; see make test-large")
@@ -179,5 +189,6 @@ if __name__ == "__main__":
     zero_3 = os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") == "3"
     train(
         Path(sys.argv[1]), batch=2, sharding=sys.argv[2], steps=int(sys.argv[3]), resume="resume" in sys.argv,
+        empty="empty" in sys.argv,
         **({"ema_decay": 0.0} if zero_3 else {}), **({"precision": precision[0]} if precision else {}),
     )  # fmt: skip

@@ -27,8 +27,8 @@ from stableavatar.pipeline import AvatarPipeline
 from stableavatar.training.checkpoints import list_checkpoints
 from stableavatar.training.log import read_log
 from stableavatar.training.parameters import freeze_others, trained_by_recipe
-from stableavatar.training.recipes import load_recipe
-from stableavatar.training.run import cache_latents, prepare_training
+from stableavatar.training.recipes import ModelChoice, load_recipe
+from stableavatar.training.run import cache_latents, load_start, prepare_training
 from toy import toy_transformer
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerator")
@@ -304,6 +304,16 @@ def test_spread_over_two_processes_a_recipe_is_that_of_one_and_makes_its_videos(
 
 
 class TestStart:
+    def test_without_its_values_it_is_the_same_model(self, tmp_path: Path) -> None:
+        write_published(tmp_path)
+        for variant in (None, "square"):
+            choice = ModelChoice(source=tmp_path, variant=variant)
+            whole, empty = load_start(choice), load_start(choice, torch.device("meta"))
+            assert all(value.is_meta for value in (*empty.parameters(), *empty.buffers()))
+            assert empty.config == whole.config
+            wanted = {name: (value.shape, value.dtype) for name, value in whole.state_dict().items()}
+            assert {n: (v.shape, v.dtype) for n, v in empty.state_dict().items()} == wanted
+
     def test_the_base_starts_with_a_new_adapter_and_a_variant_with_its_own(
         self, data: Path, tmp_path: Path
     ) -> None:

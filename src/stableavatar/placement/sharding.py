@@ -7,6 +7,7 @@ any device.
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
@@ -19,6 +20,10 @@ def shard_module(module: nn.Module, device: torch.device) -> None:
     Parameters become DTensors. While a block runs, its own parameters alone are whole. All processes must run
     the same parts in every step: they wait for each other at each of them.
 
+    The first process's module may be the only one with values: where another's has parameters without memory
+    (on the device "meta"), all get the first's, a tensor at a time, so that one process of all has to hold a
+    whole model.
+
     Raises:
         InputError: there is no group of processes.
     """
@@ -27,6 +32,10 @@ def shard_module(module: nn.Module, device: torch.device) -> None:
             "sharding spreads a model over several processes: start them with torchrun or accelerate launch"
         )
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    empty = any(parameter.is_meta for parameter in module.parameters())
+    shared = torch.tensor(empty, dtype=torch.int32, device=device)
+    dist.all_reduce(shared, op=dist.ReduceOp.MAX)
+    whole = module.state_dict() if shared and not empty else {}
     blocks = repeated_blocks(module)
     for block in blocks:
         fully_shard(block, mesh=mesh)
@@ -34,6 +43,11 @@ def shard_module(module: nn.Module, device: torch.device) -> None:
         if part is not module and part not in blocks and getattr(part, "_repeated_blocks", None):
             fully_shard(part, mesh=mesh)
     fully_shard(module, mesh=mesh)
+    if empty:
+        module.to_empty(device=device)
+    if shared:
+        options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+        set_model_state_dict(module, whole, options=options)
 
 
 def repeated_blocks(module: nn.Module) -> list[nn.Module]:

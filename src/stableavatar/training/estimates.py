@@ -28,7 +28,6 @@ SHAPES = {"square": (512, 512), "rec": (832, 480), "vec": (480, 832)}
 # What is assumed of a GPU, and how much of its products' rate a training reaches.
 GPU_TFLOPS = 312  # bfloat16, dense, of an A100
 REACHED = 0.4
-_MACHINE = 8  # GPUs
 START, END = (
     "<!-- estimates: written by stableavatar.training.estimates -->",
     "<!-- end of estimates -->",
@@ -191,7 +190,7 @@ def table(folder: Path, gpus: Sequence[int]) -> str:
                 f"{found.operations / 1e15:.2f}",
                 f"{seconds:.1f}",
                 f"{seconds * recipe.trainer.steps / 86_400:.1f}",
-                f"{min(count, _MACHINE) * found.loaded / GIGABYTE:,.0f}",
+                f"{found.loaded / GIGABYTE:,.0f}",
             ]
             lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(
@@ -201,9 +200,8 @@ def table(folder: Path, gpus: Sequence[int]) -> str:
             "counted of a forward pass, times four (recomputed, and twice for the gradients; times three "
             "for a LoRA); seconds at "
             f"{REACHED:.0%} of {GPU_TFLOPS} TFLOP/s, without what is sent between GPUs; days of the recipe's "
-            "steps. Main memory is that of a machine of up to "
-            f"{_MACHINE} of these GPUs at the start, where every process reads the whole model before it "
-            "keeps its part (where the number of GPUs is any: of one).",
+            "steps. Main memory is what a process reads at the start: the first alone where the model is "
+            "spread over GPUs, every one where their number is any.",
             "",
             *lines,
         ]

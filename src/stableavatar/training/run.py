@@ -16,6 +16,7 @@ from typing import Any, Literal
 import torch
 from accelerate import PartialState, cpu_offload_with_hook
 from accelerate.hooks import remove_hook_from_module
+from accelerate.utils import broadcast_object_list
 from diffusers import FlowMatchEulerDiscreteScheduler
 
 from stableavatar.checkpoints import loading
@@ -121,7 +122,10 @@ def prepare_training(
     device = process_device(recipe.trainer)
     encoders = None
     if recipe.model.embedded is None:
-        transformer = load_start(recipe.model)
+        # Spread over processes, the first one's weights become those of all (`shard_module`).
+        leads = PartialState().is_main_process
+        spread = recipe.trainer.sharding == "fsdp2"
+        transformer = load_start(recipe.model, torch.device("cpu" if leads or not spread else "meta"))
         if recipe.lora is not None:
             add_lora(transformer, recipe.lora)
         else:
@@ -149,7 +153,9 @@ def prepare_training(
         videos = ValidationVideos(recipe, avatar, encoders)
         videos.check()
         callbacks.append(videos)
-    identity = {"frozen weights": frozen_digest(avatar, avatar.never_acts)}
+    leads = PartialState().is_main_process
+    frozen = [frozen_digest(avatar, avatar.never_acts) if leads else ""]
+    identity = {"frozen weights": broadcast_object_list(frozen)[0]}
     if recipe.lora is not None:
         identity["lora"] = f"rank {recipe.lora.rank}, alpha {recipe.lora.alpha or recipe.lora.rank}"
     trainer: Trainer[Any] = Trainer(
@@ -236,14 +242,18 @@ def model_folder(source: Path) -> Path:
     return TINY if str(source) == "tiny" else source
 
 
-def load_start(choice: ModelChoice) -> StableAvatarTransformer3DModel:
-    """The transformer that a training starts from. Raises CheckpointError."""
+def load_start(choice: ModelChoice, device: torch.device | None = None) -> StableAvatarTransformer3DModel:
+    """The transformer that a training starts from, on a CPU unless told otherwise; on "meta" without its
+    values. Raises CheckpointError."""
+    device = device or torch.device("cpu")
     dtype = DTYPES[choice.dtype]
     source = model_folder(choice.source)
     if detect_layout(source) == "own":
         if choice.variant is not None:
             raise InputError(f"{source} is one model: variant chooses among the published checkpoints")
-        return loading.load_transformer(choice.transformer or source / TRANSFORMER, dtype=dtype)
+        return loading.load_transformer(
+            choice.transformer or source / TRANSFORMER, dtype=dtype, device=device
+        )
     found = find_published(source)
     base, overlay = found.transformer_files(choice.variant, choice.size)
     overlay = choice.transformer or overlay
@@ -253,7 +263,9 @@ def load_start(choice: ModelChoice) -> StableAvatarTransformer3DModel:
         speech = read_json(_there(found.speech_encoder) / "config.json")
         adapter["audio_dim"] = speech["hidden_size"]
         adapter["audio_hidden_dim"] = SIZES[choice.size].transformer["audio_hidden_dim"]
-    return loading.load_transformer(base, overlay, adapter, dtype=dtype, allow_missing_audio=overlay is None)
+    return loading.load_transformer(
+        base, overlay, adapter, dtype=dtype, device=device, allow_missing_audio=overlay is None
+    )
 
 
 def load_encoders(choice: ModelChoice, device: torch.device) -> Encoders:
