@@ -21,6 +21,7 @@ from stableavatar.data.puppets import (
     make_motion,
     render_frames,
 )
+from stableavatar.data.puppets.recordings import EVALUATION_RECORDINGS, evaluation_recording
 from stableavatar.errors import InputError
 from stableavatar.evaluation import cases, tiny
 from stableavatar.evaluation.cases import Plan
@@ -131,7 +132,7 @@ def test_likeness_falls_with_blur_shift_and_another_face(clips: list[PuppetClip]
 
 def test_a_moving_head_is_held_against_the_truths_nearest_frame() -> None:
     nods = make_clip(EVALUATION_SEED, 2.0, expression="nodding")
-    later = make_clip(EVALUATION_SEED, 2.0, expression="nodding").frames[::-1]
+    later = nods.frames[::-1]
     where = puppet_regions(nods.identity, 128).surroundings
     assert nearest_similarity(later, nods.frames, where) == pytest.approx(1)
     twice = (nods.frames.astype(np.uint16) + later)[:20] // 2  # two heads over each other
@@ -149,6 +150,10 @@ def test_settings_are_chosen_on_other_puppets_than_the_evaluations() -> None:
     clips += [cases.moving_case(plan, 1), cases.silent_case(plan, 1)]
     assert {clip.seed for clip in clips} == {plan.seed + 1}
     assert clips[2].expression == "shaking the head"
+    recordings = [evaluation_recording(index) for index in range(EVALUATION_RECORDINGS)]
+    other = cases.talking_case(plan, 1).other
+    assert not any(np.array_equal(other[:1000], recording[:1000]) for recording in recordings)
+    assert tiny.main(["--development", "--out", "tiny.md"]) == 2
     tasks = Evaluation(plan, lambda frames: frames, TruthfulSpeaker(), cast(MouthMeter, None)).tasks()
     assert not [task for task in tasks if task.kind in ("photograph", "long")]
 

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from clip_folders import write_clip
 from command_line import portrait, run, speech, toy_model
 from published_toy import write_published
+from stableavatar.checkpoints import loading
 from stableavatar.checkpoints.lora import merge_loras, read_lora
 from stableavatar.config import SIZES
 from stableavatar.errors import InputError
@@ -28,7 +29,7 @@ from stableavatar.training.checkpoints import list_checkpoints
 from stableavatar.training.log import read_log
 from stableavatar.training.parameters import freeze_others, trained_by_recipe
 from stableavatar.training.recipes import ModelChoice, load_recipe
-from stableavatar.training.run import cache_latents, load_start, prepare_training
+from stableavatar.training.run import cache_latents, load_start, prepare_training, start_device
 from toy import toy_transformer
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerator")
@@ -303,16 +304,57 @@ def test_spread_over_two_processes_a_recipe_is_that_of_one_and_makes_its_videos(
     assert np.abs(videos[0] - videos[1]).mean() < 1
 
 
+def test_a_lora_beside_a_spread_model_is_that_of_one_process(data: Path, tmp_path: Path) -> None:
+    more = [
+        "trainer.batch_size=1", "trainer.precision=bf16", "lora.rank=2", "trainer.optimizer.epsilon=1.0e-3",
+        "trainer.optimizer.learning_rate=1.0e-1",
+    ]  # fmt: skip
+    lora = SQUARE.with_name("1.3b-square-lora.yaml")
+    one = toy(data, tmp_path / "one", *more, "trainer.accumulation=2")
+    prepare_training(load_recipe(lora, one)).run()
+    two = toy(data, tmp_path / "two", *more, "trainer.accumulation=1", "trainer.sharding=fsdp2")
+    subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+         "-m", "stableavatar", "train", str(lora), *(word for it in two for word in ("--set", it))],
+        check=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    for alone, spread in zip(curve(tmp_path / "one"), curve(tmp_path / "two"), strict=True):
+        assert spread["loss"] == pytest.approx(alone["loss"], rel=1e-2)
+    layers = [read_lora(tmp_path / name / "lora", toy_transformer()).layers for name in ("one", "two")]
+    assert layers[0].keys() == layers[1].keys()
+    for name, layer in layers[0].items():
+        torch.testing.assert_close(layers[1][name].down, layer.down, rtol=0.05, atol=0.02)
+        torch.testing.assert_close(layers[1][name].up, layer.up, rtol=0.05, atol=0.02)
+    assert any(layer.up.any() for layer in layers[0].values())
+
+
 class TestStart:
-    def test_without_its_values_it_is_the_same_model(self, tmp_path: Path) -> None:
+    def test_of_a_model_that_is_spread_the_first_process_alone_has_values(self) -> None:
+        spread = load_recipe(SQUARE, ["trainer.sharding=fsdp2"])
+        whole = load_recipe(SQUARE, ["trainer.sharding=none"])
+        homes = [
+            start_device(recipe, leads=leads).type for recipe in (spread, whole) for leads in (True, False)
+        ]
+        assert homes == ["cpu", "meta", "cpu", "cpu"]
+
+    def test_without_its_values_it_is_the_same_model(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         write_published(tmp_path)
+        fresh: list[dict[str, torch.Tensor]] = []
+        made = loading._fresh_audio
+        monkeypatch.setattr(loading, "_fresh_audio", lambda *given: fresh.append(made(*given)) or fresh[-1])
         for variant in (None, "square"):
             choice = ModelChoice(source=tmp_path, variant=variant)
             whole, empty = load_start(choice), load_start(choice, torch.device("meta"))
-            assert all(value.is_meta for value in (*empty.parameters(), *empty.buffers()))
+            assert all(value.is_meta for value in empty.parameters())
             assert empty.config == whole.config
             wanted = {name: (value.shape, value.dtype) for name, value in whole.state_dict().items()}
             assert {n: (v.shape, v.dtype) for n, v in empty.state_dict().items()} == wanted
+        of_base, of_empty = fresh
+        assert not any(value.is_meta for value in of_base.values())
+        assert of_empty.keys() == of_base.keys()
+        assert all(value.is_meta for value in of_empty.values())
 
     def test_the_base_starts_with_a_new_adapter_and_a_variant_with_its_own(
         self, data: Path, tmp_path: Path

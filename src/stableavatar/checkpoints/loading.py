@@ -121,7 +121,7 @@ def load_transformer(
                 f"{tensors.main}: is a plain video model without the audio tensors (vocal_projector, k_vocal,"
                 " v_vocal): give StableAvatar's transformer3d-square.pt or transformer3d-rec-vec.pt as well"
             )
-        fresh = _fresh_audio(model, settings)
+        fresh = _fresh_audio(model, settings, device)
         logger.info("%s: its %d audio tensors are absent and start anew", tensors.main, len(fresh))
         tensors = tensors.overlaid(_Tensors(fresh, dict.fromkeys(fresh, tensors.main), tensors.main))
     return _place(model, tensors, dtype, device)
@@ -323,15 +323,18 @@ def settings_of(source: Path, name: str = "config.json") -> Iterator[None]:
         ) from error
 
 
-def _fresh_audio(model: StableAvatarTransformer3DModel, settings: Mapping[str, Any]) -> StateDict:
+def _fresh_audio(
+    model: StableAvatarTransformer3DModel, settings: Mapping[str, Any], device: Device
+) -> StateDict:
     """Audio tensors to start training from: keys and values at zero, so that nothing is heard at first."""
-    with _own_random_state():
+    home = torch.device("meta" if torch.device(device).type == "meta" else "cpu")
+    with _own_random_state(), home:
         torch.manual_seed(FRESH_ADAPTER_SEED)
         adapter = StableAvatarTransformer3DModel(**{**settings, "num_layers": 0}).vocal_projector
     fresh = {f"{names.AUDIO_PREFIX}{name}": tensor for name, tensor in adapter.state_dict().items()}
     for name, tensor in model.state_dict().items():
         if names.is_audio_name(name) and name not in fresh:
-            fresh[name] = torch.zeros(tensor.shape)
+            fresh[name] = torch.zeros(tensor.shape, device=home)
     return fresh
 
 

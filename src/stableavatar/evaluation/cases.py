@@ -9,7 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from stableavatar.data.puppets import EVALUATION_SEED, PuppetClip, articulate, make_clip
+from stableavatar.data.puppets import EVALUATION_SEED, Identity, PuppetClip, articulate, make_clip
+from stableavatar.data.puppets.clip import clip_speech
 from stableavatar.data.puppets.recordings import (
     EVALUATION_RECORDINGS,
     evaluation_recording,
@@ -45,9 +46,9 @@ class Plan:
 
     `puppets` clips against the truth, of which the first `wrong` also with other speech; `silence` clips;
     `prompts` pairs of a smiling and a serious one; `moving` clips, each of the next of `MOVING_EXPRESSIONS`;
-    `astronaut` (1 or 0) and other photographs, with their own and with other speech. `autoencoder_frames`
-    (4n+1) of true frames go through the autoencoder for each puppet. `long` puppets talk for `long_seconds`.
-    Puppets are those of `seed` and the seeds after it.
+    photographs, with their own and with other speech, that of the `astronaut` only where wanted.
+    `autoencoder_frames` (4n+1) of true frames go through the autoencoder for each puppet. `long` puppets
+    talk for `long_seconds`. Puppets are those of `seed` and the seeds after it.
     """
 
     puppets: int
@@ -61,7 +62,7 @@ class Plan:
     photograph_seconds: float
     moving: int = 0
     moving_seconds: float = 3.0
-    astronaut: int = 1
+    astronaut: bool = True
     long: int = 0
     long_seconds: float = 300.0
     seed: int = EVALUATION_SEED
@@ -94,7 +95,7 @@ QUICK = Plan(
 """A subset for minutes; its medians of three clips are coarse."""
 DEVELOPMENT = Plan(
     puppets=8, seconds=3.0, autoencoder_frames=77, wrong=2, silence=1, silence_seconds=2.0,
-    prompts=8, prompt_seconds=3.0, moving=6, photograph_seconds=5.0, astronaut=0, seed=910_000,
+    prompts=8, prompt_seconds=3.0, moving=6, photograph_seconds=5.0, astronaut=False, seed=910_000,
 )  # fmt: skip
 """Other puppets, with voices of the training: to choose settings on, so that those of the evaluation stay
 unseen."""
@@ -131,8 +132,13 @@ def talking_case(plan: Plan, index: int) -> TalkingCase:
         frames=truth.frames[:frames],
         samples=spoken,
         called=called_opening(spoken, frames),
-        other=evaluation_speech(index + _OTHER, plan.seconds)[:samples],
+        other=_other_speech(plan, index, plan.seconds)[:samples],
     )
+
+
+def _other_speech(plan: Plan, index: int, seconds: float) -> Samples:
+    seed = plan.seed + index + _OTHER
+    return clip_speech(seed, seconds, Identity.from_seed(seed).person)
 
 
 def silent_case(plan: Plan, index: int) -> PuppetClip:
@@ -202,5 +208,5 @@ def long_case(plan: Plan, index: int) -> TalkingCase:
         frames=truth.frames,
         samples=truth.samples,
         called=called_opening(truth.samples, frames),
-        other=evaluation_speech(index + _OTHER, plan.long_seconds),
+        other=_other_speech(plan, index, plan.long_seconds),
     )

@@ -232,10 +232,14 @@ class Evaluation:
         made = self._beside_truth("moving", truth, speaker, index, part)
         regions = puppet_regions(truth.identity, SIZE)
         opening = truth.articulation.opening
-        still = np.broadcast_to(truth.portrait, truth.frames.shape)
-        part.scores.add("moving", "still", self._observe(still, truth.frames, opening, regions))
+        controls: dict[Variant, Frames] = {
+            "decoded": self.coder(truth.frames[: 4 * ((len(truth.frames) - 1) // 4) + 1]),
+            "still": np.broadcast_to(truth.portrait, truth.frames.shape),
+        }
+        for variant, frames in controls.items():
+            part.scores.add("moving", variant, self._observe(frames, truth.frames, opening, regions))
         if index == 0:
-            rows = {"truth": truth.frames, "generated": made.frames}
+            rows = {"truth": truth.frames, "decoded": controls["decoded"], "generated": made.frames}
             part.exhibits.moving = Exhibit(rows, made.called, made.mouth.opening)
 
     def _beside_truth(

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from stableavatar.evaluation.observation import Frames, Mask, Metric, Observation, mean, worst_low
+from stableavatar.evaluation.observation import Frames, Mask, Metric, Observation, worst_low
 from stableavatar.evaluation.pictures import structural_similarity
 
 _SHOWN = 15
@@ -41,5 +41,8 @@ MOVEMENT = (
         "moving_similarity", "moving heads: SSIM to the nearest true frame, the worst clip", "", _nearest,
         worst_low,
     ),
-    Metric("moving_movement", "moving heads: movement against the truth's", "", _movement, mean),
+    Metric(
+        "moving_movement", "moving heads: movement against the truth's, the stillest clip", "", _movement,
+        worst_low,
+    ),
 )  # fmt: skip

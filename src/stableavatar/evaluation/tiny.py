@@ -140,7 +140,7 @@ def _parser() -> argparse.ArgumentParser:
     plans = parser.add_mutually_exclusive_group()
     plans.add_argument("--quick", action="store_true", help="a subset, some minutes on two cores")
     plans.add_argument(
-        "--development", action="store_true", help="other puppets, to choose settings on; no astronaut"
+        "--development", action="store_true", help="other puppets, to choose settings on; no photographs"
     )
     parser.add_argument("--model", default="tiny", help="tiny, or a folder in this project's layout")
     parser.add_argument("--dtype", default="auto", help="auto, float32 or bfloat16")
@@ -173,6 +173,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; see the module's first lines. Returns the exit status."""
     options = _parser().parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
+    if options.development and (options.out is not None or options.portrait):
+        logger.error("--development is for choosing settings: leave --out and --portrait out")
+        return 2
     console = Console(width=None if sys.stdout.isatty() else 200)
     started = time.monotonic()
     plan = QUICK if options.quick else DEVELOPMENT if options.development else FULL

@@ -22,10 +22,11 @@ def shard_module(module: nn.Module, device: torch.device) -> None:
 
     The first process's module may be the only one with values: where another's has parameters without memory
     (on the device "meta"), all get the first's, a tensor at a time, so that one process of all has to hold a
-    whole model.
+    whole model. What a state dict leaves out (buffers that are not persistent) such a module must not have.
 
     Raises:
         InputError: there is no group of processes.
+        ValueError: a module without values has buffers that a state dict leaves out.
     """
     if not dist.is_initialized():
         raise InputError(
@@ -33,9 +34,11 @@ def shard_module(module: nn.Module, device: torch.device) -> None:
         )
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     empty = any(parameter.is_meta for parameter in module.parameters())
-    shared = torch.tensor(empty, dtype=torch.int32, device=device)
-    dist.all_reduce(shared, op=dist.ReduceOp.MAX)
-    whole = module.state_dict() if shared and not empty else {}
+    if empty and any(part._non_persistent_buffers_set for part in module.modules()):
+        raise ValueError("a module without values has buffers that no state dict holds")
+    any_empty = torch.tensor(empty, dtype=torch.int32, device=device)
+    dist.all_reduce(any_empty, op=dist.ReduceOp.MAX)
+    whole = module.state_dict() if any_empty and not empty else {}
     blocks = repeated_blocks(module)
     for block in blocks:
         fully_shard(block, mesh=mesh)
@@ -45,7 +48,7 @@ def shard_module(module: nn.Module, device: torch.device) -> None:
     fully_shard(module, mesh=mesh)
     if empty:
         module.to_empty(device=device)
-    if shared:
+    if any_empty:
         options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
         set_model_state_dict(module, whole, options=options)
 

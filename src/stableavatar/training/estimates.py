@@ -43,7 +43,7 @@ class Estimate:
         operations: multiplications and additions of a clip's forward pass, again where it is recomputed, and
             of its backward pass: as many for what flows through, and as many for weights that are trained.
         trained: parameters.
-        loaded: bytes of the weights that a process reads, before they are spread.
+        loaded: bytes of the transformer as a process reads it, before it is spread.
     """
 
     weights: float
@@ -200,8 +200,10 @@ def table(folder: Path, gpus: Sequence[int]) -> str:
             "counted of a forward pass, times four (recomputed, and twice for the gradients; times three "
             "for a LoRA); seconds at "
             f"{REACHED:.0%} of {GPU_TFLOPS} TFLOP/s, without what is sent between GPUs; days of the recipe's "
-            "steps. Main memory is what a process reads at the start: the first alone where the model is "
-            "spread over GPUs, every one where their number is any.",
+            "steps. Main memory is what is read of the transformer at the start: by the first process alone "
+            "where trainer.sharding is fsdp2, as in the lines with a number of GPUs; else, with DeepSpeed or "
+            "accelerate's FSDP too, by every process. GGUF and 8-bit files are expanded by every process. "
+            "With offload_encoders every process keeps the encoders in main memory besides.",
             "",
             *lines,
         ]

@@ -120,12 +120,10 @@ def prepare_training(
     """
     torch.manual_seed(recipe.trainer.seed)
     device = process_device(recipe.trainer)
+    leads = PartialState().is_main_process
     encoders = None
     if recipe.model.embedded is None:
-        # Spread over processes, the first one's weights become those of all (`shard_module`).
-        leads = PartialState().is_main_process
-        spread = recipe.trainer.sharding == "fsdp2"
-        transformer = load_start(recipe.model, torch.device("cpu" if leads or not spread else "meta"))
+        transformer = load_start(recipe.model, start_device(recipe, leads=leads))
         if recipe.lora is not None:
             add_lora(transformer, recipe.lora)
         else:
@@ -153,7 +151,6 @@ def prepare_training(
         videos = ValidationVideos(recipe, avatar, encoders)
         videos.check()
         callbacks.append(videos)
-    leads = PartialState().is_main_process
     frozen = [frozen_digest(avatar, avatar.never_acts) if leads else ""]
     identity = {"frozen weights": broadcast_object_list(frozen)[0]}
     if recipe.lora is not None:
@@ -240,6 +237,11 @@ def open_cache(recipe: Recipe, encoders: Encoders | None) -> Any:
 def model_folder(source: Path) -> Path:
     """The folder of a model; the embedded one's for `tiny`."""
     return TINY if str(source) == "tiny" else source
+
+
+def start_device(recipe: Recipe, *, leads: bool) -> torch.device:
+    """Where a process reads the transformer to: of a spread one all get the first's (`shard_module`)."""
+    return torch.device("meta" if recipe.trainer.sharding == "fsdp2" and not leads else "cpu")
 
 
 def load_start(choice: ModelChoice, device: torch.device | None = None) -> StableAvatarTransformer3DModel:
