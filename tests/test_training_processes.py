@@ -27,12 +27,17 @@ CLIP = ClipSettings(norm=1.0, start_steps=0, abnormal_ratio=None)
 
 
 class Points:
-    """Clips that are numbers."""
+    """Clips that are numbers; `poisoned`: one of them is none in the first pass."""
 
     groups = ("one size",) * CLIPS
     fingerprint = "eight points"
 
+    def __init__(self, *, poisoned: bool = False) -> None:
+        self.poisoned = poisoned
+
     def __getitem__(self, key: tuple[int, int]) -> torch.Tensor:
+        if self.poisoned and key == (3, 0):
+            return torch.tensor([torch.nan])
         return torch.tensor([key[0] / CLIPS + 0.01 * key[1]])
 
 
@@ -59,7 +64,13 @@ class Fit(nn.Module):
 
 
 def train(
-    folder: Path, batch: int, steps: int, resume: bool = False, empty: bool = False, **given: Any
+    folder: Path,
+    batch: int,
+    steps: int,
+    resume: bool = False,
+    empty: bool = False,
+    poisoned: bool = False,
+    **given: Any,
 ) -> None:
     usual = {
         "steps": steps, "batch_size": batch, "accumulation": 2, "ema_decay": 0.9, "precision": "no", "checkpoint_every": 4,
@@ -76,7 +87,7 @@ def train(
     module = Fit(skips=not spread)
     if empty and os.environ["RANK"] != "0":
         module.to("meta")
-    trainer = Trainer(module, Points(), torch.stack, settings, folder, callbacks=[callback])
+    trainer = Trainer(module, Points(poisoned=poisoned), torch.stack, settings, folder, callbacks=[callback])
     if resume:
         trainer.resume("latest")
     trainer.train()
@@ -140,19 +151,44 @@ def test_spread_weights_may_be_the_first_process_s_alone(one: Path, tmp_path: Pa
     assert_same_curve(one, tmp_path)
 
 
-@pytest.mark.parametrize("stage", ["2", "3"])
-def test_deepspeed_is_the_run_of_one(one: Path, tmp_path: Path, stage: str) -> None:
-    pytest.importorskip("deepspeed", reason="in the extra large; see make test-large")
+def deepspeed(folder: Path, stage: str) -> dict[str, str]:
+    """What tells processes to use DeepSpeed."""
     # Parameters below the threshold are left whole: as small as these, all of them.
     zero = {"stage": int(stage), "stage3_param_persistence_threshold": 0}
     config = {"zero_optimization": zero, "train_micro_batch_size_per_gpu": "auto"}
-    (tmp_path / "deepspeed.json").write_text(json.dumps(config))
-    settings = {
+    (folder / "deepspeed.json").write_text(json.dumps(config))
+    return {
         "ACCELERATE_USE_DEEPSPEED": "true",
-        "ACCELERATE_DEEPSPEED_CONFIG_FILE": str(tmp_path / "deepspeed.json"),
+        "ACCELERATE_DEEPSPEED_CONFIG_FILE": str(folder / "deepspeed.json"),
         "ACCELERATE_DEEPSPEED_ZERO_STAGE": stage,
         "DS_ACCELERATOR": "cpu",
     }
+
+
+@pytest.fixture(scope="module")
+def poisoned_one(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As `one`, and a step that is not finite."""
+    folder = tmp_path_factory.mktemp("poisoned")
+    train(folder, batch=2, steps=9, accumulation=4, poisoned=True)
+    AcceleratorState._reset_state(True)
+    return folder
+
+
+@pytest.mark.parametrize("way", ["copies", "fsdp2", "2", "3"])
+def test_a_step_that_is_not_finite_is_skipped_by_all(poisoned_one: Path, tmp_path: Path, way: str) -> None:
+    settings = {}
+    if way in ("2", "3"):
+        pytest.importorskip("deepspeed", reason="in the extra large; see make test-large")
+        settings = deepspeed(tmp_path, way)
+    train_in_two_processes(tmp_path, "fsdp2" if way == "fsdp2" else "none", "9", "poisoned", **settings)
+    assert_same_curve(poisoned_one, tmp_path, average=way != "3")
+    assert [line["skipped_steps"] for line in read_log(tmp_path / "log.jsonl")] == [1] * 4
+
+
+@pytest.mark.parametrize("stage", ["2", "3"])
+def test_deepspeed_is_the_run_of_one(one: Path, tmp_path: Path, stage: str) -> None:
+    pytest.importorskip("deepspeed", reason="in the extra large; see make test-large")
+    settings = deepspeed(tmp_path, stage)
     train_in_two_processes(tmp_path, "none", "5", **settings)
     train_in_two_processes(tmp_path, "none", "9", "resume", **settings)
     assert_same_curve(one, tmp_path, average=stage == "2")
@@ -189,6 +225,6 @@ if __name__ == "__main__":
     zero_3 = os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") == "3"
     train(
         Path(sys.argv[1]), batch=2, sharding=sys.argv[2], steps=int(sys.argv[3]), resume="resume" in sys.argv,
-        empty="empty" in sys.argv,
+        empty="empty" in sys.argv, poisoned="poisoned" in sys.argv,
         **({"ema_decay": 0.0} if zero_3 else {}), **({"precision": precision[0]} if precision else {}),
     )  # fmt: skip

@@ -416,20 +416,22 @@ class Trainer(Generic[Sample]):
                 self.accelerator.backward(result.loss * weight)
                 if weight:
                     results.append(result)
-        if self._deepspeed:
+        taken = False
+        if self._deepspeed:  # its backward pass has done the step, or left it out
             engine: Any = self.module
-            norm = torch.tensor(float(engine.get_global_grad_norm() or 0.0))
+            taken = engine.was_step_applied()
+            norm = torch.tensor(float(engine.get_global_grad_norm() or 0.0) if taken else torch.inf)
         else:
             norm = clip_gradients(self.parameters, settings.optimizer.clip, self.step)
         self.step += 1
         errors, sigmas = self._gathered(results)
         if torch.isfinite(norm) and torch.isfinite(errors).all():
-            self.optimizer.step()  # DeepSpeed's backward pass has done it
+            self.optimizer.step()  # of DeepSpeed's nothing
             if self.ema:
                 self.ema.update()
             self._meter.add(errors.tolist(), sigmas.tolist())
             self._bad_in_a_row = 0
-        elif self._deepspeed:
+        elif taken:
             raise InputError(
                 f"step {self.step} was not finite, and DeepSpeed has taken it: go on from the last "
                 f"checkpoint in {self.folder} with a lower learning rate, or look at the data"
