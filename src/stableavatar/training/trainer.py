@@ -404,7 +404,6 @@ class Trainer(Generic[Sample]):
         rate = settings.optimizer.rate(self.step, settings.steps)
         set_rate(self.optimizer, rate)
         results: list[StepLoss] = []
-        norm = torch.tensor(0.0)
         for micro_step in range(settings.accumulation):
             batch = next(batches)
             if self.prepare is not None:
@@ -416,10 +415,9 @@ class Trainer(Generic[Sample]):
                 self.accelerator.backward(result.loss * weight)
                 if weight:
                     results.append(result)
-        taken = False
-        if self._deepspeed:  # its backward pass has done the step, or left it out
-            engine: Any = self.module
-            taken = engine.was_step_applied()
+        engine: Any = self.module if self._deepspeed else None
+        taken = engine is not None and engine.was_step_applied()  # by its backward pass, or left out
+        if engine is not None:
             norm = torch.tensor(float(engine.get_global_grad_norm() or 0.0) if taken else torch.inf)
         else:
             norm = clip_gradients(self.parameters, settings.optimizer.clip, self.step)
