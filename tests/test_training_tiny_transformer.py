@@ -105,7 +105,7 @@ def test_the_recipe_makes_a_model_that_generates(encoders: Path, cache: Path, tm
         pipeline.transformer.proj_out.weight, whole.ema["transformer.proj_out.weight"], rtol=1e-2, atol=1e-4
     )
     assert pipeline.defaults.window == SAMPLING_DEFAULTS["window"]
-    assert pipeline.scheduler.config.shift == 3
+    assert pipeline.scheduler.config.shift == load_recipe(RECIPE).objective.shift
     puppet = make_clip(1, 0.4, size=32)
     frames = list(pipeline.stream(puppet.portrait, puppet.samples, steps=1, width=32, height=32))
     assert len(frames) == len(puppet.frames)
