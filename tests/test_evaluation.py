@@ -1,6 +1,5 @@
 """Every metric with its controls: truths pass the bars; blurred, shifted, still and shuffled clips miss."""
 
-import json
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -8,7 +7,6 @@ from typing import cast
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from puppet_frames import blurred, still, talking_photograph
 from stableavatar.data.puppets import (
@@ -41,16 +39,7 @@ from stableavatar.evaluation.pictures import sharpness, shifted, signal_to_noise
 from stableavatar.evaluation.reconstruction import clip_signal_to_noise, end_against_start
 from stableavatar.evaluation.regions import photograph_regions, puppet_regions
 from stableavatar.evaluation.registry import GROUPS, find_metric
-from stableavatar.evaluation.report import Exhibit, Exhibits, write_report
 from stableavatar.evaluation.scores import COLUMNS, Scores, markdown_table
-from stableavatar.evaluation.sheets import (
-    contact_sheet,
-    line_plot,
-    read_columns,
-    read_log,
-    telling_moments,
-    thin,
-)
 from stableavatar.evaluation.steadiness import colour_drift, flicker
 from toy import toy_folder
 
@@ -416,63 +405,7 @@ def test_photographs_of_any_length_are_animated_and_judged_by_the_worst(meter: M
     assert made > 0.9
 
 
-# The report and the command.
-
-
-def test_report_replaces_its_own_part_of_a_document(tmp_path: Path) -> None:
-    document = tmp_path / "tiny.md"
-    document.write_text("# Tiny\n\nKept before.\n", encoding="utf-8")
-    logs = tmp_path / "logs" / "autoencoder"
-    logs.mkdir(parents=True)
-    lines = [{"step": k, "seconds": 2.0 * k, "loss": 1 / (k + 1), "psnr": 10.0 + k} for k in range(900)]
-    (logs / "curve.jsonl").write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
-    rows = {"truth": np.zeros((20, 16, 16, 3), np.uint8)}
-    exhibits = Exhibits(puppet=Exhibit(rows, np.linspace(0, 1, 20, dtype=np.float32), None))
-    write_report(document, Scores(), exhibits, "first", tmp_path / "logs")
-    document.write_text(document.read_text(encoding="utf-8") + "\nKept after.\n", encoding="utf-8")
-    write_report(document, Scores(), exhibits, "second")
-    text = document.read_text(encoding="utf-8")
-    assert "Kept before." in text
-    assert "Kept after." in text
-    assert "Measured: second." in text
-    assert "first" not in text
-    assert "tiny/curve_autoencoder.png" in text
-    columns = read_columns(tmp_path / "tiny" / "curve_autoencoder.csv")
-    assert len(columns["loss"]) == 300
-    assert columns["psnr"][0] == pytest.approx(11)
-    for picture in ("puppet.png", "curve_autoencoder.png"):
-        assert np.asarray(Image.open(tmp_path / "tiny" / picture)).std() > 5
-    with pytest.raises(InputError, match="no training log"):
-        write_report(document, Scores(), exhibits, "third", tmp_path / "nowhere")
-    document.write_text(text.replace("<!-- end of figures -->", ""), encoding="utf-8")
-    with pytest.raises(InputError, match="only one of the two markers"):
-        write_report(document, Scores(), exhibits, "fourth")
-
-
-def test_logs_and_plots_take_gaps(tmp_path: Path) -> None:
-    log = tmp_path / "log.jsonl"
-    log.write_text(
-        '{"step": 1, "loss": 2.0}\n{"step": 2, "note": "x", "loss": null}\n{"step": 3, "loss": 1.0}\n'
-    )
-    columns = read_log(log)
-    assert list(columns) == ["step", "loss"]
-    assert np.isnan(columns["loss"][1])
-    assert list(thin(columns, 1)["loss"]) == [1.5]
-    plot = line_plot("loss", {"loss": (columns["step"], columns["loss"])}, "steps")
-    assert (np.asarray(plot) == (31, 119, 180)).all(axis=-1).sum() > 50
-    with pytest.raises(ValueError, match="no points"):
-        line_plot("none", {"loss": (np.array([np.nan]), np.array([1.0]))}, "steps")
-    log.write_text("[1]\n")
-    with pytest.raises(InputError, match="not a JSON object"):
-        read_log(log)
-
-
-def test_contact_sheet_shows_wide_and_shut_mouths(clip: PuppetClip) -> None:
-    called = clip.articulation.opening
-    moments = telling_moments(called, 6)
-    assert called[moments[::2]].mean() > called[moments[1::2]].mean() + 0.2
-    sheet = contact_sheet({"truth": clip.frames, "still": still(clip)}, moments, scale=2)
-    assert sheet.size == (96 + 6 * 256, 2 * 256)
+# The command.
 
 
 @pytest.mark.usefixtures("meter")

@@ -266,6 +266,18 @@ def test_a_training_resumes_beside_the_same_frozen_weights_alone(data: Path, tmp
             )
 
 
+def train_whole_and_spread(recipe: Path, data: Path, folder: Path, *more: str) -> None:
+    """A recipe in one process, into `one`, and spread over two, into `two`, of the same clips a step."""
+    one = toy(data, folder / "one", *more, "trainer.accumulation=2")
+    prepare_training(load_recipe(recipe, one)).run()
+    two = toy(data, folder / "two", *more, "trainer.accumulation=1", "trainer.sharding=fsdp2")
+    subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+         "-m", "stableavatar", "train", str(recipe), *(word for it in two for word in ("--set", it))],
+        check=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+
+
 def test_spread_over_two_processes_a_recipe_is_that_of_one_and_makes_its_videos(
     data: Path, tmp_path: Path
 ) -> None:
@@ -280,14 +292,7 @@ def test_spread_over_two_processes_a_recipe_is_that_of_one_and_makes_its_videos(
         # A smaller one makes steps of full size of gradients that are nothing but rounding.
         "trainer.optimizer.epsilon=1.0e-3", "trainer.optimizer.learning_rate=1.0e-2",
     ]  # fmt: skip
-    one = toy(data, tmp_path / "one", *more, "trainer.accumulation=2")
-    prepare_training(load_recipe(SQUARE, one)).run()
-    two = toy(data, tmp_path / "two", *more, "trainer.accumulation=1", "trainer.sharding=fsdp2")
-    subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-         "-m", "stableavatar", "train", str(SQUARE), *(word for it in two for word in ("--set", it))],
-        check=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    train_whole_and_spread(SQUARE, data, tmp_path, *more)
     for alone, spread in zip(curve(tmp_path / "one"), curve(tmp_path / "two"), strict=True):
         assert spread["loss"] == pytest.approx(alone["loss"], rel=1e-5)
         assert spread["gradient_norm"] == pytest.approx(alone["gradient_norm"], rel=1e-4)
@@ -309,32 +314,21 @@ def test_a_lora_beside_a_spread_model_is_that_of_one_process(data: Path, tmp_pat
         "trainer.batch_size=1", "trainer.precision=bf16", "lora.rank=2", "trainer.optimizer.epsilon=1.0e-3",
         "trainer.optimizer.learning_rate=1.0e-1",
     ]  # fmt: skip
-    lora = SQUARE.with_name("1.3b-square-lora.yaml")
-    one = toy(data, tmp_path / "one", *more, "trainer.accumulation=2")
-    prepare_training(load_recipe(lora, one)).run()
-    two = toy(data, tmp_path / "two", *more, "trainer.accumulation=1", "trainer.sharding=fsdp2")
-    subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-         "-m", "stableavatar", "train", str(lora), *(word for it in two for word in ("--set", it))],
-        check=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    train_whole_and_spread(SQUARE.with_name("1.3b-square-lora.yaml"), data, tmp_path, *more)
     for alone, spread in zip(curve(tmp_path / "one"), curve(tmp_path / "two"), strict=True):
         assert spread["loss"] == pytest.approx(alone["loss"], rel=1e-2)
     layers = [read_lora(tmp_path / name / "lora", toy_transformer()).layers for name in ("one", "two")]
     assert layers[0].keys() == layers[1].keys()
     for name, layer in layers[0].items():
-        torch.testing.assert_close(layers[1][name].down, layer.down, rtol=0.05, atol=0.02)
-        torch.testing.assert_close(layers[1][name].up, layer.up, rtol=0.05, atol=0.02)
-    assert any(layer.up.any() for layer in layers[0].values())
+        assert layer.up.norm() > 0, name  # it starts at zero
+        for mine, wanted in ((layers[1][name].up, layer.up), (layers[1][name].down, layer.down)):
+            assert (mine - wanted).norm() < 0.1 * wanted.norm(), name
 
 
 class TestStart:
     def test_of_a_model_that_is_spread_the_first_process_alone_has_values(self) -> None:
-        spread = load_recipe(SQUARE, ["trainer.sharding=fsdp2"])
-        whole = load_recipe(SQUARE, ["trainer.sharding=none"])
-        homes = [
-            start_device(recipe, leads=leads).type for recipe in (spread, whole) for leads in (True, False)
-        ]
+        spread, whole = (load_recipe(SQUARE, [f"trainer.sharding={way}"]) for way in ("fsdp2", "none"))
+        homes = [start_device(recipe, leads=leads) for recipe in (spread, whole) for leads in (True, False)]
         assert homes == ["cpu", "meta", "cpu", "cpu"]
 
     def test_without_its_values_it_is_the_same_model(
@@ -345,16 +339,13 @@ class TestStart:
         made = loading._fresh_audio
         monkeypatch.setattr(loading, "_fresh_audio", lambda *given: fresh.append(made(*given)) or fresh[-1])
         for variant in (None, "square"):
-            choice = ModelChoice(source=tmp_path, variant=variant)
-            whole, empty = load_start(choice), load_start(choice, torch.device("meta"))
+            whole, empty = (load_start(ModelChoice(tmp_path, variant=variant), at) for at in ("cpu", "meta"))
             assert all(value.is_meta for value in empty.parameters())
             assert empty.config == whole.config
             wanted = {name: (value.shape, value.dtype) for name, value in whole.state_dict().items()}
             assert {n: (v.shape, v.dtype) for n, v in empty.state_dict().items()} == wanted
-        of_base, of_empty = fresh
-        assert not any(value.is_meta for value in of_base.values())
-        assert of_empty.keys() == of_base.keys()
-        assert all(value.is_meta for value in of_empty.values())
+        assert fresh[0].keys() == fresh[1].keys()
+        assert [{value.is_meta for value in state.values()} for state in fresh] == [{False}, {True}]
 
     def test_the_base_starts_with_a_new_adapter_and_a_variant_with_its_own(
         self, data: Path, tmp_path: Path

@@ -239,23 +239,21 @@ def model_folder(source: Path) -> Path:
     return TINY if str(source) == "tiny" else source
 
 
-def start_device(recipe: Recipe, *, leads: bool) -> torch.device:
+def start_device(recipe: Recipe, *, leads: bool) -> str:
     """Where a process reads the transformer to: of a spread one all get the first's (`shard_module`)."""
-    return torch.device("meta" if recipe.trainer.sharding == "fsdp2" and not leads else "cpu")
+    return "meta" if recipe.trainer.sharding == "fsdp2" and not leads else "cpu"
 
 
-def load_start(choice: ModelChoice, device: torch.device | None = None) -> StableAvatarTransformer3DModel:
+def load_start(choice: ModelChoice, device: str = "cpu") -> StableAvatarTransformer3DModel:
     """The transformer that a training starts from, on a CPU unless told otherwise; on "meta" without its
     values. Raises CheckpointError."""
-    device = device or torch.device("cpu")
     dtype = DTYPES[choice.dtype]
     source = model_folder(choice.source)
     if detect_layout(source) == "own":
         if choice.variant is not None:
             raise InputError(f"{source} is one model: variant chooses among the published checkpoints")
-        return loading.load_transformer(
-            choice.transformer or source / TRANSFORMER, dtype=dtype, device=device
-        )
+        whole = choice.transformer or source / TRANSFORMER
+        return loading.load_transformer(whole, dtype=dtype, device=device)
     found = find_published(source)
     base, overlay = found.transformer_files(choice.variant, choice.size)
     overlay = choice.transformer or overlay

@@ -424,7 +424,7 @@ class Trainer(Generic[Sample]):
         self.step += 1
         errors, sigmas = self._gathered(results)
         if torch.isfinite(norm) and torch.isfinite(errors).all():
-            self.optimizer.step()  # of DeepSpeed's nothing
+            self.optimizer.step()  # does nothing where DeepSpeed has done it
             if self.ema:
                 self.ema.update()
             self._meter.add(errors.tolist(), sigmas.tolist())
