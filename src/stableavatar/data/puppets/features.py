@@ -187,7 +187,7 @@ class Mouth:
         shut = 1 - float(np.clip(gap / 0.035, 0, 1))
         over(part, np.asarray(who.lip, dtype=np.float32) * 0.28, 0.85 * seam * shut * seen)
         edge = np.exp(-0.5 * ((y - inner_top) / (0.006 + 0.3 * soft)) ** 2) * ends
-        over(part, np.asarray(who.lip, dtype=np.float32) * 0.25, 0.6 * edge * (1 - shut) * seen)
+        over(part, np.asarray(who.lip, dtype=np.float32) * 0.4, 0.45 * edge * (1 - shut) * seen)
         if who.outline > 0:
             ink = np.exp(-0.5 * ((y - outer_bottom) / 0.012) ** 2) + np.exp(
                 -0.5 * ((y - outer_top) / 0.01) ** 2
@@ -229,9 +229,10 @@ class Mouth:
             over(
                 part, flesh * groove[..., None], _below(hump, y, 2 * soft) * cover * (np.abs(x) < 0.62 * half)
             )
-        length = min(0.085, 0.1 * (0.2 + 0.8 * teeth) + 0.02)
-        row = float(np.min(inner_top)) + length + 0.03 * t * t
-        shown = float(np.clip(0.35 + teeth, 0, 1))
+        # Of an open mouth the upper row is seen whatever the sound; hiss shows more of it.
+        length = 0.06 + 0.035 * teeth
+        row = float(np.min(inner_top)) + length - 0.05 * t * t
+        shown = float(np.clip(0.75 + teeth, 0, 1))
         gaps = 1 - 0.12 * np.exp(-0.5 * (np.sin(x * np.pi / 0.075) / 0.3) ** 2)
         enamel = np.asarray(who.tooth, dtype=np.float32) * np.minimum(self._level, 1.0) * 0.96
         tint = (gaps * (1 - 0.45 * t * t))[..., None]
