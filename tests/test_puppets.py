@@ -209,6 +209,21 @@ def test_the_chin_drops_with_the_jaw() -> None:
     assert bottoms[1] - bottoms[0] >= 4
 
 
+@pytest.mark.parametrize("seed", [8, 9, 10])
+def test_an_open_mouth_shows_its_upper_teeth_whatever_the_sound(seed: int) -> None:
+    who = Identity.from_seed(seed)
+    plain, toothless = (
+        Renderer(identity, 128).draw(_mouth(opening=0.7, jaw=0.5), Motion.rest(1), 0)
+        for identity in (who, replace(who, tooth=who.mouth_dark))
+    )
+    teeth = np.abs(plain[0].astype(int) - toothless[0]).max(axis=2) > 40
+    inside = plain[2] > 0
+    rows = np.flatnonzero(inside.any(axis=1))
+    assert not (teeth & ~inside).any()
+    assert teeth.sum() > 0.08 * inside.sum()
+    assert np.flatnonzero(teeth.any(axis=1)).max() < rows.mean(), "the lower half is dark"
+
+
 def test_the_portrait_is_the_first_frame_with_a_shut_mouth(clip: PuppetClip) -> None:
     renderer = Renderer(clip.identity, 64)
     at_rest, _, _ = renderer.draw(Articulation.rest(1), Motion.rest(1), 0)
