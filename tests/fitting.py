@@ -68,7 +68,7 @@ def settings(**values: Any) -> TrainerSettings:
     """`values` may hold fields of the trainer, of the optimizer and of the clipping."""
     usual = {
         "steps": 12, "batch_size": 2, "accumulation": 2, "learning_rate": 1e-2, "norm": 1.0, "start_ratio": 1.0,
-        "start_steps": 0, "abnormal_ratio": None, "warmup_steps": 4, "ema_decay": 0.9, "precision": "no",
+        "start_steps": 0, "abnormal_ratio": None, "warmup_steps": 4, "ema_decay": 0.9, "precision": "fp32",
         "checkpoint_every": 5, "log_every": 3, "seed": 11,
     }  # fmt: skip
     values = {**usual, **values}

@@ -73,7 +73,7 @@ def train(
     **given: Any,
 ) -> None:
     usual = {
-        "steps": steps, "batch_size": batch, "accumulation": 2, "ema_decay": 0.9, "precision": "no", "checkpoint_every": 4,
+        "steps": steps, "batch_size": batch, "accumulation": 2, "ema_decay": 0.9, "precision": "fp32", "checkpoint_every": 4,
         "log_every": 2, "callback_every": 3, "seed": 3,
         "optimizer": OptimizerSettings(learning_rate=1e-2, warmup_steps=3, clip=CLIP),
     }  # fmt: skip
@@ -198,7 +198,7 @@ def test_deepspeed_is_the_run_of_one(one: Path, tmp_path: Path, stage: str) -> N
 def test_deepspeed_as_shipped_keeps_whole_weights_and_computes_in_half(tmp_path: Path, name: str) -> None:
     pytest.importorskip("deepspeed", reason="in the extra large; see make test-large")
     file = Path(__file__).parents[1] / "recipes" / "accelerate" / f"{name}.yaml"
-    folders = [tmp_path / precision for precision in ("no", "bf16")]
+    folders = [tmp_path / precision for precision in ("fp32", "bf16")]
     for folder in folders:
         folder.mkdir()
         subprocess.run(

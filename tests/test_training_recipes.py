@@ -58,7 +58,7 @@ def toy(data: Path, output: Path, *more: str) -> list[str]:
     return [
         f"output={output}", f"model.source={toy_model()}", "model.variant=null", "model.transformer=null",
         "model.encoder_dtype=float32", f"data.lists=[{data}]", "data.clips.frames=9", "trainer.steps=2",
-        "trainer.workers=0", "trainer.precision='no'", "trainer.sharding=none", "trainer.log_every=1",
+        "trainer.workers=0", "trainer.precision=fp32", "trainer.sharding=none", "trainer.log_every=1",
         "trainer.optimizer.warmup_steps=1", *more,
     ]  # fmt: skip
 
@@ -114,7 +114,7 @@ def test_what_cannot_be_is_refused_with_its_place(override: str, what: str) -> N
 
 def test_half_weights_need_half_precision() -> None:
     with pytest.raises(InputError, match=r"needs trainer\.precision bf16"):
-        load_recipe(SQUARE.with_name("1.3b-square-lora.yaml"), ["trainer.precision='no'"])
+        load_recipe(SQUARE.with_name("1.3b-square-lora.yaml"), ["trainer.precision=fp32"])
 
 
 def test_a_recipe_that_cannot_be_read(tmp_path: Path) -> None:

@@ -190,7 +190,7 @@ def test_puppets_are_trained_on_without_a_cache_too(encoders: Path, tmp_path: Pa
     assert training.run()[0].step == 1
 
 
-@pytest.mark.parametrize(("precision", "dtype"), [("bf16", torch.bfloat16), ("'no'", torch.float32)])
+@pytest.mark.parametrize(("precision", "dtype"), [("bf16", torch.bfloat16), ("fp32", torch.float32)])
 def test_muon_multiplies_in_the_precision_of_the_run(
     encoders: Path, cache: Path, tmp_path: Path, precision: str, dtype: torch.dtype
 ) -> None:
@@ -376,7 +376,7 @@ def test_two_processes_have_the_curve_of_one(encoders: Path, cache: Path, tmp_pa
     if deepspeed:
         pytest.importorskip("deepspeed", reason="in the extra large; see make test-large")
     usual = [
-        f"data.cache={cache}", "trainer.batch_size=1", "trainer.log_every=1", "trainer.precision='no'",
+        f"data.cache={cache}", "trainer.batch_size=1", "trainer.log_every=1", "trainer.precision=fp32",
         "trainer.steps=4", "trainer.optimizer.epsilon=1.0e-3", "trainer.optimizer.learning_rate=1.0e-2",
         "trainer.optimizer.warmup_steps=0",
         *(() if way == "ddp" else SPREADABLE), *(("trainer.ema_decay=0.0",) if way.startswith("zero3") else ()),

@@ -1,5 +1,7 @@
 """Where a process trains, and how it finds the others."""
 
+import logging
+import time
 from datetime import timedelta
 
 import torch
@@ -8,13 +10,44 @@ from accelerate.utils import parse_flag_from_env
 
 from stableavatar.training.settings import TrainerSettings
 
+logger = logging.getLogger(__name__)
+
+SLOW = 1.5
+"""From here on bfloat16 is said to be slow."""
+
 
 def process_device(settings: TrainerSettings | None = None) -> torch.device:
     """Where this process trains, known before there is a trainer; of which `settings` are to be the
     trainer's."""
     wait = {} if settings is None else {"timeout": timedelta(minutes=settings.wait_minutes)}
-    device: torch.device = PartialState(cpu=on_cpu(), backend=backend(), **wait).device
+    state = PartialState(cpu=on_cpu(), backend=backend(), **wait)
+    device: torch.device = state.device
+    if settings is not None and settings.precision == "bf16" and state.is_main_process:
+        times = bfloat16_slowness(device)
+        if times > SLOW:
+            logger.warning(
+                "bfloat16 takes %.1f times as long as float32 on this processor: "
+                "--set trainer.precision=fp32 is faster",
+                times,
+            )
     return device
+
+
+def bfloat16_slowness(device: torch.device) -> float:
+    """The time of matrix products in bfloat16, against float32: processors without instructions for it
+    take several times as long. 0 where `device` is no processor: not measured."""
+    if device.type != "cpu":
+        return 0.0
+    seconds = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        matrix = torch.ones(512, 512, dtype=dtype)
+        tries = []
+        for _ in range(4):  # the first also prepares
+            start = time.perf_counter()
+            matrix @ matrix
+            tries.append(time.perf_counter() - start)
+        seconds[dtype] = min(tries)
+    return seconds[torch.bfloat16] / seconds[torch.float32]
 
 
 def on_cpu() -> bool:

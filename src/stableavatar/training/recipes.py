@@ -168,7 +168,7 @@ class Recipe:
                 f"objective: mask_loss {self.objective.mask_loss} needs masks: set data.clips.masks, or "
                 "mask_loss none"
             )
-        if self.model.dtype != "float32" and self.trainer.precision == "no":
+        if self.model.dtype != "float32" and self.trainer.precision == "fp32":
             raise InputError(f"model: dtype {self.model.dtype} needs trainer.precision bf16")
 
 

@@ -6,7 +6,7 @@ from typing import ClassVar, Literal, get_args
 from stableavatar.errors import InputError
 from stableavatar.training.optimizers import OptimizerSettings
 
-Precision = Literal["no", "bf16"]
+Precision = Literal["fp32", "bf16"]
 Sharding = Literal["none", "fsdp2"]
 Tracker = Literal["tensorboard", "wandb"]
 
@@ -20,7 +20,7 @@ class TrainerSettings:
         batch_size: clips a process and micro-step; `accumulation` micro-steps make an optimizer step.
         ema_decay: of the moving average of the weights; 0 keeps none.
         precision: `bf16` runs the forward pass in autocast, and Muon multiplies in it; weights and what an
-            optimizer keeps stay float32.
+            optimizer keeps stay float32. `fp32` is for processors that have no instructions for bfloat16.
         gradient_checkpointing: recompute activations in the backward pass, for memory.
         compile: compile the model's repeated blocks (torch.compile); the first steps take minutes, and on a
             CPU a C++ compiler is needed.
