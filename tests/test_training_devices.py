@@ -15,7 +15,11 @@ from stableavatar.training.settings import TrainerSettings
 )
 @pytest.mark.usefixtures("fresh_accelerator")
 def test_a_processor_that_is_slow_in_bfloat16_is_told_of(
-    precision: str, slowness: float, told: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    precision: str,
+    slowness: float,
+    told: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     monkeypatch.setattr(devices, "bfloat16_slowness", lambda device: slowness)
     with caplog.at_level(logging.WARNING):
