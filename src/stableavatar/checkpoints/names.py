@@ -37,6 +37,8 @@ StateDict = dict[str, torch.Tensor]
 # Wrappers that leave their mark on names: DDP, torch.compile, and files made for node editors.
 WRAPPER_PREFIXES = ("module.", "_orig_mod.", "model.diffusion_model.", "diffusion_model.")
 
+ADAPTER_WORD = "vocal"
+"""In the names of all tensors of the audio adapter, and of no other."""
 AUDIO_PREFIX = "vocal_projector."
 AUDIO_PROJECTIONS = ("k_vocal", "v_vocal")
 

@@ -5,6 +5,7 @@ instant, masks, the prompt.
 import hashlib
 import json
 import logging
+import multiprocessing
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from fractions import Fraction
@@ -197,28 +198,42 @@ class ClipDataset(Dataset[ClipSample]):
         )
 
     def __getitem__(self, key: ClipKey) -> ClipSample:
-        """Sample of clip `index` in pass `epoch`. With `on_error="skip"`, the next readable clip of its size
-        stands in for a bad one.
+        """Sample of clip `index` in pass `epoch`. With `on_error="skip"`, another readable clip of its size
+        stands in for a bad one: any, so that no clip is trained on in the place of many.
         """
         index, epoch = key
-        groups = self.groups
-        for step in range(len(self.clips)):
-            other = (index + step) % len(self.clips)
-            clip = self.clips[other]
-            if clip.name in self.skipped or groups[other] != groups[index]:
-                continue
-            rng = np.random.default_rng((self.settings.seed, other, epoch))
-            window = draw_window(clip, self.settings, rng)
-            sample = self._guarded(clip.name, partial(read_sample, clip, window, self.settings))
+        sample = self._sample(index, np.random.default_rng((self.settings.seed, index, epoch)))
+        if sample is not None:
+            return sample
+        with self._stand_ins.get_lock():
+            self._stand_ins.value += 1
+        rng = np.random.default_rng((self.settings.seed, index, epoch, 1))
+        alike = [other for other, group in enumerate(self.groups) if group == self.groups[index]]
+        for other in rng.permutation(alike):
+            sample = self._sample(int(other), rng)
             if sample is not None:
                 return sample
         raise InputError(
             f"no clip of {self.clips[index].size} pixels can be read; {len(self.skipped)} were skipped"
         )
 
+    @property
+    def stand_ins(self) -> int:
+        """How often a clip stood in for one that could not be read, in this process and in those that it has
+        started as its readers."""
+        return int(self._stand_ins.value)
+
+    def _sample(self, index: int, rng: np.random.Generator) -> ClipSample | None:
+        clip = self.clips[index]
+        if clip.name in self.skipped:
+            return None
+        window = draw_window(clip, self.settings, rng)
+        return self._guarded(clip.name, partial(read_sample, clip, window, self.settings))
+
     def _begin(self, settings: ClipDatasetSettings) -> None:
         self.settings = settings
         self.skipped: dict[str, str] = {}
+        self._stand_ins = multiprocessing.Value("Q", 0)
         self.clips: list[TrainingClip] = []
         self.groups: list[tuple[int, int, Fraction]] = []
 

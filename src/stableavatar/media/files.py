@@ -86,6 +86,20 @@ def check_parent(absolute: Path, given: str | Path) -> None:
         raise InputError(f"output {given}: the folder {folder} cannot be written. Choose another one.")
 
 
+def check_folder(path: Path) -> Path:
+    """Make a folder, unless it is there, and see that it can be written.
+
+    Raises InputError: it cannot.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"output {path}: the folder cannot be made ({reason_of(error)})") from error
+    if not os.access(path, os.W_OK | os.X_OK):
+        raise InputError(f"output {path}: the folder cannot be written. Choose another one.")
+    return path
+
+
 def partial_name(stem: str, suffix: str) -> str:
     """`.STEM.PROCESS.SUFFIX`: two programs may write to one output at a time."""
     return hidden_name(stem, f"{os.getpid()}.{suffix}")

@@ -20,7 +20,7 @@ import os
 import pickle
 import random
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -171,10 +171,14 @@ def save_checkpoint(folder: Path, step: int, state: TrainingState, keep: int) ->
     return writer.finish(state.counters, keep)
 
 
-def load_counters(path: Path) -> dict[str, Any]:
-    """Step, place in the data, counters and settings of a checkpoint. Raises CheckpointError as below."""
+def load_counters(path: Path, needed: Sequence[str] = ()) -> dict[str, Any]:
+    """Step, place in the data, counters and settings of a checkpoint. Raises CheckpointError as below, and
+    where one of those `needed` is missing."""
     with _readable(path):
         counters: dict[str, Any] = json.loads((path / "state.json").read_text(encoding="utf-8"))
+        missing = [name for name in needed if name not in counters]
+        if missing:
+            raise ValueError(f"state.json says nothing of {', '.join(missing)}")
     return counters
 
 

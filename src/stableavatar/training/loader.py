@@ -3,13 +3,34 @@
 import contextlib
 import multiprocessing
 import signal
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch.utils.data import DataLoader
 
 from stableavatar.data.sampler import ClipKey, GroupedSampler
+from stableavatar.errors import StableAvatarError
+
+SampleOut = TypeVar("SampleOut", covariant=True)
+
+
+class SampleSource(Protocol[SampleOut]):
+    """A data set whose samples are asked for by clip and pass, and which says what may share a step."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Another one for other clips, in another order, or drawn otherwise."""
+        ...
+
+    @property
+    def groups(self) -> Sequence[Any]:
+        """For each clip, what it may share a step with."""
+        ...
+
+    def __getitem__(self, key: ClipKey) -> SampleOut:
+        """Sample of clip `key[0]` in pass `key[1]`."""
+        ...
 
 
 @contextlib.contextmanager
@@ -28,10 +49,11 @@ def open_batches(
     they read on until the block is left, however it is left.
     """
     others = set(multiprocessing.active_children())
+    reading = _Reading(source, collate)
     loader: DataLoader[Any] = DataLoader(
-        source,
+        reading,  # type: ignore[arg-type]  # what DataLoader asks of a data set
         batch_sampler=_Batches(sampler, step),
-        collate_fn=collate,
+        collate_fn=reading.collate,
         num_workers=readers,
         worker_init_fn=_ignore_signals,
         # The loader seeds its workers from here, not from the generators that a checkpoint keeps.
@@ -40,7 +62,7 @@ def open_batches(
     batches = iter(loader)
     started = set(multiprocessing.active_children()) - others
     try:
-        yield batches
+        yield _readable(batches)
     finally:
         # The loader ends its workers when nothing refers to it, but an error's traceback does, and at its end
         # Python would wait for them for ever, having sent a SIGTERM. There is no public way to end them.
@@ -49,6 +71,33 @@ def open_batches(
         for reader in started:
             if reader.is_alive():  # stuck in a read
                 reader.kill()
+
+
+class _Reading:
+    """A data set whose errors for users come back as values: raised in a reader they would arrive with its
+    traceback in their text."""
+
+    def __init__(self, source: SampleSource[Any], collate: Callable[[list[Any]], Any]) -> None:
+        self._source, self._collate = source, collate
+
+    def __getitem__(self, key: ClipKey) -> Any:
+        try:
+            return self._source[key]
+        except StableAvatarError as error:
+            return error
+
+    def collate(self, samples: list[Any]) -> Any:
+        """A batch, or the first error."""
+        return next((it for it in samples if isinstance(it, StableAvatarError)), None) or self._collate(
+            samples
+        )
+
+
+def _readable(batches: Iterator[Any]) -> Iterator[Any]:
+    for batch in batches:
+        if isinstance(batch, StableAvatarError):
+            raise batch
+        yield batch
 
 
 def _ignore_signals(_worker: int) -> None:

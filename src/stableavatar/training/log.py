@@ -1,12 +1,19 @@
 """The training log: one JSON object a line, the loss also split by how noisy the latents were."""
 
 import json
+import logging
 import math
-from collections.abc import Mapping
+import secrets
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from accelerate.utils import is_tensorboard_available, is_wandb_available
+
+from stableavatar.errors import InputError
 from stableavatar.media.files import write_file
+
+logger = logging.getLogger(__name__)
 
 RANGES = 4  # of sigma, equally wide
 
@@ -64,12 +71,48 @@ class JsonLog:
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """Lines of a log; a last one that was cut off is left out."""
+    """Lines of a log; one that was cut off, or damaged as by a power cut, is left out, and said so."""
     lines = []
-    for text in path.read_text(encoding="utf-8").splitlines(keepends=True):
-        if text.endswith("\n"):
-            lines.append(json.loads(text))
+    for number, text in enumerate(path.read_text(encoding="utf-8", errors="replace").split("\n"), 1):
+        if not text:
+            continue
+        try:
+            line = json.loads(text)
+            line["step"] + 0
+        except (ValueError, TypeError, KeyError):
+            logger.warning("%s: line %d cannot be read and is left out", path, number)
+        else:
+            lines.append(line)
     return lines
+
+
+def check_trackers(trackers: Iterable[str]) -> None:
+    """Raises InputError where one is not installed."""
+    there = {"tensorboard": is_tensorboard_available(), "wandb": is_wandb_available()}
+    for tracker in trackers:
+        if not there[tracker]:
+            raise InputError(f"the tracker {tracker} is not installed: pip install {tracker}")
+
+
+def tracker_arguments(folder: Path, step: int) -> dict[str, dict[str, Any]]:
+    """How trackers go on in `folder` with a run that stands at `step`: what they had of later steps gives
+    way, and it stays one run."""
+    name = folder / "wandb-run"
+    if not name.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        name.write_text(secrets.token_hex(8), encoding="utf-8")
+    run = name.read_text(encoding="utf-8")
+    return {
+        "tensorboard": {"purge_step": step + 1},
+        # W&B would write where the command was given.
+        "wandb": {"dir": str(folder), "id": run, "resume": "allow"},
+    }
+
+
+def plain(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings as JSON holds them, paths and the like as text."""
+    result: dict[str, Any] = json.loads(json.dumps(values, default=str))
+    return result
 
 
 def finite(line: dict[str, Any]) -> dict[str, Any]:
@@ -77,7 +120,7 @@ def finite(line: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in line.items() if value is not None and math.isfinite(value)}
 
 
-def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Settings for trackers, which know words and numbers alone."""
     result: dict[str, Any] = {}
     for name, value in values.items():

@@ -10,6 +10,7 @@ from diffusers.loaders import WanLoraLoaderMixin
 from peft import LoraConfig
 
 from stableavatar.checkpoints.lora import LORA_FILES
+from stableavatar.checkpoints.names import ADAPTER_WORD
 from stableavatar.errors import InputError
 from stableavatar.media.files import to_disk
 from stableavatar.models.transformer import StableAvatarTransformer3DModel
@@ -51,8 +52,14 @@ class LoraSettings:
             raise InputError(f"a LoRA's alpha must be above 0, not {self.alpha}")
 
 
-def add_lora(transformer: StableAvatarTransformer3DModel, settings: LoraSettings) -> None:
+def add_lora(
+    transformer: StableAvatarTransformer3DModel, settings: LoraSettings, *, train_adapter: bool = False
+) -> None:
     """Freeze a transformer and put factors beside its layers, of which the second starts at zero.
+
+    Args:
+        train_adapter: of a base model, whose audio adapter starts anew: that is trained as a whole, without
+            factors.
 
     Raises:
         InputError: no layer of the model has such a name.
@@ -70,24 +77,41 @@ def add_lora(transformer: StableAvatarTransformer3DModel, settings: LoraSettings
             r=settings.rank,
             lora_alpha=settings.alpha or settings.rank,
             target_modules=list(settings.targets),
+            exclude_modules=rf".*{ADAPTER_WORD}.*" if train_adapter else None,
         ),
         adapter_name=_ADAPTER,
     )
-    for parameter in transformer.parameters():
+    for name, parameter in transformer.named_parameters():
+        if train_adapter and ADAPTER_WORD in name:
+            parameter.requires_grad_(True)
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
+
+
+def is_factor(name: str) -> bool:
+    """Whether a parameter of a model with a LoRA is the LoRA's."""
+    return ".lora_" in name
+
+
+def without_lora(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The model's own tensors out of those of a model with a LoRA, under the names that they have without."""
+    return {name.replace(".base_layer.", "."): value for name, value in state.items() if not is_factor(name)}
 
 
 def save_lora(factors: Mapping[str, torch.Tensor], settings: LoraSettings, folder: Path) -> Path:
     """Write trained factors in diffusers' format, as `pytorch_lora_weights.safetensors` in a folder.
 
     Args:
-        factors: by the transformer's parameter names.
+        factors: by the transformer's parameter names; what is none is left out.
 
     Returns:
         The file, which is complete under its name or not there.
     """
-    state = {name.replace(f".{_ADAPTER}.", "."): value.contiguous() for name, value in factors.items()}
+    state = {
+        name.replace(f".{_ADAPTER}.", "."): value.contiguous()
+        for name, value in factors.items()
+        if is_factor(name)
+    }
     folder.mkdir(parents=True, exist_ok=True)
     partial = f".{LORA_FILES[0]}.partial"
     WanLoraLoaderMixin.save_lora_weights(

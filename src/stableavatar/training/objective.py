@@ -5,6 +5,7 @@ Everything random about a step is drawn first (`draw_step`) and handed on as dat
 pure functions of tensors.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar, Literal, get_args
@@ -56,8 +57,12 @@ class ObjectiveSettings:
     prompt_dropping: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.shift <= 0:
-            raise InputError(f"shift must be above 0, not {self.shift}")
+        for name in ("shift", "logit_std"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise InputError(f"{name} must be above 0 and finite, not {getattr(self, name)}")
+        for name in ("logit_mean", "mode_scale"):
+            if not math.isfinite(getattr(self, name)):
+                raise InputError(f"{name} must be finite, not {getattr(self, name)}")
         for name, choices in (("timesteps", get_args(Timesteps)), ("mask_loss", get_args(MaskLoss))):
             if getattr(self, name) not in choices:
                 raise InputError(f"{name} must be one of {', '.join(choices)}, not {getattr(self, name)!r}")
@@ -72,8 +77,6 @@ class ObjectiveSettings:
                 raise InputError(f"{name} must lie between 0 and 1, not {getattr(self, name)}")
         if self.audio_dropping + self.audio_output_dropping > 1:
             raise InputError("audio_dropping and audio_output_dropping together must be at most 1")
-        if self.logit_std <= 0:
-            raise InputError(f"logit_std must be above 0, not {self.logit_std}")
 
 
 def training_sigmas(shift: float) -> torch.Tensor:

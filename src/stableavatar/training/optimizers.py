@@ -88,8 +88,12 @@ class OptimizerSettings:
             if getattr(self, name) not in choices:
                 raise InputError(f"{name} must be one of {', '.join(choices)}, not {getattr(self, name)!r}")
         for name in ("learning_rate", "epsilon"):
-            if not getattr(self, name) > 0:
-                raise InputError(f"{name} must be above 0, not {getattr(self, name)}")
+            if not 0 < getattr(self, name) < math.inf:
+                raise InputError(f"{name} must be above 0 and finite, not {getattr(self, name)}")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise InputError(f"betas must be at least 0 and below 1, not {self.betas}")
+        if not 0 <= self.weight_decay < math.inf:
+            raise InputError(f"weight_decay must be at least 0 and finite, not {self.weight_decay}")
         if self.warmup_steps < 0:
             raise InputError(f"warmup_steps must be at least 0, not {self.warmup_steps}")
         if self.decay_steps is not None and (self.schedule == "constant" or self.decay_steps < 1):

@@ -3,7 +3,9 @@
 import hashlib
 from collections.abc import Callable
 
+import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from stableavatar.checkpoints.names import TRANSFORMER
 from stableavatar.errors import InputError
@@ -53,3 +55,11 @@ def trained_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
     if not chosen:
         raise InputError("no parameter of the model is trained")
     return chosen
+
+
+def is_finite(value: torch.Tensor) -> bool:
+    """Whether this process's part of a weight is."""
+    if isinstance(value, DTensor):
+        value = value.to_local()
+    part = getattr(value, "ds_tensor", value)  # ZeRO-3's
+    return bool(torch.isfinite(part).all())

@@ -81,7 +81,10 @@ class WholeState:
                 parameter.copy_(state.model[name])
         if self.ema is not None:
             self.ema.load(load_average(path), state.counters["ema_updates"])
-        self.optimizer.load_state_dict(state.optimizer)
+        try:
+            self.optimizer.load_state_dict(state.optimizer)
+        except (ValueError, KeyError, RuntimeError) as error:
+            raise CheckpointError(f"{path} is of another optimizer: {error}") from error
 
     def whole(self, value: torch.Tensor) -> torch.Tensor:
         return value

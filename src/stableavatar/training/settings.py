@@ -68,6 +68,8 @@ class TrainerSettings:
         for name, least in at_least.items():
             if getattr(self, name) < least:
                 raise InputError(f"{name} must be at least {least}, not {getattr(self, name)}")
+        if self.seed >= 2**63:
+            raise InputError(f"seed must be below 2**63, not {self.seed}")
         if not 0 <= self.ema_decay < 1:
             raise InputError(f"ema_decay must be at least 0 and below 1, not {self.ema_decay}")
         for name, choices in (("precision", get_args(Precision)), ("sharding", get_args(Sharding))):

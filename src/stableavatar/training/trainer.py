@@ -12,22 +12,15 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
-from typing import Any, Generic, Literal, Protocol, TypeVar
+from typing import Any, Generic, Literal, TypeVar
 
 import numpy as np
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
-from accelerate.utils import (
-    DistributedType,
-    gather_object,
-    is_tensorboard_available,
-    is_wandb_available,
-)
+from accelerate.utils import DistributedType, broadcast_object_list, gather_object
 from torch import nn
 
-from stableavatar.data.sampler import ClipKey, GroupedSampler
+from stableavatar.data.sampler import GroupedSampler
 from stableavatar.errors import CheckpointError, InputError
 from stableavatar.placement.sharding import shard_module
 from stableavatar.training.checkpoints import (
@@ -40,42 +33,31 @@ from stableavatar.training.checkpoints import (
     random_state,
     set_random_state,
 )
-from stableavatar.training.devices import backend, on_cpu
+from stableavatar.training.devices import configure_deepspeed, make_accelerator
 from stableavatar.training.efficiency import compile_blocks, enable_gradient_checkpointing
 from stableavatar.training.ema import MovingAverage
-from stableavatar.training.loader import open_batches
-from stableavatar.training.log import JsonLog, LossMeter, finite, flat
+from stableavatar.training.loader import SampleSource, open_batches
+from stableavatar.training.log import (
+    JsonLog,
+    LossMeter,
+    check_trackers,
+    finite,
+    flat,
+    plain,
+    tracker_arguments,
+)
 from stableavatar.training.objective import StepLoss
 from stableavatar.training.optimizers import clip_gradients, make_optimizer, set_constants, set_rate
-from stableavatar.training.parameters import trained_parameters
+from stableavatar.training.parameters import is_finite, trained_parameters
 from stableavatar.training.run_state import DeepSpeedState, RunState, ShardedState, WholeState
 from stableavatar.training.settings import TrainerSettings
 
 logger = logging.getLogger(__name__)
 
 Sample = TypeVar("Sample")
-SampleOut = TypeVar("SampleOut", covariant=True)
 Callback = Callable[[int], None]
 
 PROJECT = "stableavatar"
-
-
-class SampleSource(Protocol[SampleOut]):
-    """A data set whose samples are asked for by clip and pass, and which says what may share a step."""
-
-    @property
-    def fingerprint(self) -> str:
-        """Another one for other clips, in another order, or drawn otherwise."""
-        ...
-
-    @property
-    def groups(self) -> Sequence[Any]:
-        """For each clip, what it may share a step with."""
-        ...
-
-    def __getitem__(self, key: ClipKey) -> SampleOut:
-        """Sample of clip `key[0]` in pass `key[1]`."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -101,6 +83,8 @@ class Trainer(Generic[Sample]):
         callbacks: called with the number of steps done every `settings.callback_every` steps, with the
             averaged weights in place where there are any; they cannot disturb the run's random numbers. Where
             the model is spread over processes all of them call, else the first.
+        record: all settings of the training, for trackers and checkpoints: a run that goes on with others
+            says so. The trainer's alone, if None.
 
     Started by `torchrun` or `accelerate launch`, several processes share every step's clips and its gradient;
     the first of them writes.
@@ -120,6 +104,7 @@ class Trainer(Generic[Sample]):
         prepare: Callable[[Any, torch.device], Any] | None = None,
         identity: Mapping[str, Any] | None = None,
         callbacks: Iterable[Callback] = (),
+        record: Mapping[str, Any] | None = None,
     ) -> None:
         self.settings = settings
         self.folder = folder
@@ -128,24 +113,15 @@ class Trainer(Generic[Sample]):
         self.prepare = prepare
         self.identity = dict(identity or {})
         self.callbacks = tuple(callbacks)
+        self._record = plain(record or {"trainer": dataclasses.asdict(settings)})
         self.step = 0
         self.skipped_steps = 0
         self._bad_in_a_row = 0
         self._stop = False
         self._meter = LossMeter()
-        self._check_trackers()
-        self.accelerator = Accelerator(
-            gradient_accumulation_steps=settings.accumulation,
-            cpu=on_cpu(),
-            log_with=list(settings.trackers) or None,
-            project_dir=folder / "trackers",
-            # A step in which no clip hears its speech leaves the adapter without a gradient.
-            kwargs_handlers=[
-                # Gradients lie in the buckets they are sent in, else they would lie there once more.
-                DistributedDataParallelKwargs(find_unused_parameters=True, gradient_as_bucket_view=True),
-                InitProcessGroupKwargs(backend=backend(), timeout=timedelta(minutes=settings.wait_minutes)),
-            ],
-        )
+        check_trackers(settings.trackers)
+        self.accelerator = make_accelerator(settings, folder)
+        self._refuse_different_clips()
         if settings.gradient_checkpointing:
             enable_gradient_checkpointing(module)
         if settings.compile:
@@ -163,11 +139,15 @@ class Trainer(Generic[Sample]):
         self.ema = MovingAverage(self.parameters, settings.ema_decay) if settings.ema_decay else None
         self._state = self._run_state()
 
-    def _check_trackers(self) -> None:
-        there = {"tensorboard": is_tensorboard_available(), "wandb": is_wandb_available()}
-        for tracker in self.settings.trackers:
-            if not there[tracker]:
-                raise InputError(f"the tracker {tracker} is not installed: pip install {tracker}")
+    def _refuse_different_clips(self) -> None:
+        """A clip that one process alone could not open would shift all others there."""
+        each = self._everywhere(self.source.fingerprint)
+        other = next((rank for rank, theirs in enumerate(each) if theirs != each[0]), None)
+        if other is not None:
+            raise InputError(
+                f"process {other} has other clips than the first: all need the same files, and clips that "
+                "cannot be opened have to be out of the lists"
+            )
 
     @property
     def _deepspeed(self) -> bool:
@@ -195,26 +175,7 @@ class Trainer(Generic[Sample]):
         dtype = torch.bfloat16 if settings.precision == "bf16" else torch.float32
         optimizer = make_optimizer(settings.optimizer, trained_parameters(module), dtype)
         if self._deepspeed:
-            config = accelerator.deepspeed_plugin.deepspeed_config
-            offload = config.get("zero_optimization", {}).get("offload_optimizer", {})
-            if settings.optimizer.kind == "adamw-8bit" and offload.get("device", "none") != "none":
-                raise InputError(
-                    "where DeepSpeed offloads the optimizer it takes an Adam of its own: use adamw"
-                )
-            if settings.ema_decay and self.spread:
-                raise InputError("averaged weights cannot be kept of parameters that ZeRO-3 spreads")
-            if accelerator.mixed_precision != "no":
-                raise InputError(
-                    f"with mixed_precision {accelerator.mixed_precision} DeepSpeed would round all weights: "
-                    "set it to no in what accelerate launch reads; the recipe's trainer.precision is used"
-                )
-            # Weights and what the optimizer keeps stay float32, as everywhere.
-            config["torch_autocast"] = {"enabled": settings.precision == "bf16", "dtype": "bfloat16"}
-            config["train_micro_batch_size_per_gpu"] = settings.batch_size
-            config["gradient_accumulation_steps"] = settings.accumulation
-            config["train_batch_size"] = settings.batch_size * self.sampler.pieces
-            config["gradient_clipping"] = settings.optimizer.clip.norm
-            logger.info("DeepSpeed clips gradients to %g alone", settings.optimizer.clip.norm)
+            configure_deepspeed(accelerator, settings, pieces=self.sampler.pieces, spread=self.spread)
         prepared: tuple[nn.Module, torch.optim.Optimizer] = accelerator.prepare(module, optimizer)
         return prepared
 
@@ -244,11 +205,12 @@ class Trainer(Generic[Sample]):
             InputError: the seed, the batch or the data set are not the checkpoint's.
         """
         if checkpoint == "latest":
-            found = list_checkpoints(self.folder)
+            found = self.checkpoints()
             if not found:
                 raise CheckpointError(f"{self.folder} holds no complete checkpoint to resume from")
             checkpoint = found[-1]
-        counters = load_counters(checkpoint)
+        counters = load_counters(checkpoint, ("identity", "step", "skipped_steps", "bad_in_a_row", "meter"))
+        self._tell_of_changes(counters.get("record", self._record), checkpoint)
         stored = counters["identity"]
         different = [name for name, value in self._identity().items() if stored.get(name, value) != value]
         if different and not (new_data and not {"seed", *self.identity} & set(different)):
@@ -264,7 +226,18 @@ class Trainer(Generic[Sample]):
         self.skipped_steps = counters["skipped_steps"]
         self._bad_in_a_row = counters["bad_in_a_row"]
         self._meter = LossMeter(counters["meter"])
+        steps = self._everywhere(self.step)
+        if len(set(steps)) > 1:
+            raise InputError(
+                f"{checkpoint} is of other steps on other processes ({steps}): they need one storage"
+            )
         logger.info("resumed from %s at step %d", checkpoint, self.step)
+
+    def checkpoints(self) -> list[Path]:
+        """Complete ones of the folder, oldest first, as the first process sees them: storage that machines
+        share may show them to one sooner than to another."""
+        found: list[list[Path]] = broadcast_object_list([list_checkpoints(self.folder)])
+        return found[0]
 
     def train(self) -> TrainingResult:
         """Run until `settings.steps`, `settings.minutes` or `request_stop`.
@@ -274,7 +247,7 @@ class Trainer(Generic[Sample]):
                 checkpoint is from before them); the folder holds checkpoints of later steps than this run's.
         """
         settings = self.settings
-        later = [path for path in list_checkpoints(self.folder) if checkpoint_step(path) > self.step]
+        later = [path for path in self.checkpoints() if checkpoint_step(path) > self.step]
         if later:
             raise InputError(
                 f"{self.folder} holds checkpoints up to {later[-1].name}, and this run stands at step "
@@ -282,9 +255,8 @@ class Trainer(Generic[Sample]):
             )
         log = JsonLog(self.folder / "log.jsonl", self.step) if self.accelerator.is_main_process else None
         if settings.trackers:
-            # W&B would write where the command was given.
-            where = {"wandb": {"dir": str(self.folder / "trackers")}}
-            self.accelerator.init_trackers(PROJECT, flat(dataclasses.asdict(settings)), init_kwargs=where)
+            start = tracker_arguments(self.folder / "trackers", self.step)
+            self.accelerator.init_trackers(PROJECT, flat(self._record), init_kwargs=start)
         deadline = time.monotonic() + 60 * settings.minutes if settings.minutes is not None else None
         with open_batches(
             self.source,
@@ -295,18 +267,20 @@ class Trainer(Generic[Sample]):
             readers=settings.workers,
         ) as batches:
             self._train(batches, log, deadline)
-        return TrainingResult(self.step, self.skipped_steps, list_checkpoints(self.folder)[-1])
+        if self.step and self.skipped_steps == self.step:
+            raise InputError(
+                f"none of {self.step} steps was taken: no loss or gradient was finite. Look at the data, or "
+                "lower the learning rate"
+            )
+        return TrainingResult(self.step, self.skipped_steps, self.checkpoints()[-1])
 
     def _train(self, batches: Iterator[Any], log: JsonLog | None, deadline: float | None) -> None:
         """The loop, and a checkpoint at its end."""
         settings = self.settings
         self.module.train()
         # A run that stands at its checkpoint need not write that again.
-        saved = (
-            self.step
-            if any(checkpoint_step(path) == self.step for path in list_checkpoints(self.folder))
-            else -1
-        )
+        saved = self.step if self.step in map(checkpoint_step, self.checkpoints()) else -1
+        begun = self.step
         log_step, log_time = self.step, time.monotonic()
         while self.step < settings.steps:
             late = deadline is not None and time.monotonic() >= deadline
@@ -321,6 +295,7 @@ class Trainer(Generic[Sample]):
                     "gradient_norm": norm,
                     "skipped_steps": self.skipped_steps,
                     "clips_per_second": round(clips * (self.step - log_step) / seconds, 3),
+                    "stand_ins": sum(self._everywhere(getattr(self.source, "stand_ins", 0))),
                 }
                 if log is not None:
                     log.write({"step": self.step, **line})
@@ -328,7 +303,9 @@ class Trainer(Generic[Sample]):
                 self._meter, log_step, log_time = LossMeter(), self.step, time.monotonic()
             aside = time.monotonic()
             # Before the callbacks: one that fails must not take the steps since the last checkpoint with it.
-            if self.step % settings.checkpoint_every == 0 and not self._bad_in_a_row:
+            # What falls on a bad step comes after the next good one.
+            every = settings.checkpoint_every
+            if self.step // every > max(saved, begun) // every and not self._bad_in_a_row:
                 self.save()
                 saved = self.step
             # Only the first process may have callbacks; the others wait for it all the same.
@@ -351,8 +328,18 @@ class Trainer(Generic[Sample]):
         self.accelerator.end_training()
 
     def save(self) -> Path:
-        """Write a checkpoint of the state as it is; called on every process."""
+        """Write a checkpoint of the state as it is; called on every process.
+
+        Raises:
+            InputError: a weight is not finite; what was saved before stays.
+        """
         accelerator = self.accelerator
+        kept = [*self.parameters.values(), *(self.ema.state.values() if self.ema else ())]
+        if self._anywhere(not all(map(is_finite, kept))):
+            raise InputError(
+                f"weights are no longer finite at step {self.step}, which is not saved: go on from a "
+                f"checkpoint in {self.folder} with a lower learning rate"
+            )
         writer = CheckpointWriter(self.folder, self.step)
         if accelerator.is_main_process:
             writer.begin()
@@ -368,7 +355,7 @@ class Trainer(Generic[Sample]):
                 "ema_updates": self.ema.updates if self.ema else 0,
                 "meter": self._meter.state,
                 "identity": self._identity(),
-                "settings": dataclasses.asdict(self.settings),
+                "record": self._record,
             }
             writer.finish(counters, self.settings.keep_checkpoints)
         accelerator.wait_for_everyone()
@@ -460,14 +447,19 @@ class Trainer(Generic[Sample]):
         sigmas = torch.cat([nothing, *(result.sigma for result in results)])
         if self.accelerator.num_processes == 1:
             return errors, sigmas
-        everyone: list[tuple[torch.Tensor, torch.Tensor]] = gather_object([(errors.cpu(), sigmas.cpu())])
+        everyone = self._everywhere((errors.cpu(), sigmas.cpu()))
         return torch.cat([pair[0] for pair in everyone]), torch.cat([pair[1] for pair in everyone])
 
     def _anywhere(self, value: bool) -> bool:
         """Whether it is so on any process: all of them must leave the loop together."""
+        return any(self._everywhere(value))
+
+    def _everywhere(self, value: Any) -> list[Any]:
+        """Every process's value, by rank."""
         if self.accelerator.num_processes == 1:
-            return value
-        return any(gather_object([value]))
+            return [value]
+        each: list[Any] = gather_object([value])
+        return each
 
     def _generator(self, micro_step: int) -> torch.Generator:
         piece = self.sampler.piece(micro_step)
@@ -486,6 +478,16 @@ class Trainer(Generic[Sample]):
         finally:
             self.module.train()
             set_random_state(kept)
+
+    def _tell_of_changes(self, before: Mapping[str, Any], checkpoint: Path) -> None:
+        then, now = flat(before), flat(self._record)
+        changes = [
+            f"{name} {now.get(name)} (was {then.get(name)})"
+            for name in sorted({*then, *now})
+            if then.get(name) != now.get(name)
+        ]
+        if changes:
+            logger.warning("goes on from %s with other settings: %s", checkpoint, "; ".join(changes))
 
     def _identity(self) -> dict[str, Any]:
         """What must be the same for a resumed run to be the same run."""

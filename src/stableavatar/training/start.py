@@ -1,0 +1,190 @@
+"""What a training starts from: the transformer or an embedded model, encoders, and clips or a cache of
+them."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from stableavatar.checkpoints import loading
+from stableavatar.checkpoints.files import read_json
+from stableavatar.checkpoints.layout import detect_layout, find_published
+from stableavatar.config import SIZES
+from stableavatar.data.cache import CachedWindows, LatentCache
+from stableavatar.data.clips import FolderClip, TrainingClip, find_clips, read_path_list
+from stableavatar.data.dataset import ClipDataset
+from stableavatar.data.encoding import Encoders
+from stableavatar.data.puppets import ClipStore
+from stableavatar.errors import InputError
+from stableavatar.models.transformer import StableAvatarTransformer3DModel
+from stableavatar.pipeline import TINY, AvatarPipeline
+from stableavatar.placement.device import DTYPES
+from stableavatar.placement.slow_kernels import avoid_slow_kernels
+from stableavatar.training.recipes import DataChoice, ModelChoice, Recipe
+from stableavatar.training.tiny.avatar import TinyAvatar
+from stableavatar.training.tiny.feature_memory import use_training_kernels
+
+TRANSFORMER = "transformer"
+TEXT_ENCODER = "text_encoder"
+
+
+def embedded_avatar(recipe: Recipe, sizes: Mapping[str, Any]) -> TinyAvatar:
+    """The untrained parts of an embedded model for an autoencoder and a speech encoder of these sizes."""
+    assert recipe.model.embedded is not None
+    return TinyAvatar(
+        recipe.objective,
+        heads=recipe.model.embedded.heads,
+        layers=recipe.model.embedded.layers,
+        audio_dim=sizes["audio_dim"],
+        latent_channels=sizes["out_channels"],
+    )
+
+
+def start_embedded(recipe: Recipe, encoders: Encoders) -> TinyAvatar:
+    """The embedded model that a training starts from. Raises CheckpointError, InputError."""
+    sizes = {
+        "audio_dim": encoders.speech_encoder.config.hidden_size,
+        "out_channels": encoders.vae.config.z_dim,
+    }
+    avatar = embedded_avatar(recipe, sizes)
+    assert recipe.model.embedded is not None
+    if recipe.model.embedded.start is not None:
+        avatar.start_from(model_folder(recipe.model.embedded.start))
+    text_encoder = recipe.model.source / TEXT_ENCODER
+    if text_encoder.is_dir():
+        avatar.take_text_encoder(text_encoder)
+    return avatar
+
+
+def open_cache(recipe: Recipe, encoders: Encoders | None) -> Any:
+    """The cache of a recipe, or windows of its samples, checked against what of the encoders is there.
+
+    Raises:
+        InputError: there is none, or it was made otherwise.
+    """
+    assert recipe.data.cache is not None
+    cache = LatentCache(recipe.data.cache)
+    if encoders is not None:
+        cache.check_encoders(encoders)
+    origin = cache.manifest["origin"]
+    for name, stored, wanted in (
+        ("clips.frames", origin["dataset"]["frames"], recipe.data.clips.frames),
+        ("window_frames", origin["window_frames"], recipe.data.window_frames),
+    ):
+        if stored != wanted:
+            raise InputError(
+                f"{cache.folder} was made with data.{name} {stored}, and the recipe has {wanted}"
+            )
+    if recipe.objective.mask_loss != "none" and not origin["dataset"]["masks"]:
+        raise InputError(
+            f"{cache.folder} was made without masks, which objective.mask_loss "
+            f"{recipe.objective.mask_loss} needs"
+        )
+    return cache if recipe.data.window_frames is None else CachedWindows(cache, recipe.trainer.seed)
+
+
+def model_folder(source: Path) -> Path:
+    """The folder of a model; the embedded one's for `tiny`."""
+    return TINY if str(source) == "tiny" else source
+
+
+def start_device(recipe: Recipe, *, leads: bool) -> str:
+    """Where a process reads the transformer to: of a spread one all get the first's (`shard_module`)."""
+    return "meta" if recipe.trainer.sharding == "fsdp2" and not leads else "cpu"
+
+
+def load_start(choice: ModelChoice, device: str = "cpu") -> StableAvatarTransformer3DModel:
+    """The transformer that a training starts from, on a CPU unless told otherwise; on "meta" without its
+    values. Raises CheckpointError."""
+    dtype = DTYPES[choice.dtype]
+    source = model_folder(choice.source)
+    if detect_layout(source) == "own":
+        if choice.variant is not None:
+            raise InputError(f"{source} is one model: variant chooses among the published checkpoints")
+        whole = choice.transformer or source / TRANSFORMER
+        return loading.load_transformer(whole, dtype=dtype, device=device)
+    found = find_published(source)
+    base, overlay = _transformer_files(choice)
+    adapter: dict[str, Any] = {}
+    if overlay is None:  # no tensor tells the size of an adapter that starts anew
+        found.require(None, choice.size, parts=["speech_encoder"])
+        speech = read_json(_there(found.speech_encoder) / "config.json")
+        adapter["audio_dim"] = speech["hidden_size"]
+        adapter["audio_hidden_dim"] = SIZES[choice.size].transformer["audio_hidden_dim"]
+    return loading.load_transformer(
+        base, overlay, adapter, dtype=dtype, device=device, allow_missing_audio=overlay is None
+    )
+
+
+def starts_adapter(choice: ModelChoice) -> bool:
+    """Whether the training starts from a base model, which has no audio adapter yet."""
+    if choice.embedded is not None or detect_layout(model_folder(choice.source)) == "own":
+        return False
+    return _transformer_files(choice)[1] is None
+
+
+def _transformer_files(choice: ModelChoice) -> tuple[Any, Any]:
+    """Of the published checkpoints the base model's, and those of a transformer that hears, or None."""
+    base, overlay = find_published(choice.source).transformer_files(choice.variant, choice.size)
+    return base, choice.transformer or overlay
+
+
+def load_encoders(choice: ModelChoice, device: torch.device) -> Encoders:
+    """The frozen encoders of a model; of an embedded one, whose others are trained, autoencoder and speech
+    encoder. Raises CheckpointError."""
+    dtype = DTYPES[choice.encoder_dtype]
+    source = model_folder(choice.source)
+    parts: dict[str, Any]
+    if choice.embedded is not None:
+        parts = {
+            "vae": loading.load_vae(source / "vae", dtype=dtype),
+            "speech_encoder": loading.load_speech_encoder(source / "speech_encoder", dtype=torch.float32),
+        }
+    elif detect_layout(source) == "own":
+        pipeline = AvatarPipeline.from_pretrained(source, dtype=dtype, transformer=None)
+        names = ("vae", "speech_encoder", "text_encoder", "tokenizer", "image_encoder")
+        parts = {name: pipeline.components[name] for name in names}
+    else:
+        found = find_published(source)
+        found.require(None, choice.size)
+        parts = {
+            "vae": loading.load_vae(_there(found.vae), dtype=dtype),
+            "text_encoder": loading.load_text_encoder(_there(found.text_encoder), dtype=dtype),
+            "tokenizer": loading.load_tokenizer(_there(found.tokenizer)),
+            "image_encoder": loading.load_image_encoder(_there(found.image_encoder), dtype=dtype),
+            "speech_encoder": loading.load_speech_encoder(_there(found.speech_encoder), dtype=torch.float32),
+        }
+    if device.type == "cpu":
+        (avoid_slow_kernels if parts["vae"].dtype == torch.float32 else use_training_kernels)(parts["vae"])
+    return Encoders(
+        **parts,
+        text_length=_text_length(choice),
+        device=device,
+        offload=choice.offload_encoders,
+    )
+
+
+def _text_length(choice: ModelChoice) -> int:
+    """How many tokens of a prompt the transformer takes; embedded models encode their prompts themselves."""
+    source = model_folder(choice.source)
+    if choice.embedded is None and detect_layout(source) == "own":
+        config = (choice.transformer or source / TRANSFORMER) / "config.json"
+        if config.is_file():
+            return int(read_json(config)["text_length"])
+    return int(SIZES[choice.size].transformer["text_length"])
+
+
+def open_clips(choice: DataChoice) -> ClipDataset:
+    """The clips of a recipe. Raises InputError for what cannot be read."""
+    folders = [folder for path in choice.lists for folder in read_path_list(path)]
+    folders += [folder for root in choice.folders for folder in find_clips(root)]
+    if not choice.puppets:
+        return ClipDataset.from_folders(folders, choice.clips)
+    clips: list[TrainingClip] = [clip for store in choice.puppets for clip in ClipStore(store)]
+    return ClipDataset([*clips, *map(FolderClip.open, folders)], choice.clips)
+
+
+def _there(path: Path | None) -> Path:
+    assert path is not None  # `require` has seen to it
+    return path
