@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from torch.utils.data import DataLoader
 
 from clip_folders import SIDE, write_clip
 from media_files import write_video
@@ -131,6 +132,33 @@ def test_what_cannot_be_read_is_named_or_skipped_and_counted(root: Path, what: s
     damage(good, "picture")
     with pytest.raises(InputError):
         ClipDataset.from_folders([bad, good], ClipDatasetSettings(frames=9, on_error="skip"))[0, 0]
+
+
+def test_no_clip_stands_in_for_all_that_cannot_be_read(root: Path) -> None:
+    clips = [write_clip(root / "speech" / f"{k:05d}", frames=24) for k in range(1, 11)]
+    for clip in clips[2:8]:
+        damage(clip, "sound")
+    settings = ClipDatasetSettings(frames=9, on_error="skip", masks=False)
+    dataset = ClipDataset.from_folders(clips, settings)
+    taken = [dataset[index, epoch] for epoch in range(10) for index in range(10)]
+    counts = Counter(sample.clip.name for sample in taken)
+    assert len(counts) == 4
+    assert max(counts.values()) < 2 * min(counts.values())
+    assert len({(sample.clip.name, sample.window.start) for sample in taken}) > 30
+    assert dataset.stand_ins == 60
+    again = ClipDataset.from_folders(clips, settings)
+    assert [again[3, epoch].window for epoch in range(5)] == [
+        taken[10 * epoch + 3].window for epoch in range(5)
+    ]
+
+
+def test_stand_ins_are_counted_in_readers_too(root: Path) -> None:
+    clips = [write_clip(root / "speech" / f"{k:05d}", frames=24) for k in range(1, 3)]
+    damage(clips[0], "sound")
+    dataset = ClipDataset.from_folders(clips, ClipDatasetSettings(frames=9, on_error="skip", masks=False))
+    reading = DataLoader(dataset, batch_sampler=[[(0, 0)], [(1, 0)], [(0, 1)]], collate_fn=len, num_workers=2)  # type: ignore[var-annotated,arg-type]
+    assert list(reading) == [1, 1, 1]
+    assert dataset.stand_ins == 2
 
 
 def test_clips_that_do_not_fit_are_refused(root: Path) -> None:

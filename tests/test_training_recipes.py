@@ -16,51 +16,26 @@ from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
 from clip_folders import write_clip
-from command_line import portrait, run, speech, toy_model
-from published_toy import write_published
-from stableavatar.checkpoints import loading
-from stableavatar.checkpoints.lora import merge_loras, read_lora
+from command_line import portrait, run, speech
+from recipe_toys import RECIPES, SQUARE, toy, write_data
+from stableavatar.checkpoints.lora import read_lora
 from stableavatar.config import SIZES
 from stableavatar.errors import InputError
 from stableavatar.media.reading import probe, read_frames, read_metadata
 from stableavatar.models.transformer import StableAvatarTransformer3DModel
-from stableavatar.pipeline import AvatarPipeline
 from stableavatar.training.checkpoints import list_checkpoints
 from stableavatar.training.log import read_log
 from stableavatar.training.parameters import freeze_others, trained_by_recipe
-from stableavatar.training.recipes import ModelChoice, load_recipe
-from stableavatar.training.run import cache_latents, load_start, prepare_training, start_device
+from stableavatar.training.recipes import load_recipe
+from stableavatar.training.run import cache_latents, prepare_training
 from toy import toy_transformer
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerator")
 
-# That of `tiny` is run in test_training_tiny_transformer.py.
-RECIPES = sorted(
-    path
-    for path in (Path(__file__).parents[1] / "recipes").glob("*.yaml")
-    if not path.stem.startswith("tiny")
-)
-SQUARE = RECIPES[0].with_name("1.3b-square.yaml")
-
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A path list of four clips of two sizes."""
-    root = tmp_path_factory.mktemp("data")
-    for k in range(4):
-        write_clip(root / "speech" / f"{k:05d}", frames=12, size=(32, 32) if k < 2 else (48, 32))
-    (root / "list.txt").write_text("".join(f"speech/{k:05d}\n" for k in range(4)))
-    return root / "list.txt"
-
-
-def toy(data: Path, output: Path, *more: str) -> list[str]:
-    """What brings any recipe to toy size."""
-    return [
-        f"output={output}", f"model.source={toy_model()}", "model.variant=null", "model.transformer=null",
-        "model.encoder_dtype=float32", f"data.lists=[{data}]", "data.clips.frames=9", "trainer.steps=2",
-        "trainer.workers=0", "trainer.precision=fp32", "trainer.sharding=none", "trainer.log_every=1",
-        "trainer.optimizer.warmup_steps=1", *more,
-    ]  # fmt: skip
+    return write_data(tmp_path_factory.mktemp("data"))
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
@@ -323,99 +298,6 @@ def test_a_lora_beside_a_spread_model_is_that_of_one_process(data: Path, tmp_pat
         assert layer.up.norm() > 0, name  # it starts at zero
         for mine, wanted in ((layers[1][name].up, layer.up), (layers[1][name].down, layer.down)):
             assert (mine - wanted).norm() < 0.1 * wanted.norm(), name
-
-
-class TestStart:
-    def test_of_a_model_that_is_spread_the_first_process_alone_has_values(self) -> None:
-        spread, whole = (load_recipe(SQUARE, [f"trainer.sharding={way}"]) for way in ("fsdp2", "none"))
-        homes = [start_device(recipe, leads=leads) for recipe in (spread, whole) for leads in (True, False)]
-        assert homes == ["cpu", "meta", "cpu", "cpu"]
-
-    def test_without_its_values_it_is_the_same_model(
-        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        write_published(tmp_path)
-        fresh: list[dict[str, torch.Tensor]] = []
-        made = loading._fresh_audio
-        monkeypatch.setattr(loading, "_fresh_audio", lambda *given: fresh.append(made(*given)) or fresh[-1])
-        for variant in (None, "square"):
-            whole, empty = (load_start(ModelChoice(tmp_path, variant=variant), at) for at in ("cpu", "meta"))
-            assert all(value.is_meta for value in empty.parameters())
-            assert empty.config == whole.config
-            wanted = {name: (value.shape, value.dtype) for name, value in whole.state_dict().items()}
-            assert {n: (v.shape, v.dtype) for n, v in empty.state_dict().items()} == wanted
-        assert fresh[0].keys() == fresh[1].keys()
-        assert [{value.is_meta for value in state.values()} for state in fresh] == [{False}, {True}]
-
-    def test_the_base_starts_with_a_new_adapter_and_a_variant_with_its_own(
-        self, data: Path, tmp_path: Path
-    ) -> None:
-        write_published(tmp_path / "checkpoints")
-        started = {}
-        for name, variant in (("base", "null"), ("square", "square")):
-            AcceleratorState._reset_state(True)
-            more = [f"model.source={tmp_path / 'checkpoints'}", f"model.variant={variant}"]
-            training = prepare_training(load_recipe(SQUARE, toy(data, tmp_path / name, *more)))
-            state = training.avatar.transformer.state_dict()
-            started[name] = {key: value.clone() for key, value in state.items()}
-            assert training.run()[0].step == 2
-        assert not started["base"]["blocks.0.attn2.k_vocal.weight"].any()
-        assert started["square"]["blocks.0.attn2.k_vocal.weight"].any()
-
-    def test_what_it_made_becomes_a_model_to_generate_with(self, data: Path, tmp_path: Path) -> None:
-        published = tmp_path / "checkpoints"
-        write_published(published)
-        more = [f"model.source={published}", "model.variant=square"]
-        _, made = prepare_training(load_recipe(SQUARE, toy(data, tmp_path / "run", *more))).run()
-        done = run("convert", published, tmp_path / "mine", "--transformer", made)
-        assert done.exit_code == 0, done.output
-        wanted = StableAvatarTransformer3DModel.from_pretrained(made).state_dict()
-        mine = AvatarPipeline.from_pretrained(tmp_path / "mine")
-        for name, value in mine.transformer.state_dict().items():
-            torch.testing.assert_close(value, wanted[name], rtol=0, atol=0)
-
-    def test_it_goes_on_from_an_export(self, data: Path, tmp_path: Path) -> None:
-        _, made = prepare_training(load_recipe(SQUARE, toy(data, tmp_path / "first"))).run()
-        AcceleratorState._reset_state(True)
-        more = [f"model.transformer={made}"]
-        second = prepare_training(load_recipe(SQUARE, toy(data, tmp_path / "second", *more)))
-        exported = StableAvatarTransformer3DModel.from_pretrained(made).state_dict()
-        for name, value in second.avatar.transformer.state_dict().items():
-            assert torch.equal(value, exported[name]), name
-
-
-class TestLora:
-    def test_its_file_is_the_model_that_was_trained(self, data: Path, tmp_path: Path) -> None:
-        path = SQUARE.with_name("1.3b-square-lora.yaml")
-        more = ["lora.rank=3", "lora.alpha=6", "model.dtype=float32", "trainer.optimizer.learning_rate=0.1"]
-        training = prepare_training(load_recipe(path, toy(data, tmp_path, *more)))
-        _, made = training.run()
-        trained = training.avatar.transformer
-        merged = toy_transformer()
-        merge_loras(merged, [(read_lora(made, merged), 1.0)])
-        arguments = inputs()
-        with torch.no_grad():
-            found, wanted, base = (
-                model(*arguments).sample for model in (merged, trained.eval(), toy_transformer())
-            )
-        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
-        assert (wanted - base).abs().max() > 1e-2
-        pipeline = AvatarPipeline.from_pretrained(toy_model())
-        pipeline.load_lora_weights(made)
-        with torch.no_grad():
-            torch.testing.assert_close(pipeline.transformer(*arguments).sample, wanted, rtol=1e-4, atol=1e-5)
-
-    def test_unknown_layers_are_refused(self, data: Path, tmp_path: Path) -> None:
-        path = SQUARE.with_name("1.3b-square-lora.yaml")
-        more = ["lora.targets=[to_qk]", "model.dtype=float32"]
-        with pytest.raises(InputError, match="to_qk"):
-            prepare_training(load_recipe(path, toy(data, tmp_path, *more)))
-
-
-def inputs() -> tuple[torch.Tensor, ...]:
-    generator = torch.Generator().manual_seed(1)
-    shapes = ((1, 16, 3, 4, 4), (1, 20, 3, 4, 4), (1,), (1, 48, 16), (1, 5, 32), (1, 18, 24))
-    return tuple(torch.randn(shape, generator=generator) for shape in shapes)
 
 
 class TestCommands:

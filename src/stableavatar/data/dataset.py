@@ -207,10 +207,11 @@ class ClipDataset(Dataset[ClipSample]):
             return sample
         with self._stand_ins.get_lock():
             self._stand_ins.value += 1
-        rng = np.random.default_rng((self.settings.seed, index, epoch, 1))
+        drawn = (self.settings.seed, index, epoch)
         alike = [other for other, group in enumerate(self.groups) if group == self.groups[index]]
-        for other in rng.permutation(alike):
-            sample = self._sample(int(other), rng)
+        for number, other in enumerate(np.random.default_rng((*drawn, 0)).permutation(alike), 1):
+            # A generator of its own: what is drawn must not depend on what was found unreadable before.
+            sample = self._sample(int(other), np.random.default_rng((*drawn, number)))
             if sample is not None:
                 return sample
         raise InputError(

@@ -6,11 +6,13 @@ python -m stableavatar.training.estimates --out docs/scaling.md
 import argparse
 import functools
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -18,7 +20,7 @@ from stableavatar.config import SIZES
 from stableavatar.errors import InputError
 from stableavatar.evaluation.report import put_between
 from stableavatar.models.transformer import StableAvatarTransformer3DModel
-from stableavatar.training.lora import add_lora
+from stableavatar.training.lora import LoraSettings, add_lora
 from stableavatar.training.parameters import freeze_others, trained_by_recipe
 from stableavatar.training.recipes import Recipe, load_recipe
 
@@ -69,8 +71,8 @@ def estimate(recipe: Recipe, gpus: int) -> Estimate:
     """Compute the estimate of a recipe for its largest clips.
 
     Weights, gradients and states lie on every GPU, or are spread over them (FSDP2), whole only for the block
-    that runs and for what is not in blocks. Gradient checkpointing keeps every block's input and, one at a
-    time, what is within a block.
+    that runs and for what is not in blocks. Of activations what autograd keeps is counted; with gradient
+    checkpointing every block's input, what is within a block one at a time, and all of the audio adapter.
 
     Raises:
         InputError: the recipe trains the embedded model, whose sizes are not among those of `config.SIZES`.
@@ -80,10 +82,7 @@ def estimate(recipe: Recipe, gpus: int) -> Estimate:
     settings = SIZES[recipe.model.size].transformer
     with torch.device("meta"):
         model = StableAvatarTransformer3DModel(**settings)
-    if recipe.lora is not None:
-        add_lora(model, recipe.lora)
-    else:
-        freeze_others(model, trained_by_recipe)
+    _train_as(model, recipe.lora)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     frozen = sum(p.numel() for p in model.parameters()) - trained
     of_frozen = 2 if recipe.model.dtype == "bfloat16" else 4
@@ -96,15 +95,13 @@ def estimate(recipe: Recipe, gpus: int) -> Estimate:
         shape for path in recipe.data.lists for name, shape in SHAPES.items() if f"_{name}_" in path.name
     }
     width, height = max(shapes or {SHAPES["square"]}, key=lambda shape: shape[0] * shape[1])
-    tokens = frames * (height // 16) * (width // 16)
-    dim = settings["num_attention_heads"] * settings["attention_head_dim"]
     clips = recipe.trainer.batch_size
-    # In a block: bfloat16 q, k, v and results of four attentions, float32 copies for norms and modulation,
-    # and the feed-forward's hidden layer before and after its activation.
-    inside = tokens * (dim * (2 * 12 + 4 * 6) + settings["ffn_dim"] * 4)
     layers = settings["num_layers"]
     recomputed = recipe.trainer.gradient_checkpointing
-    activations = tokens * dim * 2 * layers + inside if recomputed else inside * layers
+    outer, inside, between = _activations(
+        recipe.model.size, frames, height // 8, width // 8, _features(recipe), recipe.lora
+    )
+    activations = outer + (between * layers + inside if recomputed else inside * layers)
     passes = 1 + recomputed + (1 if recipe.lora is not None else 2)
     spread = 1 / share
     return Estimate(
@@ -131,12 +128,23 @@ def _features(recipe: Recipe) -> int:
     return int(recipe.data.clips.frames / 25 * 50)
 
 
-@functools.cache
-@torch.no_grad()
-def _forward_operations(size: str, frames: int, height: int, width: int, features: int) -> float:
+def _train_as(model: StableAvatarTransformer3DModel, lora: LoraSettings | None) -> None:
+    if lora is not None:
+        add_lora(model, lora)
+    else:
+        freeze_others(model, trained_by_recipe)
+
+
+def _sizes(size: str, layers: int | None = None) -> dict[str, Any]:
+    """The transformer's settings, of a number of layers, those that follow from others filled in."""
     with torch.device("meta"):
         config = StableAvatarTransformer3DModel(**{**SIZES[size].transformer, "num_layers": 0}).config
-    config = {**config, "num_layers": SIZES[size].transformer["num_layers"]}
+    return {**config, "num_layers": SIZES[size].transformer["num_layers"] if layers is None else layers}
+
+
+def _inputs(
+    config: Mapping[str, Any], frames: int, height: int, width: int, features: int
+) -> list[torch.Tensor]:
     shapes = (
         (1, config["out_channels"], frames, height, width),
         (1, config["in_channels"] - config["out_channels"], frames, height, width),
@@ -145,6 +153,63 @@ def _forward_operations(size: str, frames: int, height: int, width: int, feature
         (1, 257, config["image_dim"]),
         (1, features, config["audio_dim"]),
     )
+    return [torch.zeros(shape) for shape in shapes]
+
+
+def _pretend(model: nn.Module) -> None:
+    """Parameters on "meta" into such as claim to lie on a CPU, where there is autocast; within a
+    FakeTensorMode."""
+    for module in model.modules():
+        for name, value in module._parameters.items():
+            if value is not None:
+                made = torch.zeros(value.shape, dtype=value.dtype)
+                module._parameters[name] = nn.Parameter(made, requires_grad=value.requires_grad)
+
+
+@functools.cache
+def _activations(
+    size: str, frames: int, height: int, width: int, features: int, lora: LoraSettings | None
+) -> tuple[float, float, float]:
+    """Bytes that the backward pass of a clip needs, of what autograd keeps in bfloat16: outside the blocks
+    (the audio adapter above all), within one, and of a block's input."""
+    kept = []
+    for layers in (1, 2):
+        config = _sizes(size, layers)
+        with torch.device("meta"):
+            model = StableAvatarTransformer3DModel.from_config(config)
+            _train_as(model, lora)
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            _pretend(model)
+            own = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
+            storages: dict[int, Any] = {}
+            inputs: list[int] = []
+
+            def keep(
+                tensor: torch.Tensor, own: set[int] = own, storages: dict[int, Any] = storages
+            ) -> torch.Tensor:
+                storage = tensor.untyped_storage()
+                if storage._cdata not in own:
+                    storages[storage._cdata] = storage
+                return tensor
+
+            model.blocks[0].register_forward_pre_hook(
+                lambda _block, given, inputs=inputs: inputs.append(given[0].nbytes)
+            )
+            with (
+                torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+                torch.autocast("cpu", torch.bfloat16, cache_enabled=False),
+            ):
+                result = model(*_inputs(config, frames, height, width, features)).sample
+            kept.append(sum(storage.nbytes() for storage in storages.values()))
+            del result
+    inside = kept[1] - kept[0]
+    return kept[0] - inside, inside, inputs[0]
+
+
+@functools.cache
+@torch.no_grad()
+def _forward_operations(size: str, frames: int, height: int, width: int, features: int) -> float:
+    config = _sizes(size)
     # Tensors without values, that claim to lie on a CPU: there is no autocast, which the model switches off
     # in places, for those that say they have none. A CPU's attention is not among what the counter knows.
     attention = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_operations}
@@ -153,7 +218,7 @@ def _forward_operations(size: str, frames: int, height: int, width: int, feature
         FlopCounterMode(display=False, custom_mapping=attention) as counter,
     ):
         counted = StableAvatarTransformer3DModel.from_config(config)
-        counted(*(torch.zeros(shape) for shape in shapes))
+        counted(*_inputs(config, frames, height, width, features))
     return float(counter.get_total_flops())
 
 
