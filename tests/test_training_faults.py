@@ -192,6 +192,14 @@ class Other(Points):
 
 try:
     trainer = Trainer(Fit(), Other(), torch.stack, settings(), Path(sys.argv[2]))
+    if sys.argv[1] == "random":
+        rank, folder = int(os.environ["RANK"]), Path(sys.argv[2])
+        for name, steps in (("whole", 12), ("parts", 7), ("parts", 12)):
+            torch.manual_seed(rank if name == "whole" or steps == 7 else 999)
+            trainer = Trainer(Fit(), Other(), torch.stack, settings(steps=steps), folder / name)
+            if (folder / name).exists():
+                trainer.resume("latest")
+            trainer.train()
     if sys.argv[1] == "steps":
         trainer.train()
         if os.environ["RANK"] == "1":  # to which shared storage still shows an older state
@@ -221,6 +229,11 @@ def pair(tmp_path: Path, what: str) -> str:
 
 def test_processes_with_other_clips_are_refused(tmp_path: Path) -> None:
     assert pair(tmp_path, "clips").count("refused: process 1 has other clips than the first") == 2
+
+
+def test_every_process_goes_on_with_its_own_random_numbers(tmp_path: Path) -> None:
+    assert "refused" not in pair(tmp_path, "random")
+    assert_same_run(tmp_path / "run" / "whole", tmp_path / "run" / "parts")
 
 
 def test_the_first_process_says_which_checkpoint_is_the_latest(tmp_path: Path) -> None:

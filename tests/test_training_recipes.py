@@ -64,6 +64,30 @@ def test_every_recipe_builds_its_model_and_runs(path: Path, data: Path, tmp_path
 
 
 @pytest.mark.parametrize(
+    "path", [path for path in RECIPES if "lora" not in path.stem], ids=lambda path: path.stem
+)
+def test_full_recipes_have_the_published_values(path: Path) -> None:
+    """Spec 4, "Objective"."""
+    recipe = load_recipe(path)
+    optimizer, clip = recipe.trainer.optimizer, recipe.trainer.optimizer.clip
+    assert (optimizer.kind, optimizer.betas, optimizer.weight_decay) == ("adamw", (0.9, 0.999), 3e-2)
+    assert (optimizer.epsilon, optimizer.warmup_steps, optimizer.schedule) == (1e-10, 100, "constant")
+    assert optimizer.learning_rate in (2e-5, 1e-4)
+    assert clip.norm == 0.05
+    assert clip.start_ratio > 1
+    assert clip.abnormal_ratio is not None
+    assert (recipe.trainer.precision, recipe.trainer.gradient_checkpointing) == ("bf16", True)
+    assert (recipe.trainer.batch_size, recipe.data.clips.frames) == (1, 81)
+    objective = recipe.objective
+    assert (objective.timesteps, objective.mask_loss, objective.motion_ratio) == ("uniform", "drawn", 0.0)
+    assert (objective.audio_dropping, objective.clip_level_audio, objective.prompt_dropping) == (
+        0.1,
+        0.3,
+        0.0,
+    )
+
+
+@pytest.mark.parametrize(
     ("override", "what"),
     [
         ("trainer.batchsize=2", r"trainer\.batchsize: there is no such setting"),
