@@ -3,9 +3,16 @@
 import base64
 import io
 import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Sequence
+from dataclasses import asdict
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -18,10 +25,11 @@ from media_files import tone, write_video
 from stableavatar.data.clips import FolderClip, read_path_list
 from stableavatar.data.dataset import ClipDataset, ClipDatasetSettings
 from stableavatar.data.landmarks import NETWORKS, FaceLandmarker, networks_folder
-from stableavatar.data.prepare import prepare, shape_of
+from stableavatar.data.prepare import prepare, prepare_video, shape_of
+from stableavatar.data.prepare_state import PrepareState
 from stableavatar.data.puppets import make_clip
 from stableavatar.data.stretches import PrepareSettings, Stretch, find_stretches, judge
-from stableavatar.errors import InputError
+from stableavatar.errors import InputError, StorageError
 from stableavatar.media.audio import Speech
 from stableavatar.media.reading import probe, read_frames, read_frames_at
 
@@ -263,3 +271,152 @@ def test_settings_that_cannot_be() -> None:
         PrepareSettings(kind="whispering")
     with pytest.raises(InputError, match="not possible"):
         PrepareSettings(least_seconds=3, most_seconds=2)
+
+    def test_another_raw_folder_adds_its_clips(self, tmp_path: Path) -> None:
+        for name, seed in (("first", 951_010), ("second", 951_011)):
+            video(tmp_path / name / "a.mp4", [puppet(seed, 0.8)])
+        for name in ("first", "second"):
+            counts = prepare(tmp_path / name, tmp_path / "data", SHORT, tell=lambda _: None)
+        assert counts == {"kept": 2, "dropped": 0, "videos": 2}
+        assert len(read_path_list(tmp_path / "data" / "video_square_path.txt")) == 2
+        said: list[str] = []
+        (tmp_path / "first").rename(tmp_path / "moved")
+        prepare(tmp_path / "moved", tmp_path / "data", SHORT, tell=said.append)
+        assert said == ["1 of 1 videos were prepared before"]
+
+    def test_lists_keep_what_others_wrote_and_took_out(self, raw: Path, tmp_path: Path) -> None:
+        data = tmp_path / "data"
+        data.mkdir()
+        file = data / "video_square_path.txt"
+        file.write_text("square/speech/90001\n/elsewhere/7\n")
+        prepare(raw, data, SHORT, tell=lambda _: None)
+        lines = file.read_text().splitlines()
+        assert lines[:2] == ["square/speech/90001", "/elsewhere/7"]
+        assert len(lines) == 5
+        file.write_text("\n".join(lines[:2] + lines[3:]) + "\n")
+        shutil.rmtree(data / lines[3])
+        video(raw / "three.mp4", [puppet(951_003, 0.8)])
+        prepare(raw, data, SHORT, tell=lambda _: None)
+        after = file.read_text().splitlines()
+        assert after[:3] == [*lines[:2], lines[4]]
+        assert len(after) == 4
+        assert after[3] not in lines
+
+    def test_a_list_that_becomes_empty_goes(self, tmp_path: Path) -> None:
+        raw, data = tmp_path / "raw", tmp_path / "data"
+        video(raw / "a.mp4", [puppet(951_000, 0.8)])
+        prepare(raw, data, SHORT, tell=lambda _: None)
+        video(raw / "a.mp4", [empty(0.8)])
+        assert prepare(raw, data, SHORT, tell=lambda _: None)["kept"] == 0
+        assert not (data / "video_square_path.txt").exists()
+
+    def test_its_own_clips_are_no_raw_videos(self, tmp_path: Path) -> None:
+        video(tmp_path / "raw" / "a.mp4", [puppet(951_000, 0.8)])
+        for _ in range(2):
+            counts = prepare(tmp_path / "raw", tmp_path / "raw" / "data", SHORT, tell=lambda _: None)
+        assert counts["videos"] == 1
+
+    def test_a_full_disk_is_no_verdict_on_a_video(
+        self, raw: Path, tmp_path: Path, landmarker: FaceLandmarker, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def full(*_: object, **__: object) -> None:
+            raise StorageError("no room")
+
+        for place in ("stableavatar.data.stretches.Speech.open", "stableavatar.data.prepare.write_clip"):
+            with monkeypatch.context() as patch:
+                patch.setattr(place, full)
+                with pytest.raises(StorageError):
+                    prepare_video(raw / "one.mp4", tmp_path / "work", SHORT)
+
+    def test_what_is_not_the_videos_doing_is_tried_again(self, raw: Path, tmp_path: Path) -> None:
+        state = PrepareState.open(tmp_path, SHORT)
+        state.add(raw / "one.mp4", raw, [asdict(Stretch(0, 0, "MemoryError"))], settled=False)
+        again = PrepareState.open(tmp_path, SHORT)
+        assert again.videos["one.mp4"]["stretches"][0]["reason"] == "MemoryError"
+        assert not again.has(raw / "one.mp4")
+        again.add(raw / "one.mp4", raw, [asdict(Stretch(0, 9, "silent"))])
+        assert again.has(raw / "one.mp4")
+
+    def test_a_clip_ends_with_its_sound(self, tmp_path: Path) -> None:
+        raw, data = tmp_path / "raw", tmp_path / "data"
+        raw.mkdir()
+        write_video(raw / "a.mp4", list(puppet(951_000, 2.0)), tone(1.0, 48_000, 300))
+        write_video(raw / "b.mp4", list(puppet(951_001, 1.0)), tone(0.2, 48_000, 300))
+        assert prepare(raw, data, SHORT, tell=lambda _: None) == {"kept": 1, "dropped": 1, "videos": 2}
+        (folder,) = read_path_list(data / "video_square_path.txt")
+        clip = FolderClip.open(folder)
+        assert clip.length == pytest.approx(25, abs=1)
+        clip.read_speech(0, clip.length)
+        assert "s of sound" in (data / "prepare.json").read_text()
+
+    @pytest.mark.parametrize("how", ["SIGKILL", "SIGTERM", "SIGINT"])
+    def test_a_run_that_is_ended_leaves_no_worker_and_goes_on(
+        self, raw: Path, tmp_path: Path, how: str
+    ) -> None:
+        for number in range(3):
+            video(raw / f"more{number}.mp4", [puppet(951_020 + number, 2.0)])
+        command = [
+            sys.executable, "-m", "stableavatar", "prepare", str(raw), str(tmp_path / "data"), "--workers", "2",
+            "--least-seconds", "0.5",
+        ]  # fmt: skip
+        started = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        state = tmp_path / "data" / "prepare.json"
+        while not state.exists():
+            assert started.poll() is None
+            time.sleep(0.02)
+        workers = set(children(started.pid))
+        assert len(workers) >= 2
+        started.send_signal(getattr(signal, how))
+        assert started.wait(20) != 0
+        deadline = time.monotonic() + 20
+        while any(Path(f"/proc/{worker}/fd").exists() and alive(worker) for worker in workers):
+            assert time.monotonic() < deadline, "workers go on"
+            time.sleep(0.05)
+        before = json.loads(state.read_text())["videos"]
+        assert 0 < len(before) < 6
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+        assert len(json.loads(state.read_text())["videos"]) == 6
+
+
+def children(parent: int) -> list[int]:
+    return [int(pid) for pid in Path(f"/proc/{parent}/task/{parent}/children").read_text().split()]
+
+
+def alive(process: int) -> bool:
+    """Whether it runs, and does not only wait for somebody to ask how it ended."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+@pytest.mark.parametrize(
+    ("values", "what"),
+    [
+        ({"most_seconds": float("inf")}, "finite"),
+        ({"least_face": 5.0}, "least_face"),
+        ({"least_face": float("nan")}, "least_face"),
+        ({"most_motion": float("nan")}, "most_motion"),
+        ({"prompt": "  "}, "prompt is empty"),
+    ],
+)
+def test_values_that_cannot_be(values: dict[str, Any], what: str) -> None:
+    with pytest.raises(InputError, match=what):
+        PrepareSettings(**values)
+
+
+@pytest.mark.parametrize("content", ["{}", "[]", "{", '{"settings": 3}'])
+def test_a_damaged_state_is_named(tmp_path: Path, content: str) -> None:
+    (tmp_path / "prepare.json").write_text(content)
+    with pytest.raises(InputError, match=r"prepare\.json is damaged"):
+        PrepareState.open(tmp_path, SHORT)
+
+
+def test_folders_that_are_not_there_or_files(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="there is no such folder"):
+        prepare(tmp_path / "nowhere", tmp_path / "data", SHORT)
+    (tmp_path / "raw").mkdir()
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="is a file"):
+        prepare(tmp_path / "raw", tmp_path / "file", SHORT)

@@ -9,6 +9,10 @@ class InputError(StableAvatarError, ValueError):
     """A file or an option that was given cannot be used as it is."""
 
 
+class StorageError(InputError):
+    """Something cannot be written: no room, no right. What was read is not to blame."""
+
+
 class CheckpointError(StableAvatarError):
     """A checkpoint is missing, damaged, or belongs to another model."""
 

@@ -10,12 +10,15 @@ is new.
 
 import hashlib
 import logging
+import os
 import shutil
+import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict
-from multiprocessing import get_context
+from itertools import islice
+from multiprocessing import active_children, get_context, parent_process
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +30,7 @@ from stableavatar.data.landmarks import FaceLandmarker, face_mask, lip_mask
 from stableavatar.data.prepare_report import places, report, thumbnail
 from stableavatar.data.prepare_state import PrepareState
 from stableavatar.data.stretches import FPS, Last, PrepareSettings, Stretch, find_stretches, judge
-from stableavatar.errors import InputError
+from stableavatar.errors import InputError, StorageError
 from stableavatar.media.audio import SPEECH_RATE, Sound, Speech
 from stableavatar.media.files import cannot_write, write_file
 from stableavatar.media.image import fit_picture
@@ -96,6 +99,9 @@ def prepare_video(video: Path, work: Path, settings: PrepareSettings) -> list[di
     """One video into numbered clip folders in `work`; what became of each of its stretches, as JSON holds it.
 
     A video that cannot be read is a stretch with that reason.
+
+    Raises:
+        StorageError: something cannot be written, for which the video is not to blame.
     """
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
@@ -120,11 +126,15 @@ def prepare_video(video: Path, work: Path, settings: PrepareSettings) -> list[di
                         for place in places(stretch.stop - stretch.start)
                     ],
                 }
+            except StorageError:
+                raise
             except InputError as error:
                 shutil.rmtree(folder, ignore_errors=True)
                 stretch.reason = str(error)
                 results[stretch.start] = _dropped(part, stretch)
         frames.close()
+    except StorageError:
+        raise
     except InputError as error:
         return [asdict(Stretch(0, 0, str(error)))]
     return [{**asdict(it), **results.get(it.start, {})} for it in stretches]
@@ -154,32 +164,33 @@ def prepare(
     Raises:
         InputError: there is no video, the data folder belongs to other settings or cannot be written.
     """
-    videos = sorted(path for path in raw.rglob("*") if path.suffix.lower() in VIDEO_SUFFIXES)
+    if not raw.is_dir():
+        raise InputError(f"{raw}: there is no such folder")
+    if data.exists() and not data.is_dir():
+        raise InputError(f"{data}: is a file: name a folder for the clips")
+    data = data.absolute()
+    videos = sorted(
+        path
+        for path in raw.rglob("*")
+        if path.suffix.lower() in VIDEO_SUFFIXES and data not in path.absolute().parents
+    )
     if not videos:
         raise InputError(f"{raw}: holds no video ({', '.join(sorted(VIDEO_SUFFIXES))})")
-    data = data.absolute()
     FaceLandmarker()  # what is missing should be said before the work begins
     try:
         data.mkdir(parents=True, exist_ok=True)
         state = PrepareState.open(data, settings)
         work = data / ".prepare"
-        waiting = [video for video in videos if not state.has(video, raw)]
+        waiting = [video for video in videos if not state.has(video)]
         if len(waiting) < len(videos):
             tell(f"{len(videos) - len(waiting)} of {len(videos)} videos were prepared before")
-        # Each worker has a thread: the networks are small, and there are as many videos as one likes.
-        pool = ProcessPoolExecutor(workers, get_context("spawn"))
-        try:
-            jobs = {
-                pool.submit(prepare_video, video, work / _digest(video, raw), settings): video
-                for video in waiting
-            }
-            for number, job in enumerate(as_completed(jobs), 1):
-                video = jobs[job]
-                entry = state.add(video, raw, _result(job))
-                kept = sum(it["reason"] is None for it in entry)
-                tell(f"{number}/{len(waiting)} {video}: {kept} clips, {len(entry) - kept} stretches dropped")
-        finally:  # after Ctrl-C or an error, videos that were not begun are not begun
-            pool.shutdown(cancel_futures=True)
+        jobs = ((video, work / _digest(video, raw), settings) for video in waiting)
+        for number, (job, result) in enumerate(_in_workers(jobs, workers), 1):
+            video = job[0]
+            entry, settled = _result(result)
+            state.add(video, raw, entry, settled=settled)
+            kept = sum(it["reason"] is None for it in entry)
+            tell(f"{number}/{len(waiting)} {video}: {kept} clips, {len(entry) - kept} stretches dropped")
         shutil.rmtree(work, ignore_errors=True)
         state.write_lists()
         write_file(data / REPORT, report(state.videos, FPS).encode())
@@ -188,19 +199,59 @@ def prepare(
     return state.counts()
 
 
-def _result(job: "Future[list[dict[str, Any]]]") -> list[dict[str, Any]]:
-    """What became of a video; one that brings its worker to an error of another kind is dropped with that."""
+_Job = tuple[Path, Path, PrepareSettings]
+_Made = list[dict[str, Any]]
+
+
+def _in_workers(jobs: Iterator[_Job], workers: int) -> Iterator[tuple[_Job, "Future[_Made]"]]:
+    """Results as they come. No more jobs are begun than there are workers, and where the caller leaves, by
+    Ctrl-C or an error, what runs is ended: it would be done again anyway."""
+    others = set(active_children())
+    # Each worker has a thread: the networks are small, and there are as many videos as one likes.
+    pool = ProcessPoolExecutor(workers, get_context("spawn"), initializer=_end_with_parent)
+    running: dict[Future[_Made], _Job] = {}
     try:
-        return job.result()
+        while True:
+            for job in islice(jobs, workers - len(running)):
+                running[pool.submit(prepare_video, *job)] = job
+            if not running:
+                break
+            for result in wait(running, return_when=FIRST_COMPLETED).done:
+                yield running.pop(result), result
+    except BaseException:
+        for worker in set(active_children()) - others:
+            worker.terminate()
+        raise
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _end_with_parent() -> None:
+    """A worker whose parent was killed has nobody to work for."""
+    parent = parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _result(job: "Future[_Made]") -> tuple[_Made, bool]:
+    """What became of a video, and whether that is the video's own doing: one that brings its worker to an
+    error of another kind is left out with that, and tried again another time."""
+    try:
+        return job.result(), True
     except BrokenProcessPool as error:
         raise InputError(
             "a worker was killed, perhaps for want of memory: use fewer of them; the same command goes on"
         ) from error
-    except OSError:
+    except (OSError, StorageError):
         raise
     except Exception as error:
         logger.exception("a video cannot be prepared")
-        return [asdict(Stretch(0, 0, f"{type(error).__name__}: {error}"))]
+        return [asdict(Stretch(0, 0, f"{type(error).__name__}: {error}"))], False
 
 
 def _cut(

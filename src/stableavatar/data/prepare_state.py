@@ -1,5 +1,6 @@
 """What became of every video, kept beside the clips, so that a run that was stopped goes on."""
 
+import hashlib
 import json
 import shutil
 from collections.abc import Sequence
@@ -13,13 +14,21 @@ from stableavatar.errors import InputError
 from stableavatar.media.files import write_file
 
 STATE = "prepare.json"
+_ENDS = 2**20  # bytes of either end of a file, by which it is known
 
 
 class PrepareState:
-    """What became of every video, on disk after each of them."""
+    """What became of every video, on disk after each of them; a video is known by what it holds.
 
-    def __init__(self, data: Path, settings: PrepareSettings, videos: dict[str, Any]) -> None:
+    Args:
+        videos: by their place below the raw folder. listed: clips that were put into a list.
+    """
+
+    def __init__(
+        self, data: Path, settings: PrepareSettings, videos: dict[str, Any], listed: Sequence[str] = ()
+    ) -> None:
         self.data, self.settings, self.videos = data, settings, videos
+        self.listed = set(listed)
 
     @classmethod
     def open(cls, data: Path, settings: PrepareSettings) -> "PrepareState":
@@ -29,31 +38,44 @@ class PrepareState:
             return cls(data, settings, {})
         try:
             stored = json.loads(file.read_text(encoding="utf-8"))
-        except ValueError as error:
+            before = stored["settings"]
+            state = cls(data, settings, stored["videos"], stored["listed"])
+        except (ValueError, KeyError, TypeError) as error:
             raise InputError(f"{file} is damaged ({error}): remove it, and the clips beside it") from error
-        if stored["settings"] != asdict(settings):
-            raise InputError(f"{data} was prepared with other settings: give those, or choose another folder")
-        state = cls(data, settings, stored["videos"])
+        different = [name for name, value in asdict(settings).items() if before.get(name) != value]
+        if different:
+            told = ", ".join(f"{name} {before.get(name)}" for name in different)
+            raise InputError(
+                f"{data} was prepared with other settings ({told}): give those, or choose another folder"
+            )
         for entry in state.videos.values():
             state._move(entry["stretches"])  # a run may have been stopped in the middle of it
         return state
 
-    def has(self, video: Path, raw: Path) -> bool:
-        """Whether this very video was prepared."""
-        entry = self.videos.get(str(video.relative_to(raw)))
-        return entry is not None and entry["file"] == _file(video)
+    def has(self, video: Path) -> bool:
+        """Whether this very video was prepared, wherever it lay then."""
+        return _content(video) in {entry["content"] for entry in self.videos.values()}
 
-    def add(self, video: Path, raw: Path, stretches: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Give a video's clips their places. They are written down before they are taken."""
+    def add(
+        self, video: Path, raw: Path, stretches: list[dict[str, Any]], *, settled: bool = True
+    ) -> list[dict[str, Any]]:
+        """Give a video's clips their places. They are written down before they are taken.
+
+        Args:
+            settled: False: what became of it is not the video's own doing, and another run tries again.
+        """
         taken: dict[str, int] = {}
         for it in stretches:
             if it["reason"] is None:
                 shape = it["shape"]
                 taken[shape] = taken.get(shape, self._last(shape)) + 1
                 it["clip"] = f"{shape}/{self.settings.kind}/{taken[shape]:05d}"
-        name = str(video.relative_to(raw))
+        name, root = str(video.relative_to(raw)), str(raw.absolute())
+        if name in self.videos and self.videos[name]["raw"] != root:
+            name = str(video.absolute())  # of another raw folder, which keeps its clips
         before = self.videos.get(name)
-        self.videos[name] = {"file": _file(video), "stretches": stretches}
+        content = _content(video) if settled else ""
+        self.videos[name] = {"raw": root, "content": content, "stretches": stretches}
         self._write()
         if before is not None:  # the file was another one then
             for it in before["stretches"]:
@@ -74,10 +96,11 @@ class PrepareState:
             self._write()
 
     def _last(self, shape: Shape) -> int:
-        """The highest number of a clip, also of those on disk that are in no state."""
+        """The highest number that a clip ever had, also of those on disk that are in no state."""
         folder = self.data / shape / self.settings.kind
         on_disk = [int(path.name) for path in folder.glob("*") if path.name.isdigit()]
-        known = [int(clip.rsplit("/", 1)[1]) for clip in self._clips() if clip.startswith(f"{shape}/")]
+        clips = {*self._clips(), *self.listed}
+        known = [int(clip.rsplit("/", 1)[1]) for clip in clips if clip.startswith(f"{shape}/")]
         return max([*on_disk, *known], default=0)
 
     def _clips(self) -> list[str]:
@@ -86,11 +109,23 @@ class PrepareState:
         ]
 
     def write_lists(self) -> None:
-        """A path list a shape, with the clips of every run."""
+        """A path list a shape, with the clips of every run.
+
+        Lines that are not of these clips stay, and clips whose line or folder was taken out stay out.
+        """
         for shape in SHAPES:
-            clips = sorted(clip for clip in self._clips() if clip.startswith(f"{shape}/"))
-            if clips:
-                write_file(self.data / f"video_{shape}_path.txt", "".join(f"{it}\n" for it in clips).encode())
+            file = self.data / f"video_{shape}_path.txt"
+            before = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
+            own = [clip for clip in self._clips() if clip.startswith(f"{shape}/")]
+            foreign = [line for line in before if line.strip() and line not in self.listed | set(own)]
+            wanted = [clip for clip in own if clip in before or clip not in self.listed]
+            lines = [*foreign, *sorted(clip for clip in wanted if (self.data / clip).is_dir())]
+            if lines != before:
+                write_file(file, "".join(f"{line}\n" for line in lines).encode())
+            if not lines:
+                file.unlink(missing_ok=True)
+        self.listed.update(self._clips())
+        self._write()
 
     def counts(self) -> dict[str, int]:
         """Clips that are there, stretches that are not kept, videos."""
@@ -99,11 +134,18 @@ class PrepareState:
         return {"kept": kept, "dropped": len(stretches) - kept, "videos": len(self.videos)}
 
     def _write(self) -> None:
-        content = {"settings": asdict(self.settings), "videos": self.videos}
+        content = {
+            "settings": asdict(self.settings), "videos": self.videos, "listed": sorted(self.listed)
+        }  # fmt: skip
         write_file(self.data / STATE, json.dumps(content, indent=1, ensure_ascii=False).encode())
 
 
-def _file(video: Path) -> list[int]:
-    """By which a file is known to be the same: size, and time of its last change."""
-    found = video.stat()
-    return [found.st_size, found.st_mtime_ns]
+def _content(video: Path) -> str:
+    """By which a file is known to be the same: its size, its beginning and its end."""
+    size = video.stat().st_size
+    digest = hashlib.sha256(str(size).encode())
+    with video.open("rb") as file:
+        digest.update(file.read(_ENDS))
+        file.seek(max(size - _ENDS, 0))
+        digest.update(file.read(_ENDS))
+    return digest.hexdigest()

@@ -3,6 +3,7 @@
 A video is looked at in one pass, frame by frame; nothing of it is kept.
 """
 
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
@@ -15,8 +16,8 @@ from PIL import Image
 
 from stableavatar.data.clips import PROMPTS
 from stableavatar.data.landmarks import FaceLandmarker, Points
-from stableavatar.errors import InputError
-from stableavatar.media.audio import Speech
+from stableavatar.errors import InputError, StorageError
+from stableavatar.media.audio import SPEECH_RATE, Speech
 from stableavatar.media.reading import Frame, read_frames_at
 
 Kind = Literal["speech", "singing", "dancing"]
@@ -53,10 +54,16 @@ class PrepareSettings:
     def __post_init__(self) -> None:
         if self.kind not in PROMPTS:
             raise InputError(f"kind {self.kind!r} is not known: choose one of {', '.join(PROMPTS)}")
-        if not 0.2 <= self.least_seconds <= self.most_seconds:
+        if self.prompt is not None and not self.prompt.strip():
+            raise InputError("the prompt is empty: leave it out, or say what is to be seen")
+        if not 0 <= self.least_face < 1:
+            raise InputError(f"least_face is a share of the clip's height, 0 to 1, not {self.least_face}")
+        if not 0 <= self.most_motion < math.inf:
+            raise InputError(f"most_motion must be at least 0 and finite, not {self.most_motion}")
+        if not 0.2 <= self.least_seconds <= self.most_seconds < math.inf:
             raise InputError(
                 f"clips of {self.least_seconds} to {self.most_seconds} s are not possible: at least 0.2, and "
-                "the longest not below the shortest"
+                "the longest finite and not below the shortest"
             )
 
 
@@ -153,7 +160,12 @@ def find_stretches(video: Path, landmarker: FaceLandmarker, settings: PrepareSet
 
 
 def judge(stretch: Stretch, video: Path, settings: PrepareSettings) -> Stretch:
-    """With the reason why it is not kept, where there is one that only the whole stretch tells."""
+    """With the reason why it is not kept, where there is one that only the whole stretch tells; where its
+    sound ends before it, it ends with the sound.
+
+    Raises:
+        StorageError: there is no room for its sound.
+    """
     if stretch.reason is not None:
         return stretch
     if stretch.seconds < settings.least_seconds:
@@ -163,10 +175,17 @@ def judge(stretch: Stretch, video: Path, settings: PrepareSettings) -> Stretch:
     try:
         with Speech.open(video, start=float(stretch.start / FPS), duration=stretch.seconds) as speech:
             samples = speech.samples(0, len(speech))
+    except StorageError:
+        raise
     except InputError as error:
         return replace(stretch, reason=f"no sound ({error})")
     if not len(samples) or float(np.sqrt(np.square(samples).mean())) < _SILENT:
         return replace(stretch, reason="silent")
+    frames = math.ceil(len(samples) * FPS / SPEECH_RATE)
+    if frames < stretch.stop - stretch.start:
+        stretch = replace(stretch, stop=stretch.start + frames)
+        if stretch.seconds < settings.least_seconds:
+            return replace(stretch, reason=f"only {stretch.seconds:.1f} s of sound")
     return stretch
 
 

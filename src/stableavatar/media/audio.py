@@ -11,7 +11,7 @@ from typing import IO
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from stableavatar.errors import InputError
+from stableavatar.errors import InputError, StorageError
 from stableavatar.media.decoding import (
     LARGEST_SAMPLE,
     Mix,
@@ -254,8 +254,8 @@ def _energy(samples: Samples) -> float:
     return float(np.square(samples, dtype=np.float64).sum())
 
 
-def _no_room(error: OSError) -> InputError:
-    return InputError(
+def _no_room(error: OSError) -> StorageError:
+    return StorageError(
         f"the decoded speech cannot be put into a temporary file ({reason_of(error)}). Make room, or set "
         "TMPDIR to a folder with room."
     )

@@ -6,7 +6,7 @@ from pathlib import Path
 import av
 import av.container
 
-from stableavatar.errors import InputError
+from stableavatar.errors import InputError, StorageError
 
 # What FFmpeg calls files of moving pictures. It decodes texts and stills as videos of one frame as well.
 VIDEO_FORMATS = {
@@ -136,8 +136,8 @@ def write_file(path: Path, content: bytes) -> None:
         partial.unlink(missing_ok=True)
 
 
-def cannot_write(path: Path, error: BaseException) -> InputError:
+def cannot_write(path: Path, error: BaseException) -> StorageError:
     """What to say of an output that could not be written."""
-    return InputError(
+    return StorageError(
         f"output {path}: cannot be written ({reason_of(error)}). Make room, or choose another folder."
     )
