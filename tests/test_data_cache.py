@@ -35,6 +35,11 @@ def encoders() -> tuple[AutoencoderKLWan, Wav2Vec2Model]:
 KEYS = [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (1, 2), (2, 0)]
 
 
+def fill(writer: CacheWriter, keys: list[tuple[int, int]]) -> None:
+    writer.write(keys)
+    writer.finish(keys)
+
+
 def three_clips(root: Path) -> ClipDataset:
     folders = [write_clip(root / "speech" / f"{k:05d}", frames=12, prompt=f"clip {k}") for k in range(2)]
     folders.append(write_clip(root / "singing" / "00009", frames=12, fps=20))
@@ -48,7 +53,7 @@ def test_the_cache_gives_what_the_encoders_give(
 ) -> None:
     vae, speech_encoder = encoders
     dataset = three_clips(root)
-    CacheWriter(dataset, root / "cache", Encoders(vae, speech_encoder), shard_samples=4).write(KEYS)
+    fill(CacheWriter(dataset, root / "cache", Encoders(vae, speech_encoder), shard_samples=4), KEYS)
     cache = LatentCache(root / "cache")
     assert len(cache) == 3
     assert cache.groups == [(SIDE, SIDE, "25"), (SIDE, SIDE, "25"), (SIDE, SIDE, "20")]
@@ -75,7 +80,7 @@ def test_processes_share_a_cache_and_a_note_left_behind_is_not_lost(
 ) -> None:
     """Two of two writers in turn, the second of which ends first; then the first is begun anew."""
     parts, dataset, folder = Encoders(*encoders), three_clips(root), root / "cache"
-    CacheWriter(dataset, root / "alone", parts, shard_samples=2).write(KEYS)
+    fill(CacheWriter(dataset, root / "alone", parts, shard_samples=2), KEYS)
 
     def writers() -> list[CacheWriter]:
         return [
@@ -87,7 +92,7 @@ def test_processes_share_a_cache_and_a_note_left_behind_is_not_lost(
     second.write(KEYS)
     second.finish(KEYS)  # not for it to do
     assert sorted(path.name for path in folder.glob("block-*")) == ["block-00001.json", "block-00003.json"]
-    with pytest.raises(InputError, match="no samples yet"):
+    with pytest.raises(InputError, match="is not complete"):
         LatentCache(folder)
     del first
     first, second = writers()  # takes over what the interrupted ones had finished
@@ -121,11 +126,11 @@ def test_an_interrupted_cache_is_finished_and_another_ones_refused(
     vae, speech_encoder = encoders
     dataset = three_clips(root)
     folder = root / "cache"
-    CacheWriter(dataset, folder, Encoders(vae, speech_encoder), shard_samples=3).write(KEYS[:3])
+    fill(CacheWriter(dataset, folder, Encoders(vae, speech_encoder), shard_samples=3), KEYS[:3])
     (shard,) = folder.glob("shard-00000-*")
     first = shard.stat().st_mtime_ns
     assert len(LatentCache(folder)) == 1  # three passes of a clip
-    CacheWriter(dataset, folder, Encoders(vae, speech_encoder), shard_samples=3).write(KEYS)
+    fill(CacheWriter(dataset, folder, Encoders(vae, speech_encoder), shard_samples=3), KEYS)
     assert shard.stat().st_mtime_ns == first
     assert len(LatentCache(folder)) == 3
 
@@ -152,13 +157,13 @@ def test_a_cache_grows_with_its_data_set(
     folders = [write_clip(root / "speech" / f"{k:05d}", frames=12 + k) for k in range(3)]
     settings = ClipDatasetSettings(frames=9)
     two = ClipDataset.from_folders(folders[:2], settings)
-    CacheWriter(two, tmp_path / "cache", Encoders(*encoders)).write([(0, 0), (1, 0)])
+    fill(CacheWriter(two, tmp_path / "cache", Encoders(*encoders)), [(0, 0), (1, 0)])
     first = LatentCache(tmp_path / "cache")[0, 0]
 
     moved = [shutil.copytree(folder, tmp_path / "elsewhere" / "speech" / folder.name) for folder in folders]
     three = ClipDataset.from_folders(moved, settings)
     writer = CacheWriter(three, tmp_path / "cache", Encoders(*encoders))
-    writer.write([(0, 0), (1, 0), (2, 0)])
+    fill(writer, [(0, 0), (1, 0), (2, 0)])
     assert [len(shard["keys"]) for shard in writer.manifest["shards"]] == [2, 1]
     grown = LatentCache(tmp_path / "cache")
     assert len(grown) == len(grown.groups) == 3
@@ -175,8 +180,8 @@ def test_training_from_the_cache_in_half_precision_is_close(
 ) -> None:
     vae, speech_encoder = encoders
     dataset = three_clips(root)
-    CacheWriter(dataset, root / "full", Encoders(vae, speech_encoder)).write(KEYS[:2])
-    CacheWriter(dataset, root / "half", Encoders(vae, speech_encoder), torch.bfloat16).write(KEYS[:2])
+    fill(CacheWriter(dataset, root / "full", Encoders(vae, speech_encoder)), KEYS[:2])
+    fill(CacheWriter(dataset, root / "half", Encoders(vae, speech_encoder), torch.bfloat16), KEYS[:2])
     full, half = (
         stack_samples([LatentCache(root / name)[0, k] for k in range(2)]) for name in ("full", "half")
     )
@@ -193,7 +198,7 @@ def test_windows_of_a_cache_of_longer_clips(
     vae, speech_encoder = encoders
     clip = write_clip(root / "speech" / "00000", frames=17, fps=30)
     dataset = ClipDataset.from_folders([clip], ClipDatasetSettings(frames=17, portrait=1.0))
-    CacheWriter(dataset, root / "cache", Encoders(vae, speech_encoder), window_frames=9).write([(0, 0)])
+    fill(CacheWriter(dataset, root / "cache", Encoders(vae, speech_encoder), window_frames=9), [(0, 0)])
     whole = LatentCache(root / "cache")[0, 0]
     assert whole.latents.shape[1] == 5
     assert whole.reference.shape[1] == 3
@@ -214,7 +219,7 @@ def test_windows_of_a_cache_of_longer_clips(
     condition = reference_condition(vae, picture_tensor(whole.portrait.numpy()), 9)
     torch.testing.assert_close(stack_samples([windows[0, 0]]).condition, condition, rtol=1e-4, atol=1e-5)
 
-    CacheWriter(dataset, root / "plain", Encoders(vae, speech_encoder)).write([(0, 0)])
+    fill(CacheWriter(dataset, root / "plain", Encoders(vae, speech_encoder)), [(0, 0)])
     with pytest.raises(InputError, match="holds no windows"):
         CachedWindows(LatentCache(root / "plain"))
     for frames in (8, 21):
@@ -229,7 +234,7 @@ def test_a_cache_is_told_by_what_it_holds_and_knows_its_encoders(
     told = []
     for count in (3, 3, 7):
         folder = tmp_path / str(len(told))
-        CacheWriter(dataset, folder, Encoders(*encoders)).write(KEYS[:count])
+        fill(CacheWriter(dataset, folder, Encoders(*encoders)), KEYS[:count])
         told.append(LatentCache(folder).fingerprint)
     assert told[0] == told[1] != told[2]
     LatentCache(folder).check_encoders(Encoders(*encoders))

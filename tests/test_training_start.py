@@ -1,6 +1,7 @@
 """What a training starts from, and a LoRA beside it."""
 
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from stableavatar.errors import InputError
 from stableavatar.models.transformer import StableAvatarTransformer3DModel
 from stableavatar.pipeline import AvatarPipeline
 from stableavatar.training.recipes import ModelChoice, load_recipe
-from stableavatar.training.run import prepare_training
+from stableavatar.training.run import cache_latents, prepare_training
 from stableavatar.training.start import load_start, start_device
 from toy import toy_transformer
 
@@ -154,3 +155,26 @@ def inputs(model: StableAvatarTransformer3DModel | None = None) -> tuple[torch.T
         (1, 18, sizes.audio_dim),
     )  # fmt: skip
     return tuple(torch.randn(shape, generator=generator) for shape in shapes)
+
+
+def test_a_cache_of_other_encoders_is_refused_by_a_training_that_loads_none(
+    data: Path, tmp_path: Path
+) -> None:
+    made = cache_latents(
+        load_recipe(SQUARE, toy(data, tmp_path / "run")), tmp_path / "cache", passes=1, dtype=torch.float32
+    )
+    assert made == 4
+    other = shutil.copytree(toy_model(), tmp_path / "other")
+    (file,) = (other / "vae").glob("*.safetensors")
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    for source, fits in ((toy_model(), True), (other, False)):
+        AcceleratorState._reset_state(True)
+        more = [f"data.cache={tmp_path / 'cache'}", f"model.source={source}"]
+        recipe = load_recipe(SQUARE, [*toy(data, tmp_path / "run"), *more])
+        if fits:
+            assert prepare_training(recipe).trainer.step == 0
+        else:
+            with pytest.raises(InputError, match="made with other encoders than those of model"):
+                prepare_training(recipe)

@@ -52,6 +52,7 @@ class CacheWriter:
             encoding of a clip then serves many windows; see `Encoders.encode_samples`.
         process, processes: which of how many processes this is. The first has to be made before the others,
             all of them before the first writes, and when all have written they `finish`.
+        encoder_files: what tells the encoders' files from others, for trainings that load no encoder.
 
     Raises:
         InputError: the folder holds a cache of other encoders, of another data set or of other settings, or
@@ -66,6 +67,7 @@ class CacheWriter:
     window_frames: int | None = None
     process: int = 0
     processes: int = 1
+    encoder_files: str | None = None
     manifest: dict[str, Any] = field(init=False)
     _before: int = field(default=0, init=False)
     _missing: int = field(default=0, init=False)
@@ -88,7 +90,7 @@ class CacheWriter:
         leads = self.process == 0
         if leads and not (self.folder / MANIFEST).exists():
             self.manifest = {"format": FORMAT, "origin": origin, "groups": groups}
-            self.manifest |= {"blocks": 0, "shards": [], "skipped": {}}
+            self.manifest |= {"blocks": 0, "shards": [], "skipped": {}, "complete": False}
             self._write_manifest()
         self.manifest = read_manifest(self.folder)
         stored = self.manifest["origin"]
@@ -102,6 +104,7 @@ class CacheWriter:
                 "choose another folder or remove it"
             )
         if leads:
+            self.manifest["encoder files"] = self.encoder_files
             self._write_manifest()
             self._gather()
 
@@ -112,6 +115,9 @@ class CacheWriter:
         there = {tuple(key) for shard in self.manifest["shards"] for key in shard["keys"]}
         missing = [key for key in keys if key not in there]
         first, self._before, self._missing = self.manifest["blocks"], len(there), len(missing)
+        if missing and self.process == 0:
+            self.manifest["complete"] = False
+            self._write_manifest()
         for number, start in enumerate(range(0, len(missing), self.shard_samples)):
             if number % self.processes != self.process:
                 continue
@@ -153,6 +159,8 @@ class CacheWriter:
                 f"{self.folder} lacks {lacking} of {len(keys)} samples, which another process was to write: "
                 "do all processes see this folder? The same command writes what is lacking"
             )
+        self.manifest["complete"] = True
+        self._write_manifest()
 
     def _gather(self) -> None:
         """Notes become entries of the manifest. Those of another cache, which was interrupted in this folder
@@ -217,6 +225,10 @@ class LatentCache(Dataset[EncodedSample]):
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.manifest = read_manifest(folder)
+        if not self.manifest.get("complete", True):
+            raise InputError(
+                f"the cache {folder} is not complete: the command that began it (cache-latents) goes on"
+            )
         self._shards: list[Any] = []
         places: dict[int, dict[int, tuple[int, int]]] = {}
         for number, shard in enumerate(self.manifest["shards"]):
@@ -249,6 +261,14 @@ class LatentCache(Dataset[EncodedSample]):
             prompt_embeddings=self._prompt(prompt),
             empty_prompt=self._prompt(""),
         )
+
+    def check_files(self, encoder_files: str | None) -> None:
+        """Raises InputError: the cache was made with encoders in other files than these; None: not known."""
+        stored = self.manifest.get("encoder files")
+        if None not in (stored, encoder_files) and stored != encoder_files:
+            raise InputError(
+                f"{self.folder} was made with other encoders than those of model.source; make it again"
+            )
 
     def check_encoders(self, encoders: Encoders) -> None:
         """Raises InputError: the cache was made with other weights than these."""

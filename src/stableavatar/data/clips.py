@@ -246,7 +246,11 @@ def _probe(video: Path) -> tuple[int, Fraction, tuple[int, int]]:
             stream = container.streams.video[0]
             rate = stream.average_rate
             # Some muxers leave the number of frames out of the header.
-            frames = stream.frames or sum(1 for packet in container.demux(stream) if packet.size)
+            frames = stream.frames
+            seconds = float((stream.duration or 0) * (stream.time_base or 0))
+            # Of those that are there an edit list may show fewer.
+            if not frames or abs(seconds * float(rate or 0) - frames) > 1.5:
+                frames = sum(packet.size > 0 and not packet.is_discard for packet in container.demux(stream))
             codec = stream.codec_context
             size = (square_width(codec.width, stream.sample_aspect_ratio), codec.height)
     except (OSError, av.error.FFmpegError) as error:
@@ -278,7 +282,7 @@ def _picture_size(path: Path) -> tuple[int, int]:
     try:
         with Image.open(path) as picture:
             return picture.size
-    except OSError as error:
+    except (OSError, SyntaxError) as error:  # the latter of a PNG whose check sums are wrong
         raise InputError(f"cannot read the picture {path}: {error}") from error
 
 
@@ -286,7 +290,7 @@ def _read_picture(path: Path, mode: Literal["RGB", "L"]) -> NDArray[np.uint8]:
     try:
         with Image.open(path) as picture:
             return np.asarray(picture.convert(mode))
-    except OSError as error:
+    except (OSError, SyntaxError) as error:
         raise InputError(f"cannot read the picture {path}: {error}") from error
 
 

@@ -11,7 +11,7 @@ from stableavatar.data.clips import MaskKind, clip_frames, clip_length
 from stableavatar.data.landmarks import FaceLandmarker, Points, face_mask, lip_mask
 from stableavatar.errors import InputError
 from stableavatar.media.audio import SPEECH_RATE, speech_mix
-from stableavatar.media.decoding import stream_sound
+from stableavatar.media.decoding import picture_delay, stream_sound
 from stableavatar.media.files import cannot_write, check_parent, hidden_name
 from stableavatar.media.reading import Frame, read_frames
 from stableavatar.media.wav import write_wav
@@ -24,7 +24,12 @@ def extract_audio(video: Path, output: Path) -> float:
     Raises:
         InputError: it cannot be read or has no sound, or the output cannot be written.
     """
-    return write_wav(output, stream_sound(video, SPEECH_RATE, speech_mix(video)), SPEECH_RATE, 1)
+    if output.exists() and output.samefile(video):
+        raise InputError(f"output {output}: is the video itself. Choose another name.")
+    start = picture_delay(video)
+    return write_wav(
+        output, stream_sound(video, SPEECH_RATE, speech_mix(video, start), start), SPEECH_RATE, 1
+    )
 
 
 def extract_frames(video: Path, folder: Path) -> int:
@@ -67,6 +72,8 @@ def extract_masks(
         InputError: the clip cannot be read, a frame shows no face, or the folder cannot be written.
     """
     count = clip_length(clip)
+    if count < 1:
+        raise InputError(f"clip {clip}: holds no frame")
     missing = [kind for kind in kinds if not _complete(clip / kind, count)]
     if not missing:
         return count
@@ -105,6 +112,8 @@ def numbered_clips(root: Path, start: int, end: int) -> list[Path]:
         (folder for folder in root.glob("*") if folder.name.isdigit() and start <= int(folder.name) <= end),
         key=lambda folder: int(folder.name),
     )
+    if not root.is_dir():
+        raise InputError(f"{root}: there is no such folder")
     if not found:
         raise InputError(f"{root}: has no clip folders numbered {start} to {end}")
     return found

@@ -277,7 +277,12 @@ class Network:
     """A network in a `.tflite` file that takes one array and gives its outputs in their order."""
 
     def __init__(self, path: Path) -> None:
-        self._interpreter = _runtime().Interpreter(str(path), num_threads=1)
+        try:
+            self._interpreter = _runtime().Interpreter(str(path), num_threads=1)
+        except ValueError as error:
+            raise CheckpointError(
+                f"{path} is damaged ({error}): remove it, then stableavatar download --landmarks"
+            ) from error
         self._interpreter.allocate_tensors()
         self._input = self._interpreter.get_input_details()[0]["index"]
         self._outputs = [described["index"] for described in self._interpreter.get_output_details()]

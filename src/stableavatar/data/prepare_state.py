@@ -1,6 +1,5 @@
 """What became of every video, kept beside the clips, so that a run that was stopped goes on."""
 
-import hashlib
 import json
 import shutil
 from collections.abc import Sequence
@@ -11,10 +10,9 @@ from typing import Any
 from stableavatar.data.clips import SHAPES, Shape
 from stableavatar.data.stretches import PrepareSettings
 from stableavatar.errors import InputError
-from stableavatar.media.files import write_file
+from stableavatar.media.files import content_digest, write_file
 
 STATE = "prepare.json"
-_ENDS = 2**20  # bytes of either end of a file, by which it is known
 
 
 class PrepareState:
@@ -54,7 +52,7 @@ class PrepareState:
 
     def has(self, video: Path) -> bool:
         """Whether this very video was prepared, wherever it lay then."""
-        return _content(video) in {entry["content"] for entry in self.videos.values()}
+        return content_digest(video) in {entry["content"] for entry in self.videos.values()}
 
     def add(
         self, video: Path, raw: Path, stretches: list[dict[str, Any]], *, settled: bool = True
@@ -74,7 +72,7 @@ class PrepareState:
         if name in self.videos and self.videos[name]["raw"] != root:
             name = str(video.absolute())  # of another raw folder, which keeps its clips
         before = self.videos.get(name)
-        content = _content(video) if settled else ""
+        content = content_digest(video) if settled else ""
         self.videos[name] = {"raw": root, "content": content, "stretches": stretches}
         self._write()
         if before is not None:  # the file was another one then
@@ -138,14 +136,3 @@ class PrepareState:
             "settings": asdict(self.settings), "videos": self.videos, "listed": sorted(self.listed)
         }  # fmt: skip
         write_file(self.data / STATE, json.dumps(content, indent=1, ensure_ascii=False).encode())
-
-
-def _content(video: Path) -> str:
-    """By which a file is known to be the same: its size, its beginning and its end."""
-    size = video.stat().st_size
-    digest = hashlib.sha256(str(size).encode())
-    with video.open("rb") as file:
-        digest.update(file.read(_ENDS))
-        file.seek(max(size - _ENDS, 0))
-        digest.update(file.read(_ENDS))
-    return digest.hexdigest()

@@ -362,6 +362,17 @@ def _sound_stream(container: Any, path: str | Path) -> Any:
     return stream
 
 
+def picture_delay(path: str | Path) -> float:
+    """Seconds from time 0 of a recording, where picture or sound begin, to its picture; 0 where it has none.
+
+    Raises InputError: missing, a folder, empty, not media, no sound.
+    """
+    with open_media(path, "recording") as container:
+        stream = _sound_stream(container, path)
+        sound = (stream.start_time or 0) * Fraction(stream.time_base)
+        return float(max(_picture_start(container, sound) - sound, Fraction(0)))
+
+
 def _picture_start(container: Any, otherwise: Fraction) -> Fraction:
     """When the moving picture of a file starts (a cover picture is none)."""
     for stream in container.streams.video:

@@ -1,5 +1,6 @@
 """Opening and writing what the user named: one place that says, in plain words, why that cannot be."""
 
+import hashlib
 import os
 from pathlib import Path
 
@@ -13,6 +14,7 @@ VIDEO_FORMATS = {
     "mov", "mp4", "matroska", "webm", "avi", "mpegts", "mpeg", "mpegvideo", "asf", "flv", "ogg", "mxf",
     "nut", "yuv4mpegpipe", "ivf", "h264", "hevc", "m4v", "rm", "dv", "wtv",
 }  # fmt: skip
+_ENDS = 2**20  # bytes of either end of a file, by which it is known
 _LONGEST_NAME = 255
 
 
@@ -111,6 +113,20 @@ def hidden_name(stem: str, suffix: str) -> str:
     while len(os.fsencode(stem)) > room:
         stem = stem[:-1]
     return f".{stem}.{suffix}"
+
+
+def content_digest(path: Path) -> str:
+    """By which a file is known to be the same: its size, its beginning and its end.
+
+    Raises OSError.
+    """
+    size = path.stat().st_size
+    digest = hashlib.sha256(str(size).encode())
+    with path.open("rb") as file:
+        digest.update(file.read(_ENDS))
+        file.seek(max(size - _ENDS, 0))
+        digest.update(file.read(_ENDS))
+    return digest.hexdigest()
 
 
 def to_disk(path: Path) -> None:

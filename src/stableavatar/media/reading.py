@@ -68,16 +68,18 @@ def read_frames(path: str | Path, role: str = "video") -> Generator[Frame, None,
     with open_media(path, role) as container:
         stream = _video_stream(container, path, role)
         stream.thread_type = "AUTO"
-        count = 0
+        count = hidden = 0
         try:
-            for frame in container.decode(stream):
-                count += 1
-                yield _to_rgb(frame, stream.sample_aspect_ratio)
+            for packet in container.demux(stream):
+                hidden += packet.is_discard  # what an edit list cuts off
+                for frame in packet.decode():
+                    count += 1
+                    yield _to_rgb(frame, stream.sample_aspect_ratio)
         except av.FFmpegError as error:
             raise InputError(
                 f"{role} {path}: damaged after frame {count} ({reason_of(error)}). Fetch the file again."
             ) from error
-        if count == 0 or (_states_frames(container) and count < 0.98 * stream.frames):
+        if count == 0 or (_states_frames(container) and count + hidden < 0.98 * stream.frames):
             raise InputError(
                 f"{role} {path}: cut off, only {count} of its frames can be read. Fetch the whole file."
             )

@@ -46,6 +46,8 @@ class LoraSettings:
     )
 
     def __post_init__(self) -> None:
+        if not self.targets:
+            raise InputError("a LoRA needs targets: ends of the names of linear layers")
         if self.rank < 1:
             raise InputError(f"a LoRA's rank must be at least 1, not {self.rank}")
         if self.alpha is not None and not self.alpha > 0:
@@ -72,15 +74,18 @@ def add_lora(
     if missing:
         raise InputError(f"LoRA targets that are no layers of this model: {', '.join(missing)}")
     transformer.requires_grad_(False)
-    transformer.add_adapter(
-        LoraConfig(
-            r=settings.rank,
-            lora_alpha=settings.alpha or settings.rank,
-            target_modules=list(settings.targets),
-            exclude_modules=rf".*{ADAPTER_WORD}.*" if train_adapter else None,
-        ),
-        adapter_name=_ADAPTER,
-    )
+    try:
+        transformer.add_adapter(
+            LoraConfig(
+                r=settings.rank,
+                lora_alpha=settings.alpha or settings.rank,
+                target_modules=list(settings.targets),
+                exclude_modules=rf".*{ADAPTER_WORD}.*" if train_adapter else None,
+            ),
+            adapter_name=_ADAPTER,
+        )
+    except ValueError as error:
+        raise InputError(f"LoRA targets {', '.join(settings.targets)}: {error}") from error
     for name, parameter in transformer.named_parameters():
         if train_adapter and ADAPTER_WORD in name:
             parameter.requires_grad_(True)

@@ -30,6 +30,7 @@ from stableavatar.training.recipes import Recipe
 from stableavatar.training.start import (
     TRANSFORMER,
     embedded_avatar,
+    encoder_files,
     load_encoders,
     load_start,
     open_cache,
@@ -204,6 +205,7 @@ def cache_latents(recipe: Recipe, folder: Path, *, passes: int, dtype: torch.dty
             window_frames=recipe.data.window_frames,
             process=state.process_index,
             processes=state.num_processes,
+            encoder_files=encoder_files(recipe.model),
         )
     state.wait_for_everyone()
     writer.write(keys)

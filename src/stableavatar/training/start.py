@@ -1,6 +1,7 @@
 """What a training starts from: the transformer or an embedded model, encoders, and clips or a cache of
 them."""
 
+import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from stableavatar.data.dataset import ClipDataset
 from stableavatar.data.encoding import Encoders
 from stableavatar.data.puppets import ClipStore
 from stableavatar.errors import InputError
+from stableavatar.media.files import content_digest
 from stableavatar.models.transformer import StableAvatarTransformer3DModel
 from stableavatar.pipeline import TINY, AvatarPipeline
 from stableavatar.placement.device import DTYPES
@@ -26,6 +28,7 @@ from stableavatar.training.tiny.avatar import TinyAvatar
 from stableavatar.training.tiny.feature_memory import use_training_kernels
 
 TRANSFORMER = "transformer"
+ENCODERS = ("vae", "speech_encoder", "text_encoder", "image_encoder")
 TEXT_ENCODER = "text_encoder"
 
 
@@ -65,6 +68,7 @@ def open_cache(recipe: Recipe, encoders: Encoders | None) -> Any:
     """
     assert recipe.data.cache is not None
     cache = LatentCache(recipe.data.cache)
+    cache.check_files(encoder_files(recipe.model))
     if encoders is not None:
         cache.check_encoders(encoders)
     origin = cache.manifest["origin"]
@@ -128,6 +132,24 @@ def _transformer_files(choice: ModelChoice) -> tuple[Any, Any]:
     """Of the published checkpoints the base model's, and those of a transformer that hears, or None."""
     base, overlay = find_published(choice.source).transformer_files(choice.variant, choice.size)
     return base, choice.transformer or overlay
+
+
+def encoder_files(choice: ModelChoice) -> str | None:
+    """A digest of the files of a model's frozen encoders, read in part; None where they are not all there."""
+    source = model_folder(choice.source)
+    names = ENCODERS[:2] if choice.embedded is not None else ENCODERS
+    if choice.embedded is not None or detect_layout(source) == "own":
+        parts = [source / name for name in names]
+    else:
+        found = find_published(source)
+        parts = [path for name in names if (path := getattr(found, name)) is not None]
+    if len(parts) < len(names) or not all(part.exists() for part in parts):
+        return None
+    digest = hashlib.sha256()
+    for name, part in zip(names, parts, strict=True):
+        for file in sorted(it for it in (part, *part.rglob("*")) if it.is_file()):
+            digest.update(f"{name}/{file.relative_to(part).as_posix()} {content_digest(file)}".encode())
+    return digest.hexdigest()
 
 
 def load_encoders(choice: ModelChoice, device: torch.device) -> Encoders:
