@@ -1,6 +1,7 @@
 """Raw videos into clips: what is kept, what is not and why, and that nothing is lost or done twice."""
 
 import base64
+import fcntl
 import io
 import json
 import shutil
@@ -9,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -301,6 +302,23 @@ def test_settings_that_cannot_be() -> None:
         assert after[:3] == [*lines[:2], lines[4]]
         assert len(after) == 4
         assert after[3] not in lines
+
+    def test_kinds_share_a_folder_as_the_layout_has_it(self, tmp_path: Path) -> None:
+        for kind, seed in (("speech", 951_030), ("singing", 951_031)):
+            video(tmp_path / kind / "a.mp4", [puppet(seed, 0.8)])
+            settings = replace(SHORT, kind=kind)
+            prepare(tmp_path / kind, tmp_path / "data", settings, tell=lambda _: None)
+        folders = read_path_list(tmp_path / "data" / "video_square_path.txt")
+        assert [folder.parent.name for folder in folders] == ["singing", "speech"]
+        assert {folder.name for folder in folders} == {"00001"}
+        assert FolderClip.open(folders[0]).prompt == "The protagonist is singing"
+
+    def test_two_runs_at_once_are_refused(self, raw: Path, tmp_path: Path) -> None:
+        (tmp_path / "data").mkdir()
+        with (tmp_path / "data" / ".prepare.lock").open("w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            with pytest.raises(InputError, match="another run prepares"):
+                prepare(raw, tmp_path / "data", SHORT, tell=lambda _: None)
 
     def test_a_list_that_becomes_empty_goes(self, tmp_path: Path) -> None:
         raw, data = tmp_path / "raw", tmp_path / "data"

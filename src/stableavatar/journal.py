@@ -5,14 +5,13 @@ are alive, the decoder's memory and how far everything is. What is saved names w
 portrait, speech and weights.
 """
 
-import contextlib
 import hashlib
 import json
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -21,7 +20,7 @@ from torch import nn
 
 from stableavatar.errors import InputError
 from stableavatar.media.audio import SPEECH_RATE, Speech
-from stableavatar.media.files import cannot_write, hidden_name, reason_of, to_disk
+from stableavatar.media.files import cannot_write, hidden_name, locked, reason_of, to_disk
 from stableavatar.media.segments import segment_name
 
 FORMAT = 2
@@ -55,7 +54,7 @@ class Journal:
         try:
             self.folder.mkdir(exist_ok=True)
             to_disk(output.parent)
-            self._lock = _locked(self.folder / "lock")
+            self._lock = locked(self.folder / "lock")
         except BlockingIOError:
             raise InputError(f"output {output}: another process is making this video") from None
         except OSError as error:
@@ -243,17 +242,3 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
         if old.get(name) != new.get(name):
             words.append(f"{name.replace('_', '-')} (was {old.get(name)!r}, is {new.get(name)!r})")
     return words
-
-
-def _locked(path: Path) -> IO[bytes]:
-    """An open file that no other process has locked. Raises BlockingIOError where one has."""
-    file = path.open("ab")
-    with contextlib.suppress(ImportError):  # Windows has no fcntl; two runs there may disturb each other
-        import fcntl
-
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.close()
-            raise
-    return file

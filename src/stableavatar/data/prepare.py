@@ -8,12 +8,13 @@ in `prepare.json`, so that a run that was stopped goes on with the next video, a
 is new.
 """
 
+import contextlib
 import hashlib
 import logging
 import os
 import shutil
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict
@@ -32,7 +33,7 @@ from stableavatar.data.prepare_state import PrepareState
 from stableavatar.data.stretches import FPS, Last, PrepareSettings, Stretch, find_stretches, judge
 from stableavatar.errors import InputError, StorageError
 from stableavatar.media.audio import SPEECH_RATE, Sound, Speech
-from stableavatar.media.files import cannot_write, write_file
+from stableavatar.media.files import cannot_write, locked, write_file
 from stableavatar.media.image import fit_picture
 from stableavatar.media.reading import Frame, read_frames_at
 from stableavatar.media.video import VideoWriter
@@ -179,23 +180,41 @@ def prepare(
     FaceLandmarker()  # what is missing should be said before the work begins
     try:
         data.mkdir(parents=True, exist_ok=True)
-        state = PrepareState.open(data, settings)
-        work = data / ".prepare"
-        waiting = [video for video in videos if not state.has(video)]
-        if len(waiting) < len(videos):
-            tell(f"{len(videos) - len(waiting)} of {len(videos)} videos were prepared before")
-        jobs = ((video, work / _digest(video, raw), settings) for video in waiting)
-        for number, (job, result) in enumerate(_in_workers(jobs, workers), 1):
-            video = job[0]
-            entry, settled = _result(result)
-            state.add(video, raw, entry, settled=settled)
-            kept = sum(it["reason"] is None for it in entry)
-            tell(f"{number}/{len(waiting)} {video}: {kept} clips, {len(entry) - kept} stretches dropped")
-        shutil.rmtree(work, ignore_errors=True)
-        state.write_lists()
-        write_file(data / REPORT, report(state.videos, FPS).encode())
+        with _alone(data):
+            return _prepare(raw, data, videos, settings, workers, tell)
     except OSError as error:
         raise cannot_write(data, error) from error
+
+
+@contextlib.contextmanager
+def _alone(data: Path) -> Iterator[None]:
+    """Raises InputError where another run prepares into this folder."""
+    try:
+        file = locked(data / ".prepare.lock")
+    except BlockingIOError as error:
+        raise InputError(f"{data}: another run prepares into this folder: wait for its end") from error
+    with file:
+        yield
+
+
+def _prepare(
+    raw: Path, data: Path, videos: Sequence[Path], settings: PrepareSettings, workers: int, tell: Tell
+) -> dict[str, int]:
+    state = PrepareState.open(data, settings)
+    work = data / ".prepare"
+    waiting = [video for video in videos if not state.has(video)]
+    if len(waiting) < len(videos):
+        tell(f"{len(videos) - len(waiting)} of {len(videos)} videos were prepared before")
+    jobs = ((video, work / _digest(video, raw), settings) for video in waiting)
+    for number, (job, result) in enumerate(_in_workers(jobs, workers), 1):
+        video = job[0]
+        entry, settled = _result(result)
+        state.add(video, raw, entry, settled=settled)
+        kept = sum(it["reason"] is None for it in entry)
+        tell(f"{number}/{len(waiting)} {video}: {kept} clips, {len(entry) - kept} stretches dropped")
+    shutil.rmtree(work, ignore_errors=True)
+    state.write_lists()
+    write_file(data / REPORT, report(state.videos, FPS).encode())
     return state.counts()
 
 

@@ -40,7 +40,11 @@ class PrepareState:
             state = cls(data, settings, stored["videos"], stored["listed"])
         except (ValueError, KeyError, TypeError) as error:
             raise InputError(f"{file} is damaged ({error}): remove it, and the clips beside it") from error
-        different = [name for name, value in asdict(settings).items() if before.get(name) != value]
+        different = [
+            name
+            for name, value in asdict(settings).items()
+            if before.get(name) != value and name not in ("kind", "prompt")  # of each video
+        ]
         if different:
             told = ", ".join(f"{name} {before.get(name)}" for name in different)
             raise InputError(
@@ -98,7 +102,8 @@ class PrepareState:
         folder = self.data / shape / self.settings.kind
         on_disk = [int(path.name) for path in folder.glob("*") if path.name.isdigit()]
         clips = {*self._clips(), *self.listed}
-        known = [int(clip.rsplit("/", 1)[1]) for clip in clips if clip.startswith(f"{shape}/")]
+        beginning = f"{shape}/{self.settings.kind}/"
+        known = [int(clip.removeprefix(beginning)) for clip in clips if clip.startswith(beginning)]
         return max([*on_disk, *known], default=0)
 
     def _clips(self) -> list[str]:

@@ -1,8 +1,10 @@
 """Opening and writing what the user named: one place that says, in plain words, why that cannot be."""
 
+import contextlib
 import hashlib
 import os
 from pathlib import Path
+from typing import IO
 
 import av
 import av.container
@@ -127,6 +129,20 @@ def content_digest(path: Path) -> str:
         file.seek(max(size - _ENDS, 0))
         digest.update(file.read(_ENDS))
     return digest.hexdigest()
+
+
+def locked(path: Path) -> IO[bytes]:
+    """An open file that no other process has locked. Raises BlockingIOError where one has."""
+    file = path.open("ab")
+    with contextlib.suppress(ImportError):  # Windows has no fcntl; two runs there may disturb each other
+        import fcntl
+
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.close()
+            raise
+    return file
 
 
 def to_disk(path: Path) -> None:
