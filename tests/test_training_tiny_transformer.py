@@ -66,9 +66,10 @@ def cache(encoders: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         AutoencoderKLWan.from_pretrained(encoders / "vae"),
         Wav2Vec2Model.from_pretrained(encoders / "speech_encoder"),
     )
-    CacheWriter(dataset, folder / "cache", parts, torch.bfloat16, window_frames=5).write(
-        [(k, 0) for k in range(6)]
-    )
+    writer = CacheWriter(dataset, folder / "cache", parts, torch.bfloat16, window_frames=5)
+    keys = [(k, 0) for k in range(6)]
+    writer.write(keys)
+    writer.finish(keys)
     return folder / "cache"
 
 
