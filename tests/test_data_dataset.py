@@ -156,7 +156,7 @@ def test_stand_ins_are_counted_in_readers_too(root: Path) -> None:
     clips = [write_clip(root / "speech" / f"{k:05d}", frames=24) for k in range(1, 3)]
     damage(clips[0], "sound")
     dataset = ClipDataset.from_folders(clips, ClipDatasetSettings(frames=9, on_error="skip", masks=False))
-    reading = DataLoader(dataset, batch_sampler=[[(0, 0)], [(1, 0)], [(0, 1)]], collate_fn=len, num_workers=2)  # type: ignore[var-annotated,arg-type]
+    reading = DataLoader(dataset, batch_sampler=[[(0, 0)], [(1, 0)], [(0, 1)]], collate_fn=len, num_workers=2)
     assert list(reading) == [1, 1, 1]
     assert dataset.stand_ins == 2
 

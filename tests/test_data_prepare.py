@@ -4,6 +4,7 @@ import base64
 import fcntl
 import io
 import json
+import multiprocessing
 import shutil
 import signal
 import subprocess
@@ -228,7 +229,7 @@ class TestFolder:
         data = tmp_path / "data"
         prepare(raw, data, SHORT, tell=lambda _: None)
         state = json.loads((data / "prepare.json").read_text())
-        kept = [it for it in state["videos"]["one.mp4"]["stretches"] if it["reason"] is None]
+        kept = [it for it in state["videos"][str(raw / "one.mp4")]["stretches"] if it["reason"] is None]
         work = data / ".prepare" / "somewhere"
         work.parent.mkdir(parents=True)
         kept[1]["work"] = str(work)
@@ -347,13 +348,58 @@ def test_settings_that_cannot_be() -> None:
                     prepare_video(raw / "one.mp4", tmp_path / "work", SHORT)
 
     def test_what_is_not_the_videos_doing_is_tried_again(self, raw: Path, tmp_path: Path) -> None:
+        one = raw / "one.mp4"
         state = PrepareState.open(tmp_path, SHORT)
-        state.add(raw / "one.mp4", raw, [asdict(Stretch(0, 0, "MemoryError"))], settled=False)
+        assert state.take([one]) == [one]
+        state.add(one, [asdict(Stretch(0, 0, "MemoryError"))], settled=False)
         again = PrepareState.open(tmp_path, SHORT)
-        assert again.videos["one.mp4"]["stretches"][0]["reason"] == "MemoryError"
-        assert not again.has(raw / "one.mp4")
-        again.add(raw / "one.mp4", raw, [asdict(Stretch(0, 9, "silent"))])
-        assert again.has(raw / "one.mp4")
+        assert again.videos[str(one)]["stretches"][0]["reason"] == "MemoryError"
+        assert again.take([one]) == [one]
+        again.add(one, [asdict(Stretch(0, 9, "silent"))])
+        assert again.take([one]) == []
+
+    def test_a_video_that_got_another_name_keeps_its_clips(self, tmp_path: Path) -> None:
+        """Also where another one has the old name now."""
+        raw, data = tmp_path / "raw", tmp_path / "data"
+        video(raw / "a.mp4", [puppet(951_040, 0.8)])
+        prepare(raw, data, SHORT, tell=lambda _: None)
+        (first,) = read_path_list(data / "video_square_path.txt")
+        (raw / "a.mp4").rename(raw / "b.mp4")
+        video(raw / "a.mp4", [puppet(951_041, 0.8)])
+        said: list[str] = []
+        assert prepare(raw, data, SHORT, tell=said.append)["kept"] == 2
+        assert said[0] == "1 of 2 videos were prepared before"
+        assert first.is_dir()
+        assert len(read_path_list(data / "video_square_path.txt")) == 2
+
+    def test_a_video_that_may_not_be_read_is_told_and_tried_again(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def refused(path: Path) -> str:
+            raise PermissionError(13, "Permission denied", str(path))
+
+        one = tmp_path / "one.mp4"
+        one.write_bytes(b"something")
+        state = PrepareState.open(tmp_path, SHORT)
+        monkeypatch.setattr("stableavatar.data.prepare_state.file_fingerprint", refused)  # root may read all
+        assert state.take([one]) == [one]
+        state.add(one, [asdict(Stretch(0, 0, "cannot be read"))])
+        assert state.take([one]) == [one]
+
+    def test_an_error_ends_the_workers_at_once(
+        self, raw: Path, tmp_path: Path, landmarker: FaceLandmarker, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        video(raw / "long.mp4", [puppet(951_050, 4.0)] * 8)
+        others = set(multiprocessing.active_children())
+
+        def full(*_: object, **__: object) -> None:
+            raise StorageError("no room")
+
+        monkeypatch.setattr(PrepareState, "add", full)
+        with pytest.raises(StorageError) as raised:
+            prepare(raw, tmp_path / "data", SHORT, workers=2, tell=lambda _: None)
+        assert raised.traceback  # which holds on to the frames that the error passed through
+        assert not set(multiprocessing.active_children()) - others
 
     def test_a_clip_ends_with_its_sound(self, tmp_path: Path) -> None:
         raw, data = tmp_path / "raw", tmp_path / "data"

@@ -13,7 +13,7 @@ import torch
 from fitting import Fit, Points, assert_same_run, losses, make, settings
 from stableavatar.errors import CheckpointError, InputError
 from stableavatar.training.checkpoints import list_checkpoints
-from stableavatar.training.log import read_log
+from stableavatar.training.log import read_log, tracker_arguments
 from stableavatar.training.trainer import Trainer
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerator")
@@ -45,11 +45,11 @@ def test_weights_that_are_not_finite_are_never_saved(tmp_path: Path, where: str)
     def step() -> None:
         taken()
         if trainer.step == 8:
-            values = trainer.parameters if where == "weights" else trainer.ema.state  # type: ignore[union-attr]
+            values = trainer.parameters if where == "weights" else trainer.ema.state
             with torch.no_grad():
                 next(iter(values.values())).view(-1)[0] = torch.nan
 
-    trainer.optimizer.step = step  # type: ignore[method-assign]
+    trainer.optimizer.step = step
     with pytest.raises(InputError, match=r"no longer finite at step \d+, which is not saved"):
         trainer.train()
     assert [path.name for path in list_checkpoints(tmp_path)] == ["step-00000005"]
@@ -146,6 +146,13 @@ def test_a_tracker_has_every_step_once_after_a_resume(tmp_path: Path) -> None:
     assert [event.step for event in events.Scalars("loss")] == [line["step"] for line in losses(tmp_path)]
 
 
+def test_trackers_go_on_with_the_run_that_they_began(tmp_path: Path) -> None:
+    first, second = (tracker_arguments(tmp_path, step) for step in (0, 5))
+    assert first["wandb"] == second["wandb"]
+    assert second["tensorboard"] == {"purge_step": 6}
+    assert tracker_arguments(tmp_path / "other", 0)["wandb"]["id"] != first["wandb"]["id"]
+
+
 def test_what_accelerate_launch_says_of_precision_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -187,6 +194,9 @@ from fitting import Fit, Points, settings
 from stableavatar.errors import InputError
 from stableavatar.training.trainer import Trainer
 
+def say(line):
+    os.write(1, (line + "\\n").encode())  # at once: another process writes there too
+
 class Other(Points):
     fingerprint = "six points" if os.environ["RANK"] == "1" and sys.argv[1] == "clips" else Points.fingerprint
 
@@ -209,9 +219,9 @@ try:
         again.resume("latest")
         assert again.step == 12, again.step
         again.train()
-        print("went on to", again.step)
+        say(f"went on to {{again.step}}")
 except InputError as error:
-    print("refused:", error)
+    say(f"refused: {{error}}")
 """
 
 

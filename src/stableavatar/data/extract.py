@@ -12,7 +12,7 @@ from stableavatar.data.landmarks import FaceLandmarker, Points, face_mask, lip_m
 from stableavatar.errors import InputError
 from stableavatar.media.audio import SPEECH_RATE, speech_mix
 from stableavatar.media.decoding import picture_delay, stream_sound
-from stableavatar.media.files import cannot_write, check_parent, hidden_name
+from stableavatar.media.files import cannot_write, check_parent, hidden_name, refuse_source
 from stableavatar.media.reading import Frame, read_frames
 from stableavatar.media.wav import write_wav
 
@@ -24,8 +24,7 @@ def extract_audio(video: Path, output: Path) -> float:
     Raises:
         InputError: it cannot be read or has no sound, or the output cannot be written.
     """
-    if output.exists() and output.samefile(video):
-        raise InputError(f"output {output}: is the video itself. Choose another name.")
+    refuse_source(output, video)
     start = picture_delay(video)
     return write_wav(
         output, stream_sound(video, SPEECH_RATE, speech_mix(video, start), start), SPEECH_RATE, 1
@@ -108,12 +107,12 @@ def numbered_clips(root: Path, start: int, end: int) -> list[Path]:
     Raises:
         InputError: there is none.
     """
+    if not root.is_dir():
+        raise InputError(f"{root}: there is no such folder")
     found = sorted(
         (folder for folder in root.glob("*") if folder.name.isdigit() and start <= int(folder.name) <= end),
         key=lambda folder: int(folder.name),
     )
-    if not root.is_dir():
-        raise InputError(f"{root}: there is no such folder")
     if not found:
         raise InputError(f"{root}: has no clip folders numbered {start} to {end}")
     return found

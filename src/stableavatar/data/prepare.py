@@ -14,7 +14,7 @@ import logging
 import os
 import shutil
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict
@@ -202,16 +202,16 @@ def _prepare(
 ) -> dict[str, int]:
     state = PrepareState.open(data, settings)
     work = data / ".prepare"
-    waiting = [video for video in videos if not state.has(video)]
+    waiting = state.take(videos)
     if len(waiting) < len(videos):
         tell(f"{len(videos) - len(waiting)} of {len(videos)} videos were prepared before")
     jobs = ((video, work / _digest(video, raw), settings) for video in waiting)
-    for number, (job, result) in enumerate(_in_workers(jobs, workers), 1):
-        video = job[0]
-        entry, settled = _result(result)
-        state.add(video, raw, entry, settled=settled)
-        kept = sum(it["reason"] is None for it in entry)
-        tell(f"{number}/{len(waiting)} {video}: {kept} clips, {len(entry) - kept} stretches dropped")
+    with contextlib.closing(_in_workers(jobs, workers)) as results:
+        for number, ((video, *_), result) in enumerate(results, 1):
+            entry, settled = _result(result)
+            state.add(video, entry, settled=settled)
+            kept = sum(it["reason"] is None for it in entry)
+            tell(f"{number}/{len(waiting)} {video}: {kept} clips, {len(entry) - kept} stretches dropped")
     shutil.rmtree(work, ignore_errors=True)
     state.write_lists()
     write_file(data / REPORT, report(state.videos, FPS).encode())
@@ -222,9 +222,9 @@ _Job = tuple[Path, Path, PrepareSettings]
 _Made = list[dict[str, Any]]
 
 
-def _in_workers(jobs: Iterator[_Job], workers: int) -> Iterator[tuple[_Job, "Future[_Made]"]]:
+def _in_workers(jobs: Iterator[_Job], workers: int) -> Generator[tuple[_Job, "Future[_Made]"], None, None]:
     """Results as they come. No more jobs are begun than there are workers, and where the caller leaves, by
-    Ctrl-C or an error, what runs is ended: it would be done again anyway."""
+    Ctrl-C or an error, and closes this, what runs is ended: it would be done again anyway."""
     others = set(active_children())
     # Each worker has a thread: the networks are small, and there are as many videos as one likes.
     pool = ProcessPoolExecutor(workers, get_context("spawn"), initializer=_end_with_parent)

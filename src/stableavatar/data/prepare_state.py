@@ -10,16 +10,17 @@ from typing import Any
 from stableavatar.data.clips import SHAPES, Shape
 from stableavatar.data.stretches import PrepareSettings
 from stableavatar.errors import InputError
-from stableavatar.media.files import content_digest, write_file
+from stableavatar.media.files import file_fingerprint, write_file
 
 STATE = "prepare.json"
 
 
 class PrepareState:
-    """What became of every video, on disk after each of them; a video is known by what it holds.
+    """What became of every video, on disk after each of them.
 
     Args:
-        videos: by their place below the raw folder. listed: clips that were put into a list.
+        videos: by their place; each entry has the file's fingerprint, by which it is known again elsewhere.
+        listed: clips that were put into a list.
     """
 
     def __init__(
@@ -27,6 +28,7 @@ class PrepareState:
     ) -> None:
         self.data, self.settings, self.videos = data, settings, videos
         self.listed = set(listed)
+        self._prints: dict[str, str] = {}
 
     @classmethod
     def open(cls, data: Path, settings: PrepareSettings) -> "PrepareState":
@@ -54,17 +56,28 @@ class PrepareState:
             state._move(entry["stretches"])  # a run may have been stopped in the middle of it
         return state
 
-    def has(self, video: Path) -> bool:
-        """Whether this very video was prepared, wherever it lay then."""
-        return content_digest(video) in {entry["content"] for entry in self.videos.values()}
+    def take(self, videos: Sequence[Path]) -> list[Path]:
+        """Those of some videos that were not prepared yet. Entries go along with files that were moved."""
+        self._prints = {_place(video): _fingerprint(video) for video in videos}
+        places: dict[str, list[str]] = {}
+        for place, fingerprint in self._prints.items():
+            if fingerprint:
+                places.setdefault(fingerprint, []).append(place)
+        for place, entry in list(self.videos.items()):
+            found = places.get(entry["file"], [])
+            if found and place not in found and found[0] not in self.videos:
+                self.videos[found[0]] = self.videos.pop(place)
+        known = {entry["file"] for entry in self.videos.values()}
+        return [video for video in videos if self._prints[_place(video)] not in known - {""}]
 
     def add(
-        self, video: Path, raw: Path, stretches: list[dict[str, Any]], *, settled: bool = True
+        self, video: Path, stretches: list[dict[str, Any]], *, settled: bool = True
     ) -> list[dict[str, Any]]:
         """Give a video's clips their places. They are written down before they are taken.
 
         Args:
-            settled: False: what became of it is not the video's own doing, and another run tries again.
+            video: of those that `take` gave. settled: False: what became of it is not its own doing, and
+                another run tries again.
         """
         taken: dict[str, int] = {}
         for it in stretches:
@@ -72,12 +85,9 @@ class PrepareState:
                 shape = it["shape"]
                 taken[shape] = taken.get(shape, self._last(shape)) + 1
                 it["clip"] = f"{shape}/{self.settings.kind}/{taken[shape]:05d}"
-        name, root = str(video.relative_to(raw)), str(raw.absolute())
-        if name in self.videos and self.videos[name]["raw"] != root:
-            name = str(video.absolute())  # of another raw folder, which keeps its clips
-        before = self.videos.get(name)
-        content = content_digest(video) if settled else ""
-        self.videos[name] = {"raw": root, "content": content, "stretches": stretches}
+        place = _place(video)
+        before = self.videos.get(place)
+        self.videos[place] = {"file": self._prints[place] if settled else "", "stretches": stretches}
         self._write()
         if before is not None:  # the file was another one then
             for it in before["stretches"]:
@@ -119,14 +129,15 @@ class PrepareState:
         for shape in SHAPES:
             file = self.data / f"video_{shape}_path.txt"
             before = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
-            own = [clip for clip in self._clips() if clip.startswith(f"{shape}/")]
-            foreign = [line for line in before if line.strip() and line not in self.listed | set(own)]
-            wanted = [clip for clip in own if clip in before or clip not in self.listed]
+            own = {clip for clip in self._clips() if clip.startswith(f"{shape}/")}
+            ours = own | self.listed
+            foreign = [line for line in before if line.strip() and line not in ours]
+            wanted = own - (self.listed - set(before))
             lines = [*foreign, *sorted(clip for clip in wanted if (self.data / clip).is_dir())]
-            if lines != before:
-                write_file(file, "".join(f"{line}\n" for line in lines).encode())
             if not lines:
                 file.unlink(missing_ok=True)
+            elif lines != before:
+                write_file(file, "".join(f"{line}\n" for line in lines).encode())
         self.listed.update(self._clips())
         self._write()
 
@@ -141,3 +152,15 @@ class PrepareState:
             "settings": asdict(self.settings), "videos": self.videos, "listed": sorted(self.listed)
         }  # fmt: skip
         write_file(self.data / STATE, json.dumps(content, indent=1, ensure_ascii=False).encode())
+
+
+def _place(video: Path) -> str:
+    return str(video.absolute())
+
+
+def _fingerprint(video: Path) -> str:
+    """Empty where the file cannot be read: it is known by nothing, and tried again."""
+    try:
+        return file_fingerprint(video)
+    except OSError:
+        return ""

@@ -14,6 +14,7 @@ import torch
 from stableavatar.errors import CheckpointError, InputError
 from stableavatar.media.audio import Samples
 from stableavatar.media.decoding import stream_sound
+from stableavatar.media.files import refuse_source
 from stableavatar.media.wav import write_wav
 
 SAMPLE_RATE = 44_100  # what these networks were trained at
@@ -115,5 +116,6 @@ def separate_vocals(separator: VocalSeparator, recording: Path, output: Path) ->
     Raises:
         InputError: the recording cannot be read, or the output not be written.
     """
+    refuse_source(output, recording)
     blocks = stream_sound(recording, SAMPLE_RATE, "stereo")
     return write_wav(output, separator.stream(blocks), SAMPLE_RATE, 2)

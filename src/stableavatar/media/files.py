@@ -90,7 +90,7 @@ def check_parent(absolute: Path, given: str | Path) -> None:
         raise InputError(f"output {given}: the folder {folder} cannot be written. Choose another one.")
 
 
-def check_folder(path: Path) -> Path:
+def check_folder(path: Path) -> None:
     """Make a folder, unless it is there, and see that it can be written.
 
     Raises InputError: it cannot.
@@ -101,7 +101,6 @@ def check_folder(path: Path) -> Path:
         raise InputError(f"output {path}: the folder cannot be made ({reason_of(error)})") from error
     if not os.access(path, os.W_OK | os.X_OK):
         raise InputError(f"output {path}: the folder cannot be written. Choose another one.")
-    return path
 
 
 def partial_name(stem: str, suffix: str) -> str:
@@ -117,8 +116,14 @@ def hidden_name(stem: str, suffix: str) -> str:
     return f".{stem}.{suffix}"
 
 
-def content_digest(path: Path) -> str:
-    """By which a file is known to be the same: its size, its beginning and its end.
+def refuse_source(output: Path, source: Path) -> None:
+    """Raise InputError where an output is the very file that it is made of."""
+    if output.exists() and source.exists() and output.samefile(source):
+        raise InputError(f"output {output}: is the recording itself. Choose another name.")
+
+
+def file_fingerprint(path: Path) -> str:
+    """Of a file's size, beginning and end, by which it is known again without reading all of it.
 
     Raises OSError.
     """

@@ -1,16 +1,13 @@
 """Where a process trains, and how it finds the others."""
 
 import logging
-import os
 import time
 from datetime import timedelta
-from pathlib import Path
 
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs, PartialState
-from accelerate.utils import GradientAccumulationPlugin, parse_flag_from_env
+from accelerate import PartialState
+from accelerate.utils import parse_flag_from_env
 
-from stableavatar.errors import InputError
 from stableavatar.training.settings import TrainerSettings
 
 logger = logging.getLogger(__name__)
@@ -63,58 +60,3 @@ def backend() -> str | None:
     """What processes talk by, where accelerate does not find it."""
     # DeepSpeed's processes on a CPU have to be told how to find each other.
     return None if torch.accelerator.is_available() or on_cpu() else "gloo"
-
-
-def make_accelerator(settings: TrainerSettings, folder: Path) -> Accelerator:
-    """Accelerate's part of a training, trackers in `folder`.
-
-    Precision and accumulation are the settings', whatever `accelerate launch` says.
-
-    Raises:
-        InputError: it says another precision.
-    """
-    told = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    if told != "no":
-        raise InputError(
-            f"mixed_precision {told} of accelerate launch would round otherwise than the recipe's "
-            "trainer.precision says: set it to no in what it reads"
-        )
-    return Accelerator(
-        mixed_precision="no",
-        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=settings.accumulation),
-        cpu=on_cpu(),
-        log_with=list(settings.trackers) or None,
-        project_dir=folder / "trackers",
-        kwargs_handlers=[
-            # A step in which no clip hears its speech leaves the adapter without a gradient. Gradients lie in
-            # the buckets they are sent in, else they would lie there once more.
-            DistributedDataParallelKwargs(find_unused_parameters=True, gradient_as_bucket_view=True),
-            InitProcessGroupKwargs(backend=backend(), timeout=timedelta(minutes=settings.wait_minutes)),
-        ],
-    )
-
-
-def configure_deepspeed(
-    accelerator: Accelerator, settings: TrainerSettings, *, pieces: int, spread: bool
-) -> None:
-    """The settings into what DeepSpeed was launched with.
-
-    Args:
-        pieces: micro-steps of a step on all processes. spread: whether parameters are (ZeRO-3).
-
-    Raises:
-        InputError: settings that it cannot carry out.
-    """
-    config = accelerator.deepspeed_plugin.deepspeed_config
-    offload = config.get("zero_optimization", {}).get("offload_optimizer", {})
-    if settings.optimizer.kind == "adamw-8bit" and offload.get("device", "none") != "none":
-        raise InputError("where DeepSpeed offloads the optimizer it takes an Adam of its own: use adamw")
-    if settings.ema_decay and spread:
-        raise InputError("averaged weights cannot be kept of parameters that ZeRO-3 spreads")
-    # Weights and what the optimizer keeps stay float32, as everywhere.
-    config["torch_autocast"] = {"enabled": settings.precision == "bf16", "dtype": "bfloat16"}
-    config["train_micro_batch_size_per_gpu"] = settings.batch_size
-    config["gradient_accumulation_steps"] = settings.accumulation
-    config["train_batch_size"] = settings.batch_size * pieces
-    config["gradient_clipping"] = settings.optimizer.clip.norm
-    logger.info("DeepSpeed clips gradients to %g alone", settings.optimizer.clip.norm)

@@ -169,41 +169,42 @@ def _pretend(model: nn.Module) -> None:
 @functools.cache
 def _activations(
     size: str, frames: int, height: int, width: int, features: int, lora: LoraSettings | None
-) -> tuple[float, float, float]:
+) -> tuple[int, int, int]:
     """Bytes that the backward pass of a clip needs, of what autograd keeps in bfloat16: outside the blocks
     (the audio adapter above all), within one, and of a block's input."""
-    kept = []
-    for layers in (1, 2):
-        config = _sizes(size, layers)
-        with torch.device("meta"):
-            model = StableAvatarTransformer3DModel.from_config(config)
-            _train_as(model, lora)
-        with FakeTensorMode(allow_non_fake_inputs=True):
-            _pretend(model)
-            own = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
-            storages: dict[int, Any] = {}
-            inputs: list[int] = []
+    (one, between), (two, _) = (
+        _kept(_sizes(size, layers), lora, (frames, height, width, features)) for layers in (1, 2)
+    )
+    inside = two - one
+    return one - inside, inside, between
 
-            def keep(
-                tensor: torch.Tensor, own: set[int] = own, storages: dict[int, Any] = storages
-            ) -> torch.Tensor:
-                storage = tensor.untyped_storage()
-                if storage._cdata not in own:
-                    storages[storage._cdata] = storage
-                return tensor
 
-            model.blocks[0].register_forward_pre_hook(
-                lambda _block, given, inputs=inputs: inputs.append(given[0].nbytes)
-            )
-            with (
-                torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
-                torch.autocast("cpu", torch.bfloat16, cache_enabled=False),
-            ):
-                result = model(*_inputs(config, frames, height, width, features)).sample
-            kept.append(sum(storage.nbytes() for storage in storages.values()))
-            del result
-    inside = kept[1] - kept[0]
-    return kept[0] - inside, inside, inputs[0]
+def _kept(
+    config: Mapping[str, Any], lora: LoraSettings | None, clip: tuple[int, int, int, int]
+) -> tuple[int, int]:
+    """Bytes that autograd keeps of a forward pass, and of a block's input."""
+    with torch.device("meta"):
+        model = StableAvatarTransformer3DModel.from_config(config)
+        _train_as(model, lora)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        _pretend(model)
+        own = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
+        kept: dict[int, Any] = {}
+        between: list[int] = []
+
+        def keep(tensor: torch.Tensor) -> torch.Tensor:
+            storage = tensor.untyped_storage()
+            if storage._cdata not in own:
+                kept[storage._cdata] = storage
+            return tensor
+
+        model.blocks[0].register_forward_pre_hook(lambda _, given: between.append(given[0].nbytes))
+        with (
+            torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+            torch.autocast("cpu", torch.bfloat16, cache_enabled=False),
+        ):
+            model(*_inputs(config, *clip))
+        return sum(storage.nbytes() for storage in kept.values()), between[0]
 
 
 @functools.cache

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol, TypeVar
 
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from stableavatar.data.sampler import ClipKey, GroupedSampler
 from stableavatar.errors import StableAvatarError
@@ -35,7 +35,7 @@ class SampleSource(Protocol[SampleOut]):
 
 @contextlib.contextmanager
 def open_batches(
-    source: Any,
+    source: SampleSource[Any],
     collate: Callable[[list[Any]], Any],
     sampler: GroupedSampler,
     *,
@@ -51,7 +51,7 @@ def open_batches(
     others = set(multiprocessing.active_children())
     reading = _Reading(source, collate)
     loader: DataLoader[Any] = DataLoader(
-        reading,  # type: ignore[arg-type]  # what DataLoader asks of a data set
+        reading,
         batch_sampler=_Batches(sampler, step),
         collate_fn=reading.collate,
         num_workers=readers,
@@ -73,7 +73,7 @@ def open_batches(
                 reader.kill()
 
 
-class _Reading:
+class _Reading(Dataset[Any]):
     """A data set whose errors for users come back as values: raised in a reader they would arrive with its
     traceback in their text."""
 
@@ -88,9 +88,8 @@ class _Reading:
 
     def collate(self, samples: list[Any]) -> Any:
         """A batch, or the first error."""
-        return next((it for it in samples if isinstance(it, StableAvatarError)), None) or self._collate(
-            samples
-        )
+        error = next((it for it in samples if isinstance(it, StableAvatarError)), None)
+        return error or self._collate(samples)
 
 
 def _readable(batches: Iterator[Any]) -> Iterator[Any]:

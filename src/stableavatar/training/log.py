@@ -95,12 +95,12 @@ def check_trackers(trackers: Iterable[str]) -> None:
 
 
 def tracker_arguments(folder: Path, step: int) -> dict[str, dict[str, Any]]:
-    """How trackers go on in `folder` with a run that stands at `step`: what they had of later steps gives
-    way, and it stays one run."""
+    """How trackers go on in `folder` with a run that stands at `step`: what TensorBoard had of later steps
+    gives way, and W&B goes on with the run whose name is kept there. For the first process alone."""
     name = folder / "wandb-run"
     if not name.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        name.write_text(secrets.token_hex(8), encoding="utf-8")
+        write_file(name, secrets.token_hex(8).encode())
     run = name.read_text(encoding="utf-8")
     return {
         "tensorboard": {"purge_step": step + 1},
@@ -113,6 +113,16 @@ def plain(values: Mapping[str, Any]) -> dict[str, Any]:
     """Settings as JSON holds them, paths and the like as text."""
     result: dict[str, Any] = json.loads(json.dumps(values, default=str))
     return result
+
+
+def setting_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Each setting that differs, with both values."""
+    then, later = flat(before), flat(now)
+    return [
+        f"{name} {later.get(name)} (was {then.get(name)})"
+        for name in sorted({*then, *later})
+        if then.get(name) != later.get(name)
+    ]
 
 
 def finite(line: dict[str, Any]) -> dict[str, Any]:

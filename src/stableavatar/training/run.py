@@ -24,7 +24,7 @@ from stableavatar.models.transformer import StableAvatarTransformer3DModel
 from stableavatar.training.avatar import Avatar
 from stableavatar.training.devices import process_device
 from stableavatar.training.efficiency import use_explicit_attention
-from stableavatar.training.lora import add_lora, save_lora, without_lora
+from stableavatar.training.lora import add_lora, is_factor, save_lora, without_lora
 from stableavatar.training.parameters import freeze_others, frozen_digest, trained_by_recipe
 from stableavatar.training.recipes import Recipe
 from stableavatar.training.start import (
@@ -80,7 +80,7 @@ class Training:
         trained = {name.removeprefix(prefix): value for name, value in trained.items()}
         leads = self.trainer.accelerator.is_main_process
         lora, output = self.recipe.lora, self.recipe.output
-        if lora is None or starts_adapter(self.recipe.model):
+        if lora is None or not all(map(is_factor, self.trainer.parameters)):
             frozen = {name.removeprefix(prefix): value for name, value in self.trainer.frozen_state().items()}
             if leads:
                 whole = without_lora({**frozen, **trained})

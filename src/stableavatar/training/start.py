@@ -18,7 +18,7 @@ from stableavatar.data.dataset import ClipDataset
 from stableavatar.data.encoding import Encoders
 from stableavatar.data.puppets import ClipStore
 from stableavatar.errors import InputError
-from stableavatar.media.files import content_digest
+from stableavatar.media.files import file_fingerprint
 from stableavatar.models.transformer import StableAvatarTransformer3DModel
 from stableavatar.pipeline import TINY, AvatarPipeline
 from stableavatar.placement.device import DTYPES
@@ -128,7 +128,7 @@ def starts_adapter(choice: ModelChoice) -> bool:
     return _transformer_files(choice)[1] is None
 
 
-def _transformer_files(choice: ModelChoice) -> tuple[Any, Any]:
+def _transformer_files(choice: ModelChoice) -> tuple[Path, Path | None]:
     """Of the published checkpoints the base model's, and those of a transformer that hears, or None."""
     base, overlay = find_published(choice.source).transformer_files(choice.variant, choice.size)
     return base, choice.transformer or overlay
@@ -148,7 +148,7 @@ def encoder_files(choice: ModelChoice) -> str | None:
     digest = hashlib.sha256()
     for name, part in zip(names, parts, strict=True):
         for file in sorted(it for it in (part, *part.rglob("*")) if it.is_file()):
-            digest.update(f"{name}/{file.relative_to(part).as_posix()} {content_digest(file)}".encode())
+            digest.update(f"{name}/{file.relative_to(part).as_posix()} {file_fingerprint(file)}".encode())
     return digest.hexdigest()
 
 

@@ -33,9 +33,9 @@ from stableavatar.training.checkpoints import (
     random_state,
     set_random_state,
 )
-from stableavatar.training.devices import configure_deepspeed, make_accelerator
 from stableavatar.training.efficiency import compile_blocks, enable_gradient_checkpointing
 from stableavatar.training.ema import MovingAverage
+from stableavatar.training.launching import configure_deepspeed, make_accelerator
 from stableavatar.training.loader import SampleSource, open_batches
 from stableavatar.training.log import (
     JsonLog,
@@ -44,6 +44,7 @@ from stableavatar.training.log import (
     finite,
     flat,
     plain,
+    setting_changes,
     tracker_arguments,
 )
 from stableavatar.training.objective import StepLoss
@@ -210,7 +211,9 @@ class Trainer(Generic[Sample]):
                 raise CheckpointError(f"{self.folder} holds no complete checkpoint to resume from")
             checkpoint = found[-1]
         counters = load_counters(checkpoint, ("identity", "step", "skipped_steps", "bad_in_a_row", "meter"))
-        self._tell_of_changes(counters.get("record", self._record), checkpoint)
+        changes = setting_changes(counters.get("record", self._record), self._record)
+        if changes:
+            logger.warning("goes on from %s with other settings: %s", checkpoint, "; ".join(changes))
         stored = counters["identity"]
         different = [name for name, value in self._identity().items() if stored.get(name, value) != value]
         if different and not (new_data and not {"seed", *self.identity} & set(different)):
@@ -243,8 +246,8 @@ class Trainer(Generic[Sample]):
         """Run until `settings.steps`, `settings.minutes` or `request_stop`.
 
         Raises:
-            InputError: a sample cannot be read; `max_bad_steps` steps in a row were not finite (the last
-                checkpoint is from before them); the folder holds checkpoints of later steps than this run's.
+            InputError: a sample cannot be read; `max_bad_steps` steps in a row, or all there were, were not
+                finite; weights are not; the folder holds checkpoints of later steps than this run's.
         """
         settings = self.settings
         later = [path for path in self.checkpoints() if checkpoint_step(path) > self.step]
@@ -255,7 +258,8 @@ class Trainer(Generic[Sample]):
             )
         log = JsonLog(self.folder / "log.jsonl", self.step) if self.accelerator.is_main_process else None
         if settings.trackers:
-            start = tracker_arguments(self.folder / "trackers", self.step)
+            leads = self.accelerator.is_main_process
+            start = tracker_arguments(self.folder / "trackers", self.step) if leads else {}
             self.accelerator.init_trackers(PROJECT, flat(self._record), init_kwargs=start)
         deadline = time.monotonic() + 60 * settings.minutes if settings.minutes is not None else None
         with open_batches(
@@ -478,16 +482,6 @@ class Trainer(Generic[Sample]):
         finally:
             self.module.train()
             set_random_state(kept)
-
-    def _tell_of_changes(self, before: Mapping[str, Any], checkpoint: Path) -> None:
-        then, now = flat(before), flat(self._record)
-        changes = [
-            f"{name} {now.get(name)} (was {then.get(name)})"
-            for name in sorted({*then, *now})
-            if then.get(name) != now.get(name)
-        ]
-        if changes:
-            logger.warning("goes on from %s with other settings: %s", checkpoint, "; ".join(changes))
 
     def _identity(self) -> dict[str, Any]:
         """What must be the same for a resumed run to be the same run."""
