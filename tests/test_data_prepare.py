@@ -267,13 +267,6 @@ class TestFolder:
         assert "holds no video" in done.output
         assert not (tmp_path / "data").exists()
 
-
-def test_settings_that_cannot_be() -> None:
-    with pytest.raises(InputError, match="kind"):
-        PrepareSettings(kind="whispering")
-    with pytest.raises(InputError, match="not possible"):
-        PrepareSettings(least_seconds=3, most_seconds=2)
-
     def test_another_raw_folder_adds_its_clips(self, tmp_path: Path) -> None:
         for name, seed in (("first", 951_010), ("second", 951_011)):
             video(tmp_path / name / "a.mp4", [puppet(seed, 0.8)])
@@ -389,7 +382,7 @@ def test_settings_that_cannot_be() -> None:
     def test_an_error_ends_the_workers_at_once(
         self, raw: Path, tmp_path: Path, landmarker: FaceLandmarker, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        video(raw / "long.mp4", [puppet(951_050, 4.0)] * 8)
+        video(raw / "a_long.mp4", [puppet(951_050, 4.0)] * 8)  # begun first, while another one is broken
         others = set(multiprocessing.active_children())
 
         def full(*_: object, **__: object) -> None:
@@ -400,6 +393,7 @@ def test_settings_that_cannot_be() -> None:
             prepare(raw, tmp_path / "data", SHORT, workers=2, tell=lambda _: None)
         assert raised.traceback  # which holds on to the frames that the error passed through
         assert not set(multiprocessing.active_children()) - others
+        assert not list((tmp_path / "data").rglob("prompt.txt")), "the long one was not waited for"
 
     def test_a_clip_ends_with_its_sound(self, tmp_path: Path) -> None:
         raw, data = tmp_path / "raw", tmp_path / "data"
@@ -441,6 +435,13 @@ def test_settings_that_cannot_be() -> None:
         done = subprocess.run(command, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr
         assert len(json.loads(state.read_text())["videos"]) == 6
+
+
+def test_settings_that_cannot_be() -> None:
+    with pytest.raises(InputError, match="kind"):
+        PrepareSettings(kind="whispering")
+    with pytest.raises(InputError, match="not possible"):
+        PrepareSettings(least_seconds=3, most_seconds=2)
 
 
 def children(parent: int) -> list[int]:

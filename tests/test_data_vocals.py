@@ -90,6 +90,14 @@ def test_other_frequencies_are_taken_out(tmp_path: Path) -> None:
     assert np.abs(made[inner, 1]).max() < 2e-3
 
 
+def test_a_recording_is_not_replaced_by_its_voice(tmp_path: Path) -> None:
+    recording = tmp_path / "song.wav"
+    recording.write_bytes(b"whatever it is")
+    with pytest.raises(InputError, match="is the recording itself"):
+        separate_vocals(separator(tmp_path / "n.onnx"), recording, recording)
+    assert recording.read_bytes() == b"whatever it is"
+
+
 def test_a_file_of_another_rate_and_one_channel(tmp_path: Path) -> None:
     recording = write_wav(tmp_path / "a.wav", tone(1.5, 16_000, 500), 16_000)
     assert separate_vocals(separator(tmp_path / "n.onnx"), recording, tmp_path / "v.wav") == pytest.approx(
