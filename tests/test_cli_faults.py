@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from command_line import QUICK, portrait, run, speech, start, toy_model
 from stableavatar import pipeline
-from stableavatar.apps.console import is_out_of_memory
+from stableavatar.errors import is_out_of_memory
 from stableavatar.journal import Journal
 
 ASSETS = Path(pipeline.__file__).parent / "assets" / "demo"

@@ -1,5 +1,8 @@
 """Errors whose text is for the user: what was wrong, in which file, and what to do."""
 
+# What torch and its devices say; only some of them raise `torch.OutOfMemoryError`.
+_OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
+
 
 class StableAvatarError(Exception):
     """The base of every error that the package raises on purpose; its text is shown without a traceback."""
@@ -23,3 +26,9 @@ class StoppedError(StableAvatarError):
 
 class ProcessError(StableAvatarError):
     """Another of the processes that make a video together was lost, or has ended."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory, of the machine or of a device, did not suffice."""
+    text = str(error).lower()
+    return isinstance(error, MemoryError) or any(words in text for words in _OUT_OF_MEMORY)

@@ -32,6 +32,10 @@ _INDEX = "journal.json"
 _HASHED_VALUES = 4096
 
 
+class JournalError(InputError):
+    """What was begun cannot be gone on with: it is damaged, or belongs to other inputs or another release."""
+
+
 @dataclass(frozen=True)
 class SavedState:
     """The state of a run: tensors, and the rest as JSON."""
@@ -87,14 +91,14 @@ class Journal:
         """The state that was saved last, None if there is none.
 
         Raises:
-            InputError: it belongs to other inputs, settings or weights, or is damaged.
+            JournalError: it belongs to other inputs, settings or weights, or is damaged.
         """
         if self._index is None:
             self.clear()
             return None
         different = differences(self._index["identity"], json.loads(json.dumps(identity)))
         if different:
-            raise InputError(
+            raise JournalError(
                 f"output {self.output}: what was begun there cannot be gone on with, since these differ: "
                 f"{'; '.join(different)}. Give what was given then, or begin anew with --overwrite and "
                 "without --resume."
@@ -104,7 +108,7 @@ class Journal:
                 (self.folder / segment_name(number)).stat()
             tensors = load_file(self.folder / self._index["state"])
         except (OSError, SafetensorError) as error:
-            raise InputError(
+            raise JournalError(
                 f"output {self.output}: its journal is damaged ({reason_of(error)}). Begin anew with "
                 "--overwrite and without --resume."
             ) from error
@@ -173,11 +177,11 @@ class Journal:
         except FileNotFoundError:
             return None
         except (OSError, ValueError) as error:
-            raise InputError(
+            raise JournalError(
                 f"output {self.output}: its journal {self.folder} is damaged; remove that folder"
             ) from error
         if index.get("format") != FORMAT:
-            raise InputError(
+            raise JournalError(
                 f"output {self.output}: what was begun there belongs to another release; remove {self.folder}"
             )
         return dict(index)

@@ -1,4 +1,4 @@
-"""The command line: ``stableavatar generate | info | download | convert | export``, training and data.
+"""The command line: ``stableavatar generate | info | download | convert | export``, training, data, serving.
 
 Commands check what can be checked at once, call the package, and say what came of it. torch is imported in
 them, not here: help must come without waiting for it.
@@ -18,9 +18,7 @@ from stableavatar.apps.command_options import parse_size, repeating_command, sto
 from stableavatar.apps.console import (
     end_on_terminate,
     leads,
-    log_to_stderr,
     plain_errors,
-    quieten_libraries,
     run_to_the_end,
     stop_between_cells,
     together,
@@ -34,9 +32,11 @@ from stableavatar.apps.data_commands import (
     separate_vocals,
 )
 from stableavatar.apps.progress import display, duration
+from stableavatar.apps.service_commands import serve
 from stableavatar.apps.training_commands import cache_latents, train
 from stableavatar.choices import Dtype, ModelSize, StoredDtype, Variant
 from stableavatar.errors import InputError
+from stableavatar.logs import log_to_stderr, quieten_libraries
 from stableavatar.options import FILE, PICTURE, TIME, GenerateOptions, OutputOptions
 
 if TYPE_CHECKING:
@@ -400,6 +400,7 @@ def export(
 
 app.command()(train)
 app.command("cache-latents")(cache_latents)
+app.command()(serve)
 app.command()(prepare)
 app.command("extract-audio")(extract_audio)
 app.command("extract-frames")(extract_frames)

@@ -1,20 +1,18 @@
-"""What a command has around it: errors in a line, log lines, quiet libraries."""
+"""What a command has around it: errors in a line, Ctrl-C, several processes."""
 
-import logging
 import os
 import signal
 import sys
 import threading
 import traceback
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING
 
 import typer
 
-from stableavatar.errors import StableAvatarError, StoppedError
+from stableavatar.errors import StableAvatarError, StoppedError, is_out_of_memory
 
 if TYPE_CHECKING:
     from stableavatar.placement.processes import Processes
@@ -22,9 +20,6 @@ if TYPE_CHECKING:
 FAULT = 2
 INTERRUPTED = 130
 TERMINATED = 143
-
-# What torch and its devices say; only some of them raise `torch.OutOfMemoryError`.
-_OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
 
 
 @contextmanager
@@ -52,12 +47,6 @@ def plain_errors() -> Iterator[None]:
             "--dtype bfloat16, or another --device",
             FAULT,
         )
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory, of the machine or of a device, did not suffice."""
-    text = str(error).lower()
-    return isinstance(error, MemoryError) or any(words in text for words in _OUT_OF_MEMORY)
 
 
 def one_of_several() -> bool:
@@ -132,52 +121,6 @@ def end_on_terminate() -> None:
         raise SystemExit(TERMINATED)
 
     signal.signal(signal.SIGTERM, terminate)
-
-
-def log_to_stderr(verbosity: int) -> None:
-    """Show the package's own log: warnings; with `verbosity` 1 what is being done, with 2 everything."""
-    logger = logging.getLogger("stableavatar")
-    logger.setLevel((logging.WARNING, logging.INFO, logging.DEBUG)[min(verbosity, 2)])
-    if not any(isinstance(handler, _StandardError) for handler in logger.handlers):
-        logger.addHandler(_StandardError())
-
-
-def quieten_libraries(verbosity: int, *, downloads: bool = True) -> None:
-    """Keep diffusers' and transformers' bars and warnings to themselves; all of them speak at verbosity 2.
-
-    Args:
-        downloads: show the bars of the hub's downloads, where there is a terminal.
-    """
-    from huggingface_hub.utils.tqdm import disable_progress_bars, enable_progress_bars
-
-    if verbosity < 2:
-        # The libraries read these when they are imported.
-        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-        os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
-        warnings.filterwarnings("ignore", category=FutureWarning)
-        warnings.filterwarnings("ignore", category=UserWarning, module=r"(torch|diffusers|transformers)\b")
-        import diffusers.utils.logging
-        import transformers.utils.logging
-
-        diffusers.utils.logging.disable_progress_bar()
-        transformers.utils.logging.disable_progress_bar()
-    if downloads and sys.stderr.isatty():
-        enable_progress_bars()
-    else:
-        disable_progress_bars()
-
-
-class _StandardError(logging.StreamHandler[TextIO]):
-    """Writes to what the standard error stream is at the time: a progress bar puts itself in its place."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.setFormatter(logging.Formatter("%(levelname)s %(name)s: %(message)s"))
-
-    def emit(self, record: logging.LogRecord) -> None:
-        """Write a record to it."""
-        self.stream = sys.stderr
-        super().emit(record)
 
 
 def _fail(text: str, status: int) -> None:

@@ -6,9 +6,9 @@ from typing import Annotated, Any
 
 import typer
 
-from stableavatar.apps.console import log_to_stderr, quieten_libraries
 from stableavatar.choices import StoredDtype
 from stableavatar.errors import InputError
+from stableavatar.logs import log_to_stderr, quieten_libraries
 
 RecipeArgument = Annotated[
     Path, typer.Argument(metavar="RECIPE", help="A YAML file, such as those in the folder recipes.")

@@ -11,15 +11,13 @@ is new.
 import contextlib
 import hashlib
 import logging
-import os
 import shutil
-import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict
 from itertools import islice
-from multiprocessing import active_children, get_context, parent_process
+from multiprocessing import active_children, get_context
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +30,7 @@ from stableavatar.data.prepare_report import places, report, thumbnail
 from stableavatar.data.prepare_state import PrepareState
 from stableavatar.data.stretches import FPS, Last, PrepareSettings, Stretch, find_stretches, judge
 from stableavatar.errors import InputError, StorageError
+from stableavatar.lifetimes import end_with_parent
 from stableavatar.media.audio import SPEECH_RATE, Sound, Speech
 from stableavatar.media.files import cannot_write, locked, write_file
 from stableavatar.media.image import fit_picture
@@ -227,7 +226,7 @@ def _in_workers(jobs: Iterator[_Job], workers: int) -> Generator[tuple[_Job, "Fu
     Ctrl-C or an error, and closes this, what runs is ended: it would be done again anyway."""
     others = set(active_children())
     # Each worker has a thread: the networks are small, and there are as many videos as one likes.
-    pool = ProcessPoolExecutor(workers, get_context("spawn"), initializer=_end_with_parent)
+    pool = ProcessPoolExecutor(workers, get_context("spawn"), initializer=end_with_parent)
     running: dict[Future[_Made], _Job] = {}
     try:
         while True:
@@ -243,18 +242,6 @@ def _in_workers(jobs: Iterator[_Job], workers: int) -> Generator[tuple[_Job, "Fu
         raise
     finally:
         pool.shutdown(cancel_futures=True)
-
-
-def _end_with_parent() -> None:
-    """A worker whose parent was killed has nobody to work for."""
-    parent = parent_process()
-    assert parent is not None
-
-    def watch() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
 
 
 def _result(job: "Future[_Made]") -> tuple[_Made, bool]:

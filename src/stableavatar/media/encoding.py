@@ -5,7 +5,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import av
 import numpy as np
@@ -20,10 +20,20 @@ from stableavatar.media.timing import sample_position
 _BT709 = 1
 # Bits a second of AAC for one channel; the format allows 6 bits a sample, which is less below 16 kHz.
 _SOUND_BITS = 96_000
+# Of a live file, in microseconds: what is held back of a video that waits for its next frames.
+_FRAGMENT = 200_000
+
+
+class Writable(Protocol):
+    """What takes the bytes of a file in order."""
+
+    def write(self, data: bytes, /) -> int:
+        """Take them; how many there were."""
+        ...
 
 
 def open_mp4(
-    target: Path | None,
+    target: Path | Writable | None,
     *,
     sound: Sound | LiveSound | None = None,
     metadata: Mapping[str, str] | None = None,
@@ -32,17 +42,17 @@ def open_mp4(
     """A container to write to, the index first; `live`: in fragments that play while it grows.
 
     Args:
-        target: None writes to standard output.
+        target: a file's path, or what takes bytes; None writes to standard output.
     """
-    file: Any = _StandardOutput()
-    if target is not None:
+    file: Any = _StandardOutput() if target is None else target
+    if isinstance(target, Path):
         # The system's own error (rights, full disk) is clearer than FFmpeg's.
         with target.open("wb"):
             pass
         file = str(target)
     options = {"movflags": "+frag_keyframe+delay_moov+default_base_moof" if live else "+faststart"}
     if live:
-        options["flush_packets"] = "1"
+        options |= {"flush_packets": "1", "frag_duration": str(_FRAGMENT)}
     if sound is not None:
         # The edit list that cuts the sound counts in this; milliseconds, the default, cut too much.
         options["movie_timescale"] = str(sound.sample_rate)

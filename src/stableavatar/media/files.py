@@ -8,6 +8,7 @@ from typing import IO
 
 import av
 import av.container
+from av.format import formats_available
 
 from stableavatar.errors import InputError, StorageError
 
@@ -16,6 +17,16 @@ VIDEO_FORMATS = {
     "mov", "mp4", "matroska", "webm", "avi", "mpegts", "mpeg", "mpegvideo", "asf", "flv", "ogg", "mxf",
     "nut", "yuv4mpegpipe", "ivf", "h264", "hevc", "m4v", "rm", "dv", "wtv",
 }  # fmt: skip
+# What FFmpeg reads that names other files, addresses or devices: whoever wrote such a file would have any
+# file of this machine read, and spoken, by the one who opens it.
+_POINTERS = {
+    "hls", "applehttp", "concat", "concatf", "dash", "webm_dash_manifest", "imf", "sdp", "rtsp", "rtp", "sap",
+    "image2", "lavfi", "vobsub", "mlv", "avisynth", "vapoursynth", "alsa", "oss", "fbdev", "kmsgrab",
+    "video4linux2", "v4l2", "x11grab", "xcbgrab", "pulse", "jack", "sndio", "iec61883", "dshow", "gdigrab",
+    "vfwcap", "avfoundation", "openal", "android_camera", "decklink", "libdc1394", "libcdio", "libndi_newtek",
+}  # fmt: skip
+_FORMATS = ",".join(sorted({name for entry in formats_available for name in entry.split(",")} - _POINTERS))
+OPEN_OPTIONS = {"protocol_whitelist": "file", "format_whitelist": _FORMATS}
 _ENDS = 2**20  # bytes of either end of a file, by which it is known
 _LONGEST_NAME = 255
 
@@ -45,13 +56,13 @@ def check_file(path: str | Path, role: str) -> Path:
 
 
 def open_media(path: str | Path, role: str) -> "av.container.InputContainer":
-    """Open a sound or video file with FFmpeg; local files only, whatever a playlist inside may say.
+    """Open a sound or video file with FFmpeg, and nothing but this file: no playlist, no list of files.
 
     Raises InputError: missing, a folder, empty, unreadable, or nothing that FFmpeg knows.
     """
     absolute = check_file(path, role)
     try:
-        return av.open(str(absolute), "r", options={"protocol_whitelist": "file"}, metadata_errors="replace")
+        return av.open(str(absolute), "r", options=OPEN_OPTIONS, metadata_errors="replace")
     except (av.FFmpegError, ValueError) as error:
         raise InputError(
             f"{role} {path}: not a sound or video file, or one that is cut off or damaged "

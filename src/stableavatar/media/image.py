@@ -61,14 +61,14 @@ _DAMAGED = (
 _HEIF_BRANDS = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"mif1", b"msf1"}
 
 
-def read_picture(path: str | Path) -> Picture:
+def read_picture(path: str | Path, *, most_pixels: int = MAX_PIXELS) -> Picture:
     """The picture in `path` as uint8 [height, width, 3] sRGB, upright by its EXIF orientation.
 
     Transparency lies over white; palettes, grey, CMYK and 16 bits a channel are converted, a profile is
     applied; of an animation or a video it is the first frame.
 
     Raises InputError: missing, a folder, empty, no picture, cut off or damaged, a side under 16 pixels, more
-    than 120 megapixels (found from the header, before anything is decoded).
+    than `most_pixels` (120 megapixels; found from the header, before anything is decoded).
     """
     absolute = check_file(path, "portrait")
     Image.init()
@@ -79,26 +79,26 @@ def read_picture(path: str | Path) -> Picture:
             image = Image.open(absolute, formats=formats)
     except Image.DecompressionBombError as error:
         found = re.search(r"\((\d+) pixels\)", str(error))
-        raise _too_large(path, int(found.group(1)) if found else None) from error
+        raise _too_large(path, int(found.group(1)) if found else None, most_pixels) from error
     except UnidentifiedImageError as error:
         frame = _first_frame(path, absolute)
         if frame is None:
             raise _not_a_picture(path, absolute) from error
-        check_size(path, frame.shape[1], frame.shape[0])
+        check_size(path, frame.shape[1], frame.shape[0], most_pixels)
         return frame
     except _DAMAGED as error:
         raise _damaged(path, error) from error
     with image:
-        return convert_picture(image, path)
+        return convert_picture(image, path, most_pixels=most_pixels)
 
 
-def convert_picture(image: Image.Image, name: str | Path) -> Picture:
+def convert_picture(image: Image.Image, name: str | Path, *, most_pixels: int = MAX_PIXELS) -> Picture:
     """An open picture as uint8 [height, width, 3] sRGB, as `read_picture` gives it; `image` is not changed.
 
     `name` is what errors call it. Raises InputError: damaged, colours that cannot be converted, a side under
-    16 pixels, more than 120 megapixels.
+    16 pixels, more than `most_pixels`.
     """
-    check_size(name, *image.size)
+    check_size(name, *image.size, most_pixels)
     try:
         image.load()
         colour, alpha = _split(_upright(image, name), name)
@@ -182,10 +182,10 @@ def _pad(image: Image.Image, picture: Picture, width: int, height: int) -> Pictu
     return result
 
 
-def check_size(name: str | Path, width: int, height: int) -> None:
-    """Raise InputError for a side under 16 pixels, or more than 120 megapixels; `name` is in the message."""
-    if width * height > MAX_PIXELS:
-        raise _too_large(name, width * height)
+def check_size(name: str | Path, width: int, height: int, most_pixels: int = MAX_PIXELS) -> None:
+    """Raise InputError for a side under 16 pixels, or too many pixels; `name` is in the message."""
+    if width * height > most_pixels:
+        raise _too_large(name, width * height, most_pixels)
     if min(width, height) < MIN_SIDE:
         raise InputError(
             f"portrait {name}: {width}x{height} pixels are too few, it needs at least {MIN_SIDE} on each "
@@ -285,8 +285,8 @@ def _damaged(path: str | Path, error: BaseException) -> InputError:
     )
 
 
-def _too_large(path: str | Path, pixels: int | None) -> InputError:
-    size = "too many pixels" if pixels is None else f"{pixels / 1e6:.0f} megapixels"
+def _too_large(path: str | Path, pixels: int | None, most: int) -> InputError:
+    size = "too many pixels" if pixels is None else f"{pixels / 1e6:.3g} megapixels"
     return InputError(
-        f"portrait {path}: {size}, at most {MAX_PIXELS // 10**6} megapixels are accepted. Make it smaller."
+        f"portrait {path}: {size}, at most {most / 1e6:g} megapixels are accepted. Make it smaller."
     )

@@ -25,7 +25,7 @@ from stableavatar.media.decoding import (
     mix_gains,
     stream_sound,
 )
-from stableavatar.media.files import reason_of
+from stableavatar.media.files import OPEN_OPTIONS, reason_of
 from stableavatar.media.timing import frame_count
 
 # Small, so that a second of speech does not wait for the next one.
@@ -252,7 +252,7 @@ def read_live(
     Raises:
         InputError: no sound in a format that can be read from a pipe.
     """
-    options = {"probesize": "4096", "analyzeduration": "0"}
+    options = {**OPEN_OPTIONS, "probesize": "4096", "analyzeduration": "0"}
     if raw_rate is not None:
         options = {"sample_rate": str(raw_rate), "ch_layout": "mono"}
     pipe: Any = _Pipe(file, stop)

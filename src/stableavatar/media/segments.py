@@ -4,7 +4,7 @@ Every segment is encoded by an encoder of its own, so that its frames do not dep
 interrupted; at the end they are joined without encoding them again, with the sound.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from fractions import Fraction
 from pathlib import Path
@@ -104,31 +104,11 @@ class SegmentWriter:
 
     def _join(self, target: Path, sound: Sound | None, metadata: Mapping[str, str] | None) -> None:
         with open_mp4(target, sound=sound, metadata=metadata) as container:
-            stream: Any = None
-            audio: SoundTrack | None = None
-            index = 0  # of the packet, in the order of decoding
+            joint = Joint(container, self._fps, sound)
             for number in range(self.segments):
-                first = index
-                with av.open(str(self._path(number))) as source:
-                    template = source.streams.video[0]
-                    if stream is None:
-                        stream = container.add_stream_from_template(template)
-                        stream.time_base = 1 / self._fps
-                        audio = SoundTrack(container, sound, self._fps) if sound is not None else None
-                    for packet in source.demux(template):
-                        if packet.pts is None:
-                            continue
-                        shown = round(packet.pts * packet.time_base * self._fps)
-                        packet.time_base = 1 / self._fps
-                        packet.pts, packet.dts = first + shown, index - _REORDERED
-                        packet.duration = 1
-                        packet.stream = stream
-                        container.mux(packet)
-                        index += 1
-                        if audio is not None:
-                            audio.write_until(index)
-            if audio is not None:
-                audio.finish()
+                for _ in joint.add(self._path(number)):
+                    pass
+            joint.finish()
         to_disk(target)
 
     @property
@@ -137,6 +117,66 @@ class SegmentWriter:
 
     def _path(self, number: int) -> Path:
         return self.folder / segment_name(number)
+
+
+class Joint:
+    """Pieces of one video, not encoded again, and its sound, in a container.
+
+    Attributes:
+        frames: how many it has.
+    """
+
+    def __init__(self, container: Any, fps: Fraction, sound: Sound | None) -> None:
+        self.frames = 0
+        self._container = container
+        self._fps = fps
+        self._sound = sound
+        self._stream: Any = None
+        self._audio: SoundTrack | None = None
+
+    def add(self, path: Path, *, from_start: bool = False) -> Iterator[None]:
+        """Take the frames of a file, one at a time.
+
+        Args:
+            from_start: the file is the whole video, of which those that are here already are left out; else
+                what follows on them.
+        """
+        done = self.frames
+        first = 0 if from_start else done
+        with av.open(str(path)) as source:
+            template = source.streams.video[0]
+            if self._stream is None:
+                self._stream = self._container.add_stream_from_template(template)
+                self._stream.time_base = 1 / self._fps
+                if self._sound is not None:
+                    self._audio = SoundTrack(self._container, self._sound, self._fps)
+            number = first  # of the packet, in the order of decoding
+            for packet in source.demux(template):
+                if packet.pts is None:
+                    continue
+                number += 1
+                if number <= done:
+                    continue
+                shown = round(packet.pts * packet.time_base * self._fps)
+                packet.time_base = 1 / self._fps
+                packet.pts, packet.dts = first + shown, self.frames - _REORDERED
+                packet.duration = 1
+                packet.stream = self._stream
+                self._container.mux(packet)
+                self.frames += 1
+                if self._audio is not None:
+                    self._audio.write_until(self.frames)
+                yield
+
+    def finish(self) -> None:
+        """Encode what is held back of the sound."""
+        if self._audio is not None:
+            self._audio.finish()
+
+    def close(self) -> None:
+        """Close the recording, where the video is given up."""
+        if self._audio is not None:
+            self._audio.close()
 
 
 def segment_name(number: int) -> str:

@@ -1,0 +1,143 @@
+"""Who asks: API keys, each of an owner; without keys, programs on this machine alone."""
+
+import hashlib
+import hmac
+import ipaddress
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated
+
+from fastapi import Depends, Request, Security
+from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+
+from stableavatar.apps.server.schemas import ApiError
+from stableavatar.errors import InputError
+from stableavatar.media.files import reason_of
+
+LOCAL = "local"
+_SHORTEST_KEY = 16
+_LOCAL_NAMES = {"localhost"}
+
+bearer = HTTPBearer(auto_error=False, description="An API key, where the server has any.")
+
+
+class Keys:
+    """API keys and whose they are; only their hashes are kept.
+
+    Args:
+        owners: of each key; empty: there are none, and everybody is `LOCAL`.
+
+    Raises:
+        InputError: a key is too short to be safe, or a name is empty.
+    """
+
+    def __init__(self, owners: Mapping[str, str] | None = None) -> None:
+        self._owners: dict[bytes, str] = {}
+        for key, owner in (owners or {}).items():
+            if len(key) < _SHORTEST_KEY:
+                raise InputError(
+                    f"the API key of {owner} is too short: {_SHORTEST_KEY} characters at least. "
+                    "`openssl rand -hex 24` makes one."
+                )
+            self._owners[_hash(key)] = owner
+
+    @classmethod
+    def read(cls, path: Path) -> "Keys":
+        """Keys of a file: a name and a key a line; `#` begins a comment. A name may have several keys.
+
+        Raises:
+            InputError: it cannot be read, or a line is something else.
+        """
+        try:
+            lines = path.read_text(encoding="utf-8").splitlines()
+        except (OSError, ValueError) as error:
+            raise InputError(f"API keys {path}: cannot be read ({reason_of(error)})") from error
+        owners: dict[str, str] = {}
+        for number, line in enumerate(lines, 1):
+            words = line.partition("#")[0].split()
+            if not words:
+                continue
+            if len(words) != 2:
+                raise InputError(f"API keys {path}, line {number}: give a name and a key")
+            owner, key = words
+            if key in owners:
+                raise InputError(f"API keys {path}, line {number}: the key of {owners[key]} again")
+            owners[key] = owner
+        if not owners:
+            raise InputError(f"API keys {path}: holds none")
+        return cls(owners)
+
+    def __bool__(self) -> bool:
+        return bool(self._owners)
+
+    def owner(self, key: str | None) -> str | None:
+        """Whose key it is, None if it is nobody's."""
+        if not self._owners:
+            return LOCAL
+        if key is None:
+            return None
+        given, found = _hash(key), None
+        for known, owner in self._owners.items():
+            if hmac.compare_digest(given, known):
+                found = owner
+        return found
+
+
+def check_host(host: str, keys: Keys) -> None:
+    """Raise InputError where anybody in the network could use a server without keys."""
+    if keys or is_local(host):
+        return
+    raise InputError(
+        f"host {host}: without API keys a server answers this machine alone. Give --api-keys, or leave out "
+        "--host."
+    )
+
+
+def is_local(host: str) -> bool:
+    """Whether a host's name or address means this machine."""
+    name = host.removeprefix("[").partition("]")[0] if host.startswith("[") else host
+    if name.lower() in _LOCAL_NAMES:
+        return True
+    try:
+        return ipaddress.ip_address(name).is_loopback
+    except ValueError:
+        return False
+
+
+def refuse_foreign_pages(request: Request) -> None:
+    """Raise ApiError where a web page of elsewhere asks a server without keys: browsers send what pages ask
+    of addresses of this machine, and a page's own name may point here."""
+    if request.app.state.keys:
+        return
+    if not is_local(_host_of(request.headers.get("host", ""))):
+        raise ApiError(403, "this server answers to the names of this machine alone", code="wrong_host")
+    origin = request.headers.get("origin")
+    if origin is not None and not is_local(_host_of(origin.partition("://")[2])):
+        raise ApiError(403, "web pages of other hosts cannot use this server", code="wrong_origin")
+
+
+def owner_of(
+    request: Request,
+    given: Annotated[HTTPAuthorizationCredentials | None, Security(bearer)],
+) -> str:
+    """Whose request it is. Raises ApiError: nobody's."""
+    refuse_foreign_pages(request)
+    owner: str | None = request.app.state.keys.owner(None if given is None else given.credentials)
+    if owner is None:
+        what = "an API key is needed: send Authorization: Bearer KEY" if given is None else "unknown API key"
+        raise ApiError(401, what, kind="authentication_error", code="invalid_api_key")
+    return owner
+
+
+Owner = Annotated[str, Depends(owner_of)]
+
+
+def _host_of(netloc: str) -> str:
+    """Without the port."""
+    if netloc.startswith("["):
+        return netloc.partition("]")[0] + "]"
+    return netloc.partition(":")[0]
+
+
+def _hash(key: str) -> bytes:
+    return hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()

@@ -1,0 +1,198 @@
+"""The server's application, and running it."""
+
+import contextlib
+import logging
+import threading
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import anyio.to_thread
+import uvicorn
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+from stableavatar import __version__
+from stableavatar.apps.server import health, videos
+from stableavatar.apps.server.access import Keys, check_host
+from stableavatar.apps.server.health import Counted, Metrics
+from stableavatar.apps.server.schemas import ApiError, ErrorBody, ErrorDetail
+from stableavatar.errors import CheckpointError
+from stableavatar.jobs.intake import FileChecker, Limits
+from stableavatar.jobs.store import JobStore
+from stableavatar.jobs.worker import ModelChoice
+from stableavatar.jobs.workers import Workers
+
+logger = logging.getLogger(__name__)
+
+_THREADS = 100  # of requests that read or write files
+_CLOSE_SECONDS = 5  # that answers that go on may take after the server is told to end
+_EXPIRE_SECONDS = 60.0
+
+DESCRIPTION = """\
+A portrait says a recording: send both, ask how far the video is, watch it while it is made, fetch it.
+
+Paths, fields and states are those of OpenAI's videos API where it has them, so its clients work. Added are \
+`portrait`, `speech`, sampling options, `cancel`, `events` and `live`. Errors are `{"error": {...}}`.
+"""
+
+
+@dataclass(frozen=True)
+class Service:
+    """What a server is made of.
+
+    Attributes:
+        folder: of its jobs. models: of each worker. keys: of its users.
+        keep_seconds: finished videos are removed after so long; None: never.
+        save_seconds: what workers have to save what they are making, when the server ends.
+    """
+
+    folder: Path
+    models: Sequence[ModelChoice] = (ModelChoice(),)
+    keys: Keys = field(default_factory=Keys)
+    limits: Limits = field(default_factory=Limits)
+    keep_seconds: float | None = None
+    save_seconds: float = 60.0
+    verbosity: int = 0
+
+    @property
+    def model(self) -> str:
+        """What the model is called in requests."""
+        first = self.models[0]
+        return first.name or Path(first.source).name
+
+    def store(self) -> JobStore:
+        """The jobs."""
+        return JobStore(
+            self.folder,
+            most_waiting=self.limits.waiting,
+            most_waiting_each=self.limits.waiting_each,
+        )
+
+
+def create_app(service: Service, store: JobStore) -> FastAPI:
+    """The application; workers are not its business."""
+    checker = FileChecker(service.limits)
+
+    @contextlib.asynccontextmanager
+    async def life(app: FastAPI) -> AsyncIterator[None]:
+        anyio.to_thread.current_default_thread_limiter().total_tokens = _THREADS
+        yield
+        checker.close()
+
+    app = FastAPI(
+        title="StableAvatar",
+        version=__version__,
+        description=DESCRIPTION,
+        lifespan=life,
+        max_body_size=service.limits.upload_bytes,
+        form_limits={"max_files": 3, "max_fields": 40, "max_part_size": 100_000},
+    )
+    app.state.store = store
+    app.state.limits = service.limits
+    app.state.keys = service.keys
+    app.state.model = service.model
+    app.state.keep_seconds = service.keep_seconds
+    app.state.checker = checker
+    app.state.metrics = Metrics(store)
+    app.include_router(videos.router)
+    app.include_router(health.router)
+    app.add_middleware(Counted, metrics=app.state.metrics)
+    app.add_exception_handler(ApiError, _api_error)
+    app.add_exception_handler(RequestValidationError, _invalid)
+    app.add_exception_handler(HTTPException, _http_error)
+    app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
+    return app
+
+
+def serve(service: Service, host: str = "127.0.0.1", port: int = 8000) -> None:
+    """Run the server until it is told to end.
+
+    Raises:
+        InputError: the folder is another server's, or anybody could use the server.
+        CheckpointError: the model cannot be loaded.
+    """
+    check_host(host, service.keys)
+    store = service.store()
+    with contextlib.closing(store.own()):
+        app = create_app(service, store)
+        server = uvicorn.Server(
+            uvicorn.Config(
+                app,
+                host=host,
+                port=port,
+                log_level="info" if service.verbosity else "warning",
+                timeout_graceful_shutdown=_CLOSE_SECONDS,
+                server_header=False,
+            )
+        )
+        workers = Workers(store, service.models, verbosity=service.verbosity)
+        failed: list[CheckpointError] = []
+        ended = threading.Event()
+
+        def wait_for_model() -> None:
+            try:
+                while not ended.is_set() and not workers.wait(1.0):
+                    pass
+            except CheckpointError as error:
+                failed.append(error)
+                server.should_exit = True
+
+        def expire() -> None:
+            while service.keep_seconds and not ended.wait(_EXPIRE_SECONDS):
+                store.expire(service.keep_seconds)
+
+        try:
+            workers.start()
+            for task in (wait_for_model, expire):
+                threading.Thread(target=task, daemon=True).start()
+            server.run()
+        finally:
+            ended.set()
+            workers.stop(service.save_seconds)
+    if failed:
+        raise failed[0]
+
+
+async def _api_error(_request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, ApiError)
+    headers = {"WWW-Authenticate": "Bearer"} if error.status == 401 else None
+    return JSONResponse(error.body.model_dump(), error.status, headers=headers)
+
+
+async def _invalid(_request: Request, error: Exception) -> JSONResponse:
+    """The first thing that is wrong, as OpenAI's API says it: 400."""
+    assert isinstance(error, RequestValidationError)
+    first = error.errors()[0]
+    where = [str(part) for part in first["loc"] if part not in ("body", "query", "path")]
+    param = ".".join(where) or None
+    message = first["msg"] if param is None else f"{param}: {first['msg']}"
+    return _error(400, message, code=first["type"], param=param)
+
+
+async def _http_error(_request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, HTTPException)
+    answer = _error(error.status_code, str(error.detail), code=f"http_{error.status_code}")
+    answer.headers.update(error.headers or {})
+    return answer
+
+
+def _error(status: int, message: str, *, code: str, param: str | None = None) -> JSONResponse:
+    detail = ErrorDetail(message=message, type="invalid_request_error", param=param, code=code)
+    return JSONResponse(ErrorBody(error=detail).model_dump(), status)
+
+
+def _openapi(app: FastAPI) -> dict[str, Any]:
+    """The description, without the answer 422 that FastAPI adds: what it stands for is 400 here."""
+    if app.openapi_schema is None:
+        schema = FastAPI.openapi(app)
+        for path in schema["paths"].values():
+            for operation in path.values():
+                operation["responses"].pop("422", None)
+        for name in ("HTTPValidationError", "ValidationError"):
+            schema["components"]["schemas"].pop(name, None)
+        app.openapi_schema = schema
+    return app.openapi_schema

@@ -1,0 +1,368 @@
+"""The routes of videos: ask for one, see how far it is, watch, fetch, cancel and remove it."""
+
+import asyncio
+import contextlib
+import os
+import shutil
+from collections.abc import AsyncIterator, Generator, Iterator
+from pathlib import Path as FilePath
+from typing import Annotated, Any, Literal, NoReturn
+
+import anyio.to_thread
+from fastapi import APIRouter, Form, Path, Query, Request, UploadFile
+from fastapi.responses import FileResponse, Response, StreamingResponse
+from fastapi.sse import EventSourceResponse, ServerSentEvent
+
+from stableavatar.apps.server.access import Owner
+from stableavatar.apps.server.schemas import (
+    VIDEO_ID,
+    ApiError,
+    DeletedVideo,
+    ErrorBody,
+    Model,
+    ModelList,
+    Video,
+    VideoList,
+    VideoRequest,
+    as_video,
+)
+from stableavatar.errors import InputError
+from stableavatar.jobs.intake import OPTIONS, FileChecker, Limits, check_options, check_quality
+from stableavatar.jobs.store import PORTRAIT, SPEECH, Job, JobStore, QueueFullError
+from stableavatar.journal import journal_folder
+from stableavatar.media.audio import Sound
+from stableavatar.media.files import reason_of
+from stableavatar.media.following import follow
+from stableavatar.options import GenerateOptions
+
+_COPY = 2**20
+_LOOK_SECONDS = 0.1
+_EVENT_SECONDS = 0.25
+_SAY_AGAIN_SECONDS = 15.0
+_THUMBNAIL = 256  # pixels of its longer side
+
+_ERRORS: dict[int | str, dict[str, Any]] = {
+    status: {"model": ErrorBody, "description": text}
+    for status, text in {
+        400: "Something cannot be used as it was sent.",
+        401: "No API key, or an unknown one.",
+        403: "A web page of another host.",
+    }.items()
+}
+_NOT_FOUND: dict[int | str, dict[str, Any]] = {404: {"model": ErrorBody, "description": "No such video."}}
+_NOT_THERE: dict[int | str, dict[str, Any]] = {409: {"model": ErrorBody, "description": "Not there yet."}}
+_MP4: dict[str, Any] = {"video/mp4": {"schema": {"type": "string", "format": "binary"}}}
+
+router = APIRouter(prefix="/v1", responses=_ERRORS)
+VideoPath = Annotated[str, Path(pattern=VIDEO_ID, description="The video's id.")]
+
+
+@router.get("/models", tags=["models"])
+def list_models(request: Request, owner: Owner) -> ModelList:
+    """The models of this server."""
+    return ModelList(data=[Model(id=request.app.state.model)])
+
+
+@router.post(
+    "/videos",
+    tags=["videos"],
+    responses={
+        413: {"model": ErrorBody, "description": "More bytes than are taken."},
+        429: {"model": ErrorBody, "description": "Too many videos are waiting."},
+        507: {"model": ErrorBody, "description": "The server has no room left."},
+    },
+)
+def create_video(
+    request: Request, owner: Owner, form: Annotated[VideoRequest, Form(media_type="multipart/form-data")]
+) -> Video:
+    """Ask for a video: a portrait says a recording.
+
+    It is made when its turn comes. Owners take turns, whatever the number of their videos.
+    """
+    store: JobStore = request.app.state.store
+    limits: Limits = request.app.state.limits
+    checker: FileChecker = request.app.state.checker
+    model: str = request.app.state.model
+    if form.model is not None and form.model != model:
+        raise ApiError(
+            404, f"there is no such model: this server has {model}", code="no_model", param="model"
+        )
+    portrait = form.portrait or form.input_reference
+    if form.portrait is not None and form.input_reference is not None:
+        _refuse("give portrait or input_reference, not both", "portrait")
+    if (portrait is None) == (form.portrait_from is None):
+        _refuse("give either portrait, a picture, or portrait_from, a video of yours", "portrait")
+    if form.speech is not None and form.speech_from is not None:
+        _refuse("give speech or speech_from, not both", "speech")
+    options = _options(form, limits)
+    try:
+        store.check_room(owner)
+        folder = store.new_folder()
+    except QueueFullError as error:
+        raise ApiError(429, str(error), kind="rate_limit_error", code="queue_full") from error
+    except OSError as error:
+        raise _no_room(error) from error
+    try:
+        _bring(store, owner, portrait, form.portrait_from, folder / PORTRAIT, "portrait")
+        if form.speech is not None or form.speech_from is not None:
+            _bring(store, owner, form.speech, form.speech_from, folder / SPEECH, "speech")
+        speech = folder / SPEECH
+        found = checker.check(folder / PORTRAIT, speech if speech.exists() else None, options)
+        chosen = {name: getattr(options, name) for name in OPTIONS}
+        chosen["quality"] = check_quality(form.model_dump()["quality"])
+        if chosen["seed"] is None:  # of the job, so that it is the same video whatever befalls a worker
+            chosen["seed"] = int.from_bytes(os.urandom(4), "little")
+        job = store.add(owner, folder, chosen, {"seconds": found.seconds})
+    except InputError as error:
+        raise ApiError(400, str(error), code="unusable") from error
+    except QueueFullError as error:
+        raise ApiError(429, str(error), kind="rate_limit_error", code="queue_full") from error
+    except OSError as error:
+        raise _no_room(error) from error
+    finally:
+        store.discard(folder)
+    return _answer(request, job)
+
+
+@router.get("/videos", tags=["videos"], responses=_NOT_FOUND)
+def list_videos(
+    request: Request,
+    owner: Owner,
+    limit: Annotated[int, Query(ge=1, le=100)] = 20,
+    after: Annotated[str | None, Query(pattern=VIDEO_ID, description="Those that follow this one.")] = None,
+    order: Annotated[
+        Literal["asc", "desc"], Query(description="By age; desc begins with the newest.")
+    ] = "desc",
+) -> VideoList:
+    """Your videos."""
+    store: JobStore = request.app.state.store
+    try:
+        jobs = store.list(owner, limit=limit + 1, after=after, newest_first=order == "desc")
+    except InputError as error:
+        raise ApiError(404, str(error), code="not_found", param="after") from error
+    data = [_answer(request, job) for job in jobs[:limit]]
+    return VideoList(
+        data=data,
+        first_id=data[0].id if data else None,
+        last_id=data[-1].id if data else None,
+        has_more=len(jobs) > limit,
+    )
+
+
+@router.get("/videos/{video_id}", tags=["videos"], responses=_NOT_FOUND)
+def retrieve_video(request: Request, owner: Owner, video_id: VideoPath) -> Video:
+    """How far a video is."""
+    return _answer(request, _job(request, owner, video_id))
+
+
+@router.delete("/videos/{video_id}", tags=["videos"], responses=_NOT_FOUND)
+def delete_video(request: Request, owner: Owner, video_id: VideoPath) -> DeletedVideo:
+    """Remove a video and what it was made of; one that is being made is stopped."""
+    if not request.app.state.store.delete(owner, video_id):
+        raise _unknown()
+    return DeletedVideo(id=video_id)
+
+
+@router.post("/videos/{video_id}/cancel", tags=["videos"], responses=_NOT_FOUND)
+def cancel_video(request: Request, owner: Owner, video_id: VideoPath) -> Video:
+    """Stop a video within a step; what is finished of it can be fetched. A finished one is left as it is."""
+    job = request.app.state.store.cancel(owner, video_id)
+    if job is None:
+        raise _unknown()
+    return _answer(request, job)
+
+
+@router.get(
+    "/videos/{video_id}/content",
+    tags=["videos"],
+    response_class=FileResponse,
+    responses={
+        **_NOT_FOUND,
+        **_NOT_THERE,
+        200: {"content": {**_MP4, "image/jpeg": {"schema": {"type": "string", "format": "binary"}}}},
+        206: {"content": _MP4, "description": "The bytes that Range asked for."},
+        416: {"description": "Range asks for bytes that are not there."},
+    },
+)
+def download_video(
+    request: Request,
+    owner: Owner,
+    video_id: VideoPath,
+    variant: Annotated[
+        Literal["video", "thumbnail"], Query(description="The MP4, or a JPEG of its first frame.")
+    ] = "video",
+) -> Response:
+    """The video, complete, or as far as it was made when it was cancelled."""
+    job = _job(request, owner, video_id)
+    path = job.video if job.is_finished else None
+    if path is None:
+        what = f"it is {job.state.replace('_', ' ')}" if not job.is_finished else "it has no frame"
+        raise ApiError(409, f"this video cannot be fetched: {what}", code="not_there")
+    if variant == "thumbnail":
+        return Response(thumbnail(path), media_type="image/jpeg")
+    return FileResponse(path, media_type="video/mp4", filename=f"{job.id}.mp4")
+
+
+@router.get(
+    "/videos/{video_id}/live",
+    tags=["videos"],
+    response_class=StreamingResponse,
+    responses={**_NOT_FOUND, **_NOT_THERE, 200: {"content": _MP4}},
+)
+async def watch_video(request: Request, owner: Owner, video_id: VideoPath) -> Response:
+    """The video while it is made: fragmented MP4, from its beginning on, which ends with the video.
+
+    A `<video>` element plays it. It may be asked for at any time, also before the first frame is there.
+    """
+    store: JobStore = request.app.state.store
+    job = await anyio.to_thread.run_sync(_job, request, owner, video_id)
+    if job.state == "failed" or (job.is_finished and job.video is None):
+        raise ApiError(409, "there is nothing of this video to watch", code="not_there")
+    return StreamingResponse(
+        live_bytes(store, job), media_type="video/mp4", headers={"Cache-Control": "no-store"}
+    )
+
+
+@router.get(
+    "/videos/{video_id}/events", tags=["videos"], response_class=EventSourceResponse, responses=_NOT_FOUND
+)
+async def video_events(request: Request, owner: Owner, video_id: VideoPath) -> AsyncIterator[ServerSentEvent]:
+    """How far a video is, as it changes: events `progress`, at the end `completed`, `failed` or `cancelled`,
+    each with the video."""
+    job = await anyio.to_thread.run_sync(_job, request, owner, video_id)
+    said, silent = "", 0.0
+    while True:
+        answer = await anyio.to_thread.run_sync(_answer, request, job)
+        text = answer.model_dump_json()
+        if text != said or silent >= _SAY_AGAIN_SECONDS:
+            event = job.state if job.is_finished else "progress"
+            yield ServerSentEvent(raw_data=text, event=event)
+            said, silent = text, 0.0
+        if job.is_finished:
+            return
+        await asyncio.sleep(_EVENT_SECONDS)
+        silent += _EVENT_SECONDS
+        try:
+            job = await anyio.to_thread.run_sync(_job, request, owner, video_id)
+        except ApiError:
+            return  # removed meanwhile
+
+
+async def live_bytes(store: JobStore, job: Job) -> AsyncIterator[bytes]:
+    """See `media.following.follow`: a job's video as it is made."""
+
+    def current() -> Job | None:
+        return store.get(job.owner, job.id)
+
+    def ended() -> bool:
+        now = current()
+        return now is None or now.is_finished
+
+    def complete() -> FilePath | None:
+        now = current()
+        return now.video if now is not None and now.is_finished else None
+
+    def pieces() -> Generator[bytes, None, None]:
+        options = job.options
+        sound = None
+        if job.speech is not None:
+            sound = Sound(job.speech, options["start"], options["duration"])
+        rate = GenerateOptions(fps=options["fps"]).frame_rate
+        yield from follow(journal_folder(job.output), complete, ended, fps=rate, sound=sound)
+
+    making = pieces()
+    try:
+        while True:
+            piece = await anyio.to_thread.run_sync(_next, making)
+            if piece is None:
+                return
+            if piece:
+                yield piece
+            else:
+                await asyncio.sleep(_LOOK_SECONDS)
+    finally:
+        with contextlib.suppress(ValueError):  # a thread is still in it: its end comes with that thread's
+            making.close()
+
+
+def thumbnail(video: FilePath) -> bytes:
+    """A JPEG of a video's first frame."""
+    import io
+
+    from PIL import Image
+
+    from stableavatar.media.reading import read_frames
+
+    with contextlib.closing(read_frames(video)) as frames:
+        picture = Image.fromarray(next(frames))
+    picture.thumbnail((_THUMBNAIL, _THUMBNAIL))
+    file = io.BytesIO()
+    picture.save(file, "JPEG", quality=90)
+    return file.getvalue()
+
+
+def _next(pieces: Iterator[bytes]) -> bytes | None:
+    try:
+        return next(pieces, None)
+    except InputError:  # it was stopped before its first frame, or its speech cannot be read on
+        return None
+
+
+def _options(form: Any, limits: Limits) -> GenerateOptions:
+    """What was chosen. Raises ApiError: something cannot be."""
+    values = {name: value for name, value in form.model_dump().items() if name in OPTIONS}
+    if form.size is not None:
+        width, _, height = form.size.partition("x")
+        values |= {"width": int(width), "height": int(height)}
+    values["duration"] = form.seconds
+    try:
+        return check_options(values, limits)
+    except InputError as error:
+        raise ApiError(400, str(error), code="bad_option") from error
+
+
+def _bring(
+    store: JobStore, owner: str, upload: UploadFile | None, source: str | None, target: FilePath, name: str
+) -> None:
+    """A file that was sent, or one of an earlier video, under our own name."""
+    if upload is not None:
+        with target.open("wb") as file:
+            shutil.copyfileobj(upload.file, file, _COPY)
+        return
+    assert source is not None
+    job = store.get(owner, source)
+    path = None if job is None else (job.portrait if name == "portrait" else job.speech)
+    if path is None or not path.exists():
+        raise ApiError(
+            404, f"{name}_from: there is no such video with a {name}", code="not_found", param=name
+        )
+    shutil.copyfile(path, target)
+
+
+def _job(request: Request, owner: str, video_id: str) -> Job:
+    job: Job | None = request.app.state.store.get(owner, video_id)
+    if job is None:
+        raise _unknown()
+    return job
+
+
+def _answer(request: Request, job: Job) -> Video:
+    state = request.app.state
+    return as_video(job, state.store, state.model, state.keep_seconds)
+
+
+def _unknown() -> ApiError:
+    return ApiError(404, "there is no such video", code="not_found", param="video_id")
+
+
+def _refuse(message: str, param: str) -> NoReturn:
+    raise ApiError(400, message, code="bad_request", param=param)
+
+
+def _no_room(error: OSError) -> ApiError:
+    return ApiError(
+        507, f"the server cannot keep this ({reason_of(error)})", kind="server_error", code="no_room"
+    )
+
+
+__all__ = ["live_bytes", "router", "thumbnail"]

@@ -1,0 +1,126 @@
+"""``stableavatar serve``; see `stableavatar.apps.cli`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from stableavatar.choices import Dtype, ModelSize, Variant
+from stableavatar.errors import InputError
+
+_MODEL, _LIMITS, _PEOPLE = "The model", "What is taken at most", "Who may use it"
+
+
+def serve(
+    folder: Annotated[
+        Path,
+        typer.Option("--folder", help="Where jobs and videos are kept; a server started anew goes on."),
+    ] = Path("stableavatar-jobs"),
+    host: Annotated[
+        str, typer.Option(help="The address to listen at; others than this machine's need --api-keys.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="The port to listen at.")] = 8000,
+    api_keys: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="Who may use it: a name and a key a line.", rich_help_panel=_PEOPLE
+        ),
+    ] = None,
+    model: Annotated[
+        str,
+        typer.Option(help="tiny, a folder of weights, or a hub id, as for generate.", rich_help_panel=_MODEL),
+    ] = "tiny",
+    name: Annotated[
+        str | None,
+        typer.Option(help="What the model is called in requests.", rich_help_panel=_MODEL),
+    ] = None,
+    variant: Annotated[
+        Variant | None, typer.Option(help="Of published weights.", rich_help_panel=_MODEL)
+    ] = None,
+    model_size: Annotated[
+        ModelSize | None, typer.Option(help="Of published weights.", rich_help_panel=_MODEL)
+    ] = None,
+    lora: Annotated[
+        list[str] | None,
+        typer.Option(metavar="FILE[:SCALE]", help="A LoRA, as for generate.", rich_help_panel=_MODEL),
+    ] = None,
+    device: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Of a worker; given several times, so many workers, such as cuda:0 and cuda:1.",
+            rich_help_panel=_MODEL,
+        ),
+    ] = None,
+    dtype: Annotated[Dtype, typer.Option(help="Of the weights.", rich_help_panel=_MODEL)] = "auto",
+    most_megabytes: Annotated[
+        float, typer.Option(help="Of a request with its files.", rich_help_panel=_LIMITS)
+    ] = 200.0,
+    most_seconds: Annotated[float, typer.Option(help="Of a video.", rich_help_panel=_LIMITS)] = 600.0,
+    most_megapixels: Annotated[float, typer.Option(help="Of a portrait.", rich_help_panel=_LIMITS)] = 40.0,
+    most_video_pixels: Annotated[
+        int, typer.Option(help="Width x height of a video.", rich_help_panel=_LIMITS)
+    ] = 832 * 480,
+    most_steps: Annotated[int, typer.Option(help="Of denoising.", rich_help_panel=_LIMITS)] = 100,
+    most_waiting: Annotated[int, typer.Option(help="Videos that wait.", rich_help_panel=_LIMITS)] = 100,
+    most_waiting_each: Annotated[
+        int, typer.Option(help="Videos of one owner that wait.", rich_help_panel=_LIMITS)
+    ] = 20,
+    keep_days: Annotated[
+        float, typer.Option(min=0, help="Finished videos are removed after so long; 0: never.")
+    ] = 7.0,
+    checkpoint_every: Annotated[
+        float, typer.Option(min=0, help="Seconds after which the state of a video is saved.")
+    ] = 10.0,
+    verbose: Annotated[
+        int,
+        typer.Option("--verbose", "-v", count=True, show_default=False, help="Say what is being done."),
+    ] = 0,
+) -> None:
+    """Make videos for other programs, by HTTP.
+
+    In the form of OpenAI's videos API; /docs describes it. What was asked for survives a restart and a kill.
+    """
+    try:
+        from stableavatar.apps.server import app as server
+        from stableavatar.apps.server.access import Keys
+    except ImportError as error:
+        raise InputError(
+            f"serve needs packages that are not installed ({error.name}): pip install 'stableavatar[serve]'"
+        ) from error
+    from stableavatar.jobs.intake import Limits
+    from stableavatar.jobs.worker import ModelChoice
+    from stableavatar.logs import log_to_stderr
+
+    log_to_stderr(verbose)
+    limits = Limits(
+        upload_bytes=int(most_megabytes * 1e6),
+        seconds=most_seconds,
+        portrait_pixels=int(most_megapixels * 1e6),
+        video_pixels=most_video_pixels,
+        steps=most_steps,
+        waiting=most_waiting,
+        waiting_each=most_waiting_each,
+    )
+    models = [
+        ModelChoice(
+            model,
+            device=it,
+            dtype=dtype,
+            variant=variant,
+            size=model_size,
+            lora=tuple(lora or ()),
+            name=name or "",
+            checkpoint_every=checkpoint_every,
+        )
+        for it in device or ["auto"]
+    ]
+    service = server.Service(
+        folder,
+        models,
+        keys=Keys() if api_keys is None else Keys.read(api_keys),
+        limits=limits,
+        keep_seconds=keep_days * 86400 or None,
+        verbosity=verbose,
+    )
+    typer.echo(f"http://{host}:{port}/docs describes the server; Ctrl-C ends it.", err=True)
+    server.serve(service, host, port)

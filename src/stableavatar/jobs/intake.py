@@ -1,0 +1,210 @@
+"""Files and options that strangers send: refused unless they can be used, before anything waits for them.
+
+Files are decoded in a process of their own, with little memory and little time, so that one that breaks a
+decoder breaks nothing else. Their names are never used: a job's files have names of ours.
+"""
+
+import contextlib
+import threading
+from collections.abc import Mapping
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, fields
+from multiprocessing import get_context
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+from stableavatar.choices import Order
+from stableavatar.errors import InputError
+from stableavatar.lifetimes import end_with_parent
+from stableavatar.options import GenerateOptions, OutputOptions
+
+# What a request may choose. The others concern the machine (devices, memory, windows) or comparisons.
+OPTIONS = (
+    "prompt", "negative_prompt", "width", "height", "aspect", "fit", "steps", "guidance", "text_scale",
+    "audio_scale", "overlap", "overlap_weights", "order", "step_cache", "seed", "fps", "start", "duration",
+)  # fmt: skip
+# Lockstep keeps all of a video in memory to its end.
+ORDERS: tuple[Order, ...] = ("wavefront", "causal")
+
+# Enough for the largest picture that is taken by default, and the libraries.
+_MEMORY = 6 * 2**30
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What is taken at most.
+
+    Attributes:
+        upload_bytes: of a request with its files. seconds: of a video. portrait_pixels: of the picture that
+            is sent. video_pixels: of a frame that is made, where a size is asked for.
+        steps: of denoising. fps: frames a second. prompt: characters.
+        waiting, waiting_each: videos that wait, of all and of one owner.
+        check_seconds: that the looking at files may take.
+    """
+
+    upload_bytes: int = 200_000_000
+    seconds: float = 600.0
+    portrait_pixels: int = 40_000_000
+    video_pixels: int = 832 * 480
+    steps: int = 100
+    fps: float = 60.0
+    prompt: int = 4000
+    waiting: int = 100
+    waiting_each: int = 20
+    check_seconds: float = 60.0
+
+    def __post_init__(self) -> None:
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if not value > 0:
+                raise InputError(f"{f.name.replace('_', '-')} {value}: give a number above 0")
+
+
+@dataclass(frozen=True)
+class Found:
+    """What was found in the files of a request.
+
+    Attributes:
+        seconds: of the video that they make. width, height: of the portrait, in pixels.
+    """
+
+    seconds: float
+    width: int
+    height: int
+
+
+def check_options(values: Mapping[str, Any], limits: Limits) -> GenerateOptions:
+    """Options of a request, within the limits.
+
+    Raises:
+        InputError: a value that cannot be, or is above a limit.
+    """
+    for name in values:
+        if name not in OPTIONS:
+            raise InputError(f"there is no option {name}")
+    options = GenerateOptions(**values)
+    if options.order not in ORDERS:
+        raise InputError(f"order {options.order!r}: choose one of {', '.join(ORDERS)}")
+    for name, most in (("steps", limits.steps), ("fps", limits.fps), ("duration", limits.seconds)):
+        value = getattr(options, name)
+        if value is not None and value > most:
+            raise InputError(f"{name} {value:g} is too large: {most:g} at most")
+    for name in ("prompt", "negative_prompt"):
+        if len(getattr(options, name) or "") > limits.prompt:
+            raise InputError(f"{name.replace('_', ' ')}: {limits.prompt} characters at most")
+    if options.width is not None and options.height is not None:
+        pixels = options.width * options.height
+        if pixels > limits.video_pixels:
+            raise InputError(
+                f"{options.width}x{options.height} are {pixels} pixels: {limits.video_pixels} at most"
+            )
+    return options
+
+
+def check_quality(value: int | None) -> int:
+    """H.264 quality of a request, the default if None. Raises InputError: it cannot be."""
+    return OutputOptions().quality if value is None else OutputOptions(quality=value).quality
+
+
+class FileChecker:
+    """Looks at files in a process of its own, one after the other."""
+
+    def __init__(self, limits: Limits) -> None:
+        self.limits = limits
+        self._one = threading.Lock()
+        self._pool: ProcessPoolExecutor | None = None
+
+    def check(self, portrait: Path, speech: Path | None, options: GenerateOptions) -> Found:
+        """See that a portrait and a recording can be used; called from any thread.
+
+        Raises:
+            InputError: one cannot, is above a limit, or breaks what looks at it.
+        """
+        with self._one:
+            if self._pool is None:
+                self._pool = ProcessPoolExecutor(1, get_context("spawn"), initializer=_confine)
+            work = self._pool.submit(look_at_files, portrait, speech, options, self.limits)
+            try:
+                return work.result(self.limits.check_seconds)
+            except TimeoutError:
+                self._end()
+                raise InputError(
+                    f"the files could not be read within {self.limits.check_seconds:g} s. Send smaller ones, "
+                    "such as JPEG and WAV."
+                ) from None
+            except BrokenProcessPool:
+                self._end()
+                raise InputError(
+                    "one of the files cannot be read. Save the portrait as JPEG or PNG, and the recording as "
+                    "WAV."
+                ) from None
+
+    def close(self) -> None:
+        """End the process."""
+        with self._one:
+            self._end()
+
+    def _end(self) -> None:
+        pool, self._pool = self._pool, None
+        if pool is None:
+            return
+        for process in _processes(pool):
+            process.kill()
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+def look_at_files(portrait: Path, speech: Path | None, options: GenerateOptions, limits: Limits) -> Found:
+    """See `FileChecker.check`; errors do not name the folder."""
+    from stableavatar.media.audio import SPEECH_RATE
+    from stableavatar.media.decoding import stream_sound
+    from stableavatar.media.image import read_picture
+
+    try:
+        picture = read_picture(portrait, most_pixels=limits.portrait_pixels)
+        duration = seconds = options.duration
+        if speech is not None:
+            most = limits.seconds if duration is None else duration
+            samples = 0
+            # Half a second more than may be, so that a longer one is told from one that just fits.
+            for block in stream_sound(speech, SPEECH_RATE, "mono", options.start, most + 0.5):
+                samples += len(block)
+            if duration is None:
+                seconds = samples / SPEECH_RATE
+                if seconds > limits.seconds:
+                    raise InputError(
+                        f"the speech is longer than {limits.seconds:g} s, which is the most that is taken. "
+                        "Send less, or give a duration."
+                    )
+    except InputError as error:
+        raise InputError(without_folder(str(error), portrait.parent)) from None
+    except MemoryError:
+        raise InputError("the files take too much memory. Send a smaller picture.") from None
+    if seconds is None:
+        raise InputError("a video without speech needs a duration")
+    if seconds * options.fps < 1:
+        raise InputError(f"{seconds:.3f} s are shorter than a frame: send more speech")
+    return Found(seconds, picture.shape[1], picture.shape[0])
+
+
+def without_folder(text: str, folder: Path) -> str:
+    """An error's text without where files lie: `portrait /data/jobs/video_1/portrait: ...` is
+    `portrait: ...`."""
+    for name in ("portrait", "speech"):
+        for role in ("portrait", "recording", "speech", "video"):
+            text = text.replace(f"{role} {folder / name}", name)
+        text = text.replace(str(folder / name), name)
+    return text.replace(str(folder), "")
+
+
+def _confine() -> None:
+    end_with_parent()
+    with contextlib.suppress(ImportError):  # Windows has none
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_AS, (_MEMORY, resource.getrlimit(resource.RLIMIT_AS)[1]))
+
+
+def _processes(pool: ProcessPoolExecutor) -> list[BaseProcess]:
+    return list((pool._processes or {}).values())

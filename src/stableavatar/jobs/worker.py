@@ -1,0 +1,196 @@
+"""A process that has a model and makes the videos of a store, one after the other."""
+
+import json
+import logging
+import os
+import shutil
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+from stableavatar.errors import StableAvatarError, StoppedError, is_out_of_memory
+from stableavatar.jobs.intake import without_folder
+from stableavatar.jobs.store import Job, JobStore, describe
+from stableavatar.journal import JournalError, journal_folder
+from stableavatar.lifetimes import end_with_parent
+from stableavatar.logs import log_to_stderr, quieten_libraries
+
+if TYPE_CHECKING:
+    from stableavatar.generation import Progress
+    from stableavatar.pipeline import AvatarPipeline
+    from stableavatar.writing import GeneratedVideo
+
+logger = logging.getLogger(__name__)
+
+# Exit status of a worker whose model cannot be loaded: another one could not either.
+NO_MODEL = 2
+_LOOK_SECONDS = 0.1
+_REPORT_SECONDS = 0.25
+# Below the server, which has to answer while videos are made.
+_NICENESS = 5
+TOO_LITTLE_MEMORY = "there is too little memory for this. Choose fewer pixels, or a shorter video."
+FAULT = "The program that makes videos has met a fault of its own; its log says more."
+
+
+@dataclass(frozen=True)
+class ModelChoice:
+    """The model of a worker: what `stableavatar.load` is given.
+
+    Attributes:
+        name: what it is called in requests. lora: each "FILE" or "FILE:0.8".
+        checkpoint_every: seconds after which the state of a video is saved.
+    """
+
+    source: str = "tiny"
+    device: str = "auto"
+    dtype: str = "auto"
+    variant: str | None = None
+    size: str | None = None
+    lora: tuple[str, ...] = ()
+    name: str = ""
+    checkpoint_every: float = 10.0
+    threads: int | None = None
+
+    def load(self) -> "AvatarPipeline":
+        """The pipeline, on its device.
+
+        Raises:
+            StableAvatarError: see `stableavatar.load`.
+        """
+        from stableavatar.pipeline import load
+
+        return load(
+            self.source,
+            device=self.device,
+            dtype=self.dtype,
+            variant=self.variant,
+            size=self.size,
+            lora=self.lora,
+        )
+
+
+def run_worker(name: str, folder: Path, model: ModelChoice, verbosity: int = 0) -> None:
+    """The worker process: loads the model, then makes jobs until it is told to end (SIGTERM).
+
+    A job that is being made is then given back, and another worker goes on with it.
+    """
+    end_with_parent()
+    ending = threading.Event()
+
+    def end(_signal: int, _frame: FrameType | None) -> None:
+        ending.set()
+
+    signal.signal(signal.SIGTERM, end)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the server too, which says what is to end
+    if hasattr(os, "nice"):
+        os.nice(_NICENESS)
+    log_to_stderr(verbosity)
+    quieten_libraries(verbosity)
+    try:
+        if model.threads is not None:
+            import torch
+
+            torch.set_num_threads(model.threads)
+        pipeline = model.load()
+    except StableAvatarError as error:
+        print(f"Error: {error}", file=sys.stderr, flush=True)
+        sys.exit(NO_MODEL)
+    store = JobStore(folder)
+    store.worker_ready(name)
+    while not ending.is_set():
+        job = store.take(name)
+        if job is None:
+            ending.wait(_LOOK_SECONDS)
+        else:
+            make(store, job, pipeline, model, ending.is_set)
+
+
+def make(
+    store: JobStore,
+    job: Job,
+    pipeline: "AvatarPipeline",
+    model: ModelChoice,
+    ending: Callable[[], bool] = lambda: False,
+) -> None:
+    """Make a job's video, from where an earlier worker left it, and say in the store what came of it."""
+    logger.info("%s of %s: begun", job.id, job.owner)
+    began = time.monotonic()
+    try:
+        result = _generate(store, job, pipeline, model, ending)
+    except StoppedError:
+        if store.should_stop(job.id):
+            _forget_state(job)
+            store.finish(job.id, "cancelled")
+        else:
+            store.give_back(job.id)
+    except StableAvatarError as error:
+        logger.warning("%s of %s: %s", job.id, job.owner, error)
+        store.finish(job.id, "failed", error=without_folder(str(error), job.folder))
+    except Exception as error:
+        logger.exception("%s of %s", job.id, job.owner)
+        store.finish(job.id, "failed", error=TOO_LITTLE_MEMORY if is_out_of_memory(error) else FAULT)
+    else:
+        logger.info("%s of %s: made in %.1f s", job.id, job.owner, time.monotonic() - began)
+        totals = {"video_seconds": job.details.get("seconds", 0.0), "work_seconds": time.monotonic() - began}
+        store.finish(job.id, "completed", result=result, totals=totals)
+
+
+def _generate(
+    store: JobStore,
+    job: Job,
+    pipeline: "AvatarPipeline",
+    model: ModelChoice,
+    ending: Callable[[], bool],
+) -> dict[str, Any]:
+    from stableavatar.media.reading import METADATA_KEY, probe, read_metadata
+    from stableavatar.options import OutputOptions
+
+    unfinished_state = (journal_folder(job.output) / "journal.json").exists()
+    if job.output.exists() and not unfinished_state:  # killed between the video's end and the store's
+        settings = json.loads(read_metadata(job.output)[METADATA_KEY])
+        return {**settings, "frame_count": probe(job.output).frames}
+    options = dict(job.options)
+    quality = options.pop("quality")
+    reported = 0.0
+
+    def report(progress: "Progress") -> None:
+        nonlocal reported
+        now = time.monotonic()
+        if now - reported >= _REPORT_SECONDS:
+            reported = now
+            store.report(job.id, describe(progress))
+
+    def generate(resume: bool) -> "GeneratedVideo":
+        return pipeline.generate(
+            job.portrait,
+            job.speech,
+            job.output,
+            output_options=OutputOptions(quality=quality, checkpoint_every=model.checkpoint_every),
+            resume=resume,
+            stop=lambda: ending() or store.should_stop(job.id),
+            progress=report,
+            **options,
+        )
+
+    try:
+        video = generate(resume=True)
+    except JournalError as error:  # such as one of an earlier release
+        logger.warning("%s of %s: begun anew: %s", job.id, job.owner, error)
+        video = generate(resume=False)
+    settings = json.loads(read_metadata(video.path)[METADATA_KEY])
+    return {
+        **settings,
+        "frame_count": video.frame_count,
+        "first_frame_seconds": round(video.first_frame_seconds, 3),
+    }
+
+
+def _forget_state(job: Job) -> None:
+    """Nobody goes on with a cancelled job; what is there of its video stays."""
+    shutil.rmtree(journal_folder(job.output), ignore_errors=True)

@@ -1,0 +1,118 @@
+"""Worker processes that are there while a server runs: started, started again when one is lost, and ended."""
+
+import logging
+import threading
+from collections.abc import Sequence
+from multiprocessing import get_context
+from multiprocessing.context import SpawnProcess
+
+from stableavatar.errors import CheckpointError
+from stableavatar.jobs.store import JobStore
+from stableavatar.jobs.worker import NO_MODEL, ModelChoice, run_worker
+
+logger = logging.getLogger(__name__)
+
+# A worker that is lost at once is not started again at once.
+_PAUSES = (0.0, 1.0, 5.0, 20.0, 60.0)
+_STEADY_SECONDS = 60.0
+
+
+class Workers:
+    """The workers of a store, each with a model of its own.
+
+    Args:
+        models: of each worker; several with different devices use several GPUs.
+    """
+
+    def __init__(self, store: JobStore, models: Sequence[ModelChoice], *, verbosity: int = 0) -> None:
+        self.store = store
+        self._verbosity = verbosity
+        self._ending = threading.Event()
+        self._keepers = [_Keeper(self, f"worker-{number}", model) for number, model in enumerate(models)]
+
+    def start(self) -> None:
+        """Start them; their models take a while to load."""
+        for keeper in self._keepers:
+            keeper.thread.start()
+
+    def wait(self, seconds: float | None = None) -> bool:
+        """Whether one is ready, waited for.
+
+        Raises:
+            CheckpointError: the model cannot be loaded; the worker has said why.
+        """
+        pause = threading.Event()
+        waited = 0.0
+        while not self.store.workers_ready():
+            if any(keeper.no_model.is_set() for keeper in self._keepers):
+                raise CheckpointError("the model cannot be loaded, see above")
+            if seconds is not None and waited >= seconds:
+                return False
+            pause.wait(0.05)
+            waited += 0.05
+        return True
+
+    def processes(self) -> list[SpawnProcess]:
+        """Those that run."""
+        return [it.process for it in self._keepers if it.process is not None and it.process.is_alive()]
+
+    def stop(self, seconds: float) -> None:
+        """Let each save what it is making; what has not ended after so long is killed, and loses what it did
+        since it saved last."""
+        self._ending.set()
+        for process in self.processes():
+            process.terminate()
+        for keeper in self._keepers:
+            keeper.thread.join(seconds)
+        for process in self.processes():
+            process.kill()
+        for keeper in self._keepers:
+            keeper.thread.join()
+
+    @property
+    def ending(self) -> threading.Event:
+        """Set when no worker is to be started again."""
+        return self._ending
+
+    @property
+    def verbosity(self) -> int:
+        """How much workers say."""
+        return self._verbosity
+
+
+class _Keeper:
+    """Keeps one worker running, in a thread."""
+
+    def __init__(self, workers: Workers, name: str, model: ModelChoice) -> None:
+        self._workers = workers
+        self._name = name
+        self._model = model
+        self.process: SpawnProcess | None = None
+        self.no_model = threading.Event()
+        self.thread = threading.Thread(target=self._keep, name=name, daemon=True)
+
+    def _keep(self) -> None:
+        import time
+
+        losses = 0
+        ending = self._workers.ending
+        while not ending.wait(_PAUSES[min(losses, len(_PAUSES) - 1)]):
+            began = time.monotonic()
+            self.process = get_context("spawn").Process(
+                target=run_worker,
+                args=(self._name, self._workers.store.folder, self._model, self._workers.verbosity),
+                name=self._name,
+            )
+            self.process.start()
+            if ending.is_set():  # asked to end while it was started
+                self.process.terminate()
+            self.process.join()
+            status = self.process.exitcode
+            self._workers.store.worker_lost(self._name, crashed=not ending.is_set())
+            if ending.is_set():
+                return
+            if status == NO_MODEL:
+                self.no_model.set()
+                return
+            losses = 0 if time.monotonic() - began > _STEADY_SECONDS else losses + 1
+            logger.error("%s was lost (exit status %s); another one is started", self._name, status)
