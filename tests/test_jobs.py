@@ -23,7 +23,6 @@ from stableavatar.options import GenerateOptions, OutputOptions
 from stableavatar.pipeline import AvatarPipeline
 
 MODEL = ModelChoice("toy", checkpoint_every=0)
-# 48 pixels: of 32, two rows of macroblocks, x264 does not write the same file each time.
 QUICK: dict[str, Any] = {
     "steps": 1, "text_scale": 1.0, "audio_scale": 1.0, "width": 48, "height": 48, "seed": 3, "fps": 25.0,
     "start": 0.0, "duration": None, "quality": 30,

@@ -1,5 +1,6 @@
 """H.264 and AAC in MP4 by PyAV: the two tracks, and the container that they share."""
 
+import functools
 import json
 import sys
 from collections.abc import Iterator, Mapping
@@ -10,6 +11,7 @@ from typing import Any, Protocol
 import av
 import numpy as np
 from av.video.reformatter import ColorRange, Colorspace, VideoReformatter
+from numpy import show_config as numpy_config
 
 from stableavatar.media.audio import Samples, Sound
 from stableavatar.media.live import LiveSound
@@ -91,7 +93,7 @@ class VideoTrack:
         self._fps = fps
         self._frames = 0
         # swscale puts chroma samples in the middle of four pixels; H.264 means their left edge unless told.
-        x264 = {"crf": str(quality), "preset": preset, "x264-params": "chromaloc=1"}
+        x264 = {"crf": str(quality), "preset": preset, "x264-params": f"chromaloc=1{_repeatable()}"}
         if live:  # nothing is held back, and a fragment can begin every second
             x264 |= {"tune": "zerolatency", "g": str(max(1, round(fps)))}
         video = container.add_stream("libx264", rate=fps, options=x264)
@@ -125,6 +127,17 @@ class VideoTrack:
     def finish(self) -> None:
         """Encode what is held back."""
         self._container.mux(self._video.encode(None))
+
+
+@functools.cache
+def _repeatable() -> str:
+    """An option of x264 without which the same frames do not give the same file on some machines.
+
+    Its AVX-512 code for macroblock trees reads memory that nothing was written to, unless the width is a
+    multiple of 128 pixels (480, the released width of a tall picture, is none). AVX2 is nearly as fast.
+    """
+    found = numpy_config(mode="dicts")["SIMD Extensions"]["found"]
+    return ":asm=AVX2" if any(name.startswith(("AVX512", "X86_V4")) for name in found) else ""
 
 
 class SoundTrack:
