@@ -17,7 +17,7 @@ from starlette.exceptions import HTTPException
 
 from stableavatar import __version__
 from stableavatar.apps.server import health, videos
-from stableavatar.apps.server.access import Keys, check_host
+from stableavatar.apps.server.access import BodyLimit, Keys, check_host
 from stableavatar.apps.server.health import Counted, Metrics
 from stableavatar.apps.server.schemas import ApiError, ErrorBody, ErrorDetail
 from stableavatar.errors import CheckpointError
@@ -88,7 +88,6 @@ def create_app(service: Service, store: JobStore) -> FastAPI:
         version=__version__,
         description=DESCRIPTION,
         lifespan=life,
-        max_body_size=service.limits.upload_bytes,
         form_limits={"max_files": 3, "max_fields": 40, "max_part_size": 100_000},
     )
     app.state.store = store
@@ -100,6 +99,7 @@ def create_app(service: Service, store: JobStore) -> FastAPI:
     app.state.metrics = Metrics(store)
     app.include_router(videos.router)
     app.include_router(health.router)
+    app.add_middleware(BodyLimit, most=service.limits.upload_bytes)
     app.add_middleware(Counted, metrics=app.state.metrics)
     app.add_exception_handler(ApiError, _api_error)
     app.add_exception_handler(RequestValidationError, _invalid)
@@ -194,5 +194,7 @@ def _openapi(app: FastAPI) -> dict[str, Any]:
                 operation["responses"].pop("422", None)
         for name in ("HTTPValidationError", "ValidationError"):
             schema["components"]["schemas"].pop(name, None)
+        errors = ErrorBody.model_json_schema(ref_template="#/components/schemas/{model}")
+        schema["components"]["schemas"] |= {**errors.pop("$defs"), "ErrorBody": errors}
         app.openapi_schema = schema
     return app.openapi_schema

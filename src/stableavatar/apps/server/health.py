@@ -12,7 +12,7 @@ from pydantic import BaseModel
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from stableavatar.apps.server.access import refuse_foreign_pages
-from stableavatar.apps.server.schemas import ErrorBody
+from stableavatar.apps.server.schemas import error_answer
 from stableavatar.jobs.store import JobStore
 
 # Less room than this, and videos may fail half-way.
@@ -61,7 +61,10 @@ def ready(request: Request, response: Response) -> Ready:
 @router.get(
     "/metrics",
     response_class=Response,
-    responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}, 403: {"model": ErrorBody}},
+    responses={
+        200: {"content": {"text/plain": {"schema": {"type": "string"}}}},
+        403: error_answer("A web page of another host."),
+    },
 )
 def metrics(request: Request, _: Annotated[None, Depends(refuse_foreign_pages)]) -> Response:
     """Figures for Prometheus."""

@@ -52,6 +52,12 @@ class ErrorBody(BaseModel):
     error: ErrorDetail
 
 
+def error_answer(description: str) -> dict[str, Any]:
+    """How an error is described in the OpenAPI document, also where the answer is no JSON otherwise."""
+    schema = {"$ref": "#/components/schemas/ErrorBody"}
+    return {"description": description, "content": {"application/json": {"schema": schema}}}
+
+
 class Step(BaseModel):
     """How far a video is."""
 

@@ -9,7 +9,7 @@ from pathlib import Path as FilePath
 from typing import Annotated, Any, Literal, NoReturn
 
 import anyio.to_thread
-from fastapi import APIRouter, Form, Path, Query, Request, UploadFile
+from fastapi import APIRouter, Depends, Form, Path, Query, Request, UploadFile
 from fastapi.responses import FileResponse, Response, StreamingResponse
 from fastapi.sse import EventSourceResponse, ServerSentEvent
 
@@ -18,13 +18,13 @@ from stableavatar.apps.server.schemas import (
     VIDEO_ID,
     ApiError,
     DeletedVideo,
-    ErrorBody,
     Model,
     ModelList,
     Video,
     VideoList,
     VideoRequest,
     as_video,
+    error_answer,
 )
 from stableavatar.errors import InputError
 from stableavatar.jobs.intake import OPTIONS, FileChecker, Limits, check_options, check_quality
@@ -41,20 +41,26 @@ _EVENT_SECONDS = 0.25
 _SAY_AGAIN_SECONDS = 15.0
 _THUMBNAIL = 256  # pixels of its longer side
 
-_ERRORS: dict[int | str, dict[str, Any]] = {
-    status: {"model": ErrorBody, "description": text}
-    for status, text in {
-        400: "Something cannot be used as it was sent.",
-        401: "No API key, or an unknown one.",
-        403: "A web page of another host.",
-    }.items()
+_Answers = dict[int | str, dict[str, Any]]
+_ERRORS: _Answers = {
+    400: error_answer("Something cannot be used as it was sent."),
+    401: error_answer("No API key, or an unknown one."),
+    403: error_answer("A web page of another host."),
 }
-_NOT_FOUND: dict[int | str, dict[str, Any]] = {404: {"model": ErrorBody, "description": "No such video."}}
-_NOT_THERE: dict[int | str, dict[str, Any]] = {409: {"model": ErrorBody, "description": "Not there yet."}}
+_NOT_FOUND: _Answers = {404: error_answer("No such video.")}
+_NOT_THERE: _Answers = {409: error_answer("Not there yet.")}
 _MP4: dict[str, Any] = {"video/mp4": {"schema": {"type": "string", "format": "binary"}}}
 
 router = APIRouter(prefix="/v1", responses=_ERRORS)
 VideoPath = Annotated[str, Path(pattern=VIDEO_ID, description="The video's id.")]
+
+
+def job_of(request: Request, owner: Owner, video_id: VideoPath) -> Job:
+    """The owner's video of that id. Raises ApiError: there is none."""
+    return _job(request, owner, video_id)
+
+
+Asked = Annotated[Job, Depends(job_of)]
 
 
 @router.get("/models", tags=["models"])
@@ -67,9 +73,10 @@ def list_models(request: Request, owner: Owner) -> ModelList:
     "/videos",
     tags=["videos"],
     responses={
-        413: {"model": ErrorBody, "description": "More bytes than are taken."},
-        429: {"model": ErrorBody, "description": "Too many videos are waiting."},
-        507: {"model": ErrorBody, "description": "The server has no room left."},
+        404: error_answer("No such model, or no such video of yours."),
+        413: error_answer("More bytes than are taken."),
+        429: error_answer("Too many videos are waiting."),
+        507: error_answer("The server has no room left."),
     },
 )
 def create_video(
@@ -150,9 +157,9 @@ def list_videos(
 
 
 @router.get("/videos/{video_id}", tags=["videos"], responses=_NOT_FOUND)
-def retrieve_video(request: Request, owner: Owner, video_id: VideoPath) -> Video:
+def retrieve_video(request: Request, job: Asked) -> Video:
     """How far a video is."""
-    return _answer(request, _job(request, owner, video_id))
+    return _answer(request, job)
 
 
 @router.delete("/videos/{video_id}", tags=["videos"], responses=_NOT_FOUND)
@@ -185,15 +192,12 @@ def cancel_video(request: Request, owner: Owner, video_id: VideoPath) -> Video:
     },
 )
 def download_video(
-    request: Request,
-    owner: Owner,
-    video_id: VideoPath,
+    job: Asked,
     variant: Annotated[
         Literal["video", "thumbnail"], Query(description="The MP4, or a JPEG of its first frame.")
     ] = "video",
 ) -> Response:
     """The video, complete, or as far as it was made when it was cancelled."""
-    job = _job(request, owner, video_id)
     path = job.video if job.is_finished else None
     if path is None:
         what = f"it is {job.state.replace('_', ' ')}" if not job.is_finished else "it has no frame"
@@ -209,13 +213,12 @@ def download_video(
     response_class=StreamingResponse,
     responses={**_NOT_FOUND, **_NOT_THERE, 200: {"content": _MP4}},
 )
-async def watch_video(request: Request, owner: Owner, video_id: VideoPath) -> Response:
+async def watch_video(request: Request, job: Asked) -> Response:
     """The video while it is made: fragmented MP4, from its beginning on, which ends with the video.
 
     A `<video>` element plays it. It may be asked for at any time, also before the first frame is there.
     """
     store: JobStore = request.app.state.store
-    job = await anyio.to_thread.run_sync(_job, request, owner, video_id)
     if job.state == "failed" or (job.is_finished and job.video is None):
         raise ApiError(409, "there is nothing of this video to watch", code="not_there")
     return StreamingResponse(
@@ -226,10 +229,9 @@ async def watch_video(request: Request, owner: Owner, video_id: VideoPath) -> Re
 @router.get(
     "/videos/{video_id}/events", tags=["videos"], response_class=EventSourceResponse, responses=_NOT_FOUND
 )
-async def video_events(request: Request, owner: Owner, video_id: VideoPath) -> AsyncIterator[ServerSentEvent]:
+async def video_events(request: Request, job: Asked) -> AsyncIterator[ServerSentEvent]:
     """How far a video is, as it changes: events `progress`, at the end `completed`, `failed` or `cancelled`,
     each with the video."""
-    job = await anyio.to_thread.run_sync(_job, request, owner, video_id)
     said, silent = "", 0.0
     while True:
         answer = await anyio.to_thread.run_sync(_answer, request, job)
@@ -243,7 +245,7 @@ async def video_events(request: Request, owner: Owner, video_id: VideoPath) -> A
         await asyncio.sleep(_EVENT_SECONDS)
         silent += _EVENT_SECONDS
         try:
-            job = await anyio.to_thread.run_sync(_job, request, owner, video_id)
+            job = await anyio.to_thread.run_sync(_job, request, job.owner, job.id)
         except ApiError:
             return  # removed meanwhile
 

@@ -1,0 +1,312 @@
+"""A real server and its workers: killed in the middle of its jobs, told to end, asked by many at a time."""
+
+import json
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import psutil
+import pytest
+import schemathesis
+from hypothesis import HealthCheck, Phase, given, settings
+from schemathesis.specs.openapi.checks import positive_data_acceptance
+
+from command_line import free_port, portrait, speech, toy_model
+from stableavatar import load
+from stableavatar.apps.server.access import Keys
+from stableavatar.apps.server.app import Service, create_app
+from stableavatar.jobs.worker import ModelChoice
+from stableavatar.media.video import read_frames
+
+QUICK = {"steps": "2", "text_scale": "1", "audio_scale": "1", "size": "48x48"}
+
+
+KEY = "a-key-of-the-test"
+
+
+class Server:
+    """`stableavatar serve` with the toy model."""
+
+    def __init__(self, folder: Path, *arguments: str) -> None:
+        self.folder = folder
+        self.port = free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.process = subprocess.Popen(
+            [
+                sys.executable, "-m", "stableavatar", "serve", "--folder", str(folder), "--port", str(self.port),
+                "--model", str(toy_model()), "--name", "toy", "--device", "cpu", "--checkpoint-every", "0", *arguments,
+            ],
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            start_new_session=True,
+        )  # fmt: skip
+        self.said: list[str] = []
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def _read(self) -> None:
+        assert self.process.stderr is not None
+        self.said.extend(self.process.stderr)
+
+    def wait_ready(self) -> "Server":
+        def ready() -> bool:
+            assert self.process.poll() is None, self.said
+            try:
+                return httpx.get(f"{self.url}/ready", timeout=5).status_code == 200
+            except httpx.TransportError:
+                return False
+
+        until(ready, 120)
+        return self
+
+    def family(self) -> list[psutil.Process]:
+        """The processes that it has started."""
+        return psutil.Process(self.process.pid).children(recursive=True)
+
+    def kill(self) -> None:
+        """kill -9 of the server alone, as a system that is short of memory does."""
+        family = self.family()
+        self.process.kill()
+        self.process.wait()
+        _, alive = psutil.wait_procs(family, timeout=20)
+        assert not alive, alive
+
+    def end(self) -> int:
+        self.process.send_signal(signal.SIGTERM)
+        return self.process.wait(60)
+
+
+@pytest.fixture
+def servers(tmp_path: Path) -> Iterator[Callable[..., Server]]:
+    """Starts servers of one folder, and kills what is left of them."""
+    started: list[Server] = []
+
+    def start(*arguments: str) -> Server:
+        started.append(Server(tmp_path / "jobs", *arguments))
+        return started[-1]
+
+    yield start
+    for server in started:
+        if server.process.poll() is None:
+            server.kill()
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> dict[str, bytes]:
+    return {
+        "portrait": portrait(tmp_path / "portrait.png").read_bytes(),
+        "speech": speech(tmp_path / "speech.wav", 3.0).read_bytes(),
+    }
+
+
+def until(condition: Callable[[], bool], seconds: float = 60) -> None:
+    """Wait for something."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not come about"
+        time.sleep(0.05)
+
+
+def states(server: Server) -> dict[str, dict[str, Any]]:
+    return {it["id"]: it for it in httpx.get(f"{server.url}/v1/videos?limit=100", timeout=30).json()["data"]}
+
+
+def test_a_kill_in_the_middle_of_five_jobs_loses_none(
+    servers: Callable[..., Server], files: dict[str, bytes], tmp_path: Path
+) -> None:
+    server = servers().wait_ready()
+    ids = []
+    for seed in range(5):
+        answer = httpx.post(
+            f"{server.url}/v1/videos", files=files, data={**QUICK, "seed": str(seed)}, timeout=60
+        )
+        assert answer.status_code == 200, answer.text
+        ids.append(answer.json()["id"])
+    for _ in range(3):  # killed three times, each time in the middle of a video
+
+        def under_way(server: Server = server) -> bool:
+            return any(
+                it["status"] == "in_progress" and (it["step"] or {}).get("frame")
+                for it in states(server).values()
+            ) or all(it["status"] == "completed" for it in states(server).values())
+
+        until(under_way)
+        server.kill()
+        server = servers().wait_ready()
+        assert set(states(server)) == set(ids)
+    until(lambda: all(it["status"] == "completed" for it in states(server).values()), 120)
+    pipeline = load(toy_model(), device="cpu")
+    (tmp_path / "portrait").write_bytes(files["portrait"])
+    (tmp_path / "speech").write_bytes(files["speech"])
+    for seed in (0, 2):
+        pipeline.generate(
+            tmp_path / "portrait", tmp_path / "speech", tmp_path / "alone.mp4", seed=seed, steps=2, text_scale=1.0,
+            audio_scale=1.0, width=48, height=48, resume=False,
+        )  # fmt: skip
+        (tmp_path / "made.mp4").write_bytes(httpx.get(f"{server.url}/v1/videos/{ids[seed]}/content").content)
+        pairs = zip_longest(read_frames(tmp_path / "made.mp4"), read_frames(tmp_path / "alone.mp4"))
+        assert all(
+            one is not None and other is not None and np.array_equal(one, other) for one, other in pairs
+        )
+    assert server.end() in (0, 143)
+
+
+def test_a_server_that_is_told_to_end_saves_what_it_makes(
+    servers: Callable[..., Server], files: dict[str, bytes]
+) -> None:
+    server = servers().wait_ready()
+    video = httpx.post(f"{server.url}/v1/videos", files=files, data=QUICK, timeout=60).json()["id"]
+    until(lambda: bool((states(server)[video]["step"] or {}).get("frame")))
+    family = server.family()
+    assert server.end() in (0, 143)
+    assert not psutil.wait_procs(family, timeout=10)[1]
+    assert not [line for line in server.said if "Traceback" in line], server.said
+    journal = server.folder / "jobs" / video / ".video.journal" / "journal.json"
+    assert json.loads(journal.read_text())["count"] > 0
+    again = servers().wait_ready()
+    until(lambda: states(again)[video]["status"] == "completed")
+
+
+def test_a_lost_worker_is_replaced_and_its_job_gone_on_with(
+    servers: Callable[..., Server], files: dict[str, bytes]
+) -> None:
+    server = servers().wait_ready()
+    video = httpx.post(f"{server.url}/v1/videos", files=files, data=QUICK, timeout=60).json()["id"]
+    until(lambda: states(server)[video]["status"] == "in_progress")
+    workers = [it for it in server.family() if it.nice() > psutil.Process(server.process.pid).nice()]
+    assert len(workers) == 1
+    workers[0].kill()
+    until(lambda: states(server)[video]["status"] == "completed")
+    assert any("was lost" in line for line in server.said)
+
+
+def test_stopping_keeps_what_is_there(
+    servers: Callable[..., Server], files: dict[str, bytes], tmp_path: Path
+) -> None:
+    server = servers().wait_ready()
+    data = {**QUICK, "order": "causal", "steps": "8"}
+    video = httpx.post(f"{server.url}/v1/videos", files=files, data=data, timeout=60).json()["id"]
+    with httpx.stream("GET", f"{server.url}/v1/videos/{video}/live", timeout=60) as live:
+        seen = b""
+        for piece in live.iter_bytes():
+            if not seen:  # its first frames are there: stop
+                httpx.post(f"{server.url}/v1/videos/{video}/cancel")
+            seen += piece
+    until(lambda: states(server)[video]["status"] == "cancelled")
+    (tmp_path / "live.mp4").write_bytes(seen)
+    (tmp_path / "kept.mp4").write_bytes(httpx.get(f"{server.url}/v1/videos/{video}/content").content)
+    kept = list(read_frames(tmp_path / "kept.mp4"))
+    assert 0 < len(kept) < 75
+    pairs = zip_longest(read_frames(tmp_path / "live.mp4"), kept)
+    assert all(one is not None and other is not None and np.array_equal(one, other) for one, other in pairs)
+
+
+def test_many_ask_at_a_time_and_health_is_answered(
+    servers: Callable[..., Server], files: dict[str, bytes]
+) -> None:
+    """50 clients on loopback while videos are made: no job lost, health within 100 ms for 99 of 100."""
+    server = servers("--most-waiting", "60", "--most-waiting-each", "60").wait_ready()
+    ids: list[str] = []
+    wrong: list[str] = []
+
+    def client(number: int) -> None:
+        with httpx.Client(timeout=120) as own:
+            data = {**QUICK, "steps": "1", "seconds": "0.5", "seed": str(number)}
+            answer = own.post(f"{server.url}/v1/videos", files=files, data=data)
+            if answer.status_code != 200:
+                wrong.append(answer.text)
+                return
+            video = answer.json()["id"]
+            ids.append(video)
+            with own.stream("GET", f"{server.url}/v1/videos/{video}/events") as events:
+                last = [line for line in events.iter_lines() if line.startswith("event: ")][-1]
+            if last != "event: completed":
+                wrong.append(last)
+
+    clients = [threading.Thread(target=client, args=(number,)) for number in range(50)]
+    for thread in clients:
+        thread.start()
+    took: list[float] = []
+    with httpx.Client() as own:
+        while any(thread.is_alive() for thread in clients):
+            began = time.perf_counter()
+            assert own.get(f"{server.url}/health", timeout=10).status_code == 200
+            took.append(time.perf_counter() - began)
+            time.sleep(0.02)
+    for thread in clients:
+        thread.join()
+    assert not wrong
+    assert len(set(ids)) == 50
+    assert all(states(server)[video]["status"] == "completed" for video in ids)
+    percentile = statistics.quantiles(took, n=100)[98]
+    print(
+        f"health: {len(took)} answers, median {1000 * statistics.median(took):.1f} ms, 99th {1000 * percentile:.1f} ms"
+    )
+    assert percentile < 0.1, (percentile, len(took))
+
+
+def test_what_cannot_be_served_is_said_with_status_2(tmp_path: Path, servers: Callable[..., Server]) -> None:
+    def fails(*arguments: str) -> str:
+        done = subprocess.run(
+            [sys.executable, "-m", "stableavatar", "serve", "--folder", str(tmp_path / "other"),
+             "--port", str(free_port()), *arguments],
+            capture_output=True, text=True, timeout=120, check=False,
+        )  # fmt: skip
+        assert done.returncode == 2, done.stderr
+        assert "Traceback" not in done.stderr
+        return done.stderr
+
+    assert "--api-keys" in fails("--host", "0.0.0.0")
+    assert "no-such-folder" in fails("--model", str(tmp_path / "no-such-folder"))
+    assert "cannot be read" in fails("--api-keys", str(tmp_path / "none"))
+    assert "seconds 0.0: give a number above 0" in fails("--most-seconds", "0")
+    server = servers().wait_ready()
+    (tmp_path / "other").rename(tmp_path / "unused")
+    done = subprocess.run(
+        [sys.executable, "-m", "stableavatar", "serve", "--folder", str(server.folder), "--port", str(free_port())],
+        capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert "another server uses this folder" in done.stderr
+
+
+def test_no_request_that_the_description_allows_breaks_the_server(tmp_path: Path) -> None:
+    """schemathesis draws requests from the OpenAPI description: no answer is a 5xx, or another than is
+    described."""
+    service = Service(tmp_path / "jobs", [ModelChoice("toy", name="toy")], keys=Keys({KEY: "ann"}))
+    store = service.store()
+    store.worker_ready("worker-0")
+    app = create_app(service, store)
+    schema = schemathesis.openapi.from_asgi("/openapi.json", app)
+    statuses: Counter[int] = Counter()
+    operations = [result.ok() for result in schema.get_all_operations()]
+    for operation in operations:
+
+        @settings(
+            max_examples=20, deadline=None, database=None, derandomize=True, phases=[Phase.explicit, Phase.generate],
+            suppress_health_check=list(HealthCheck),
+        )  # fmt: skip
+        @given(case=operation.as_strategy())
+        def check(case: schemathesis.Case) -> None:
+            # That bytes are a picture, and one of two fields is needed, no description says.
+            answer = case.call_and_validate(
+                headers={"Authorization": f"Bearer {KEY}"}, excluded_checks=[positive_data_acceptance]
+            )
+            statuses[answer.status_code] += 1
+
+        check()
+    assert len(operations) == 12
+    assert statuses.total() > 100
+    assert max(statuses) < 500
