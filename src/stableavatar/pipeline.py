@@ -41,6 +41,7 @@ from stableavatar.inputs import (
 )
 from stableavatar.journal import Journal, refuse_unfinished
 from stableavatar.media.audio import Speech
+from stableavatar.media.encoding import Writable
 from stableavatar.media.files import check_output
 from stableavatar.media.image import fit_picture
 from stableavatar.media.live import LiveRecording, LiveSound, LiveSpeech
@@ -362,7 +363,7 @@ class AvatarPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         self,
         portrait: Portrait,
         speech: SpeechInput | None,
-        output: str | Path,
+        output: str | Path | Writable,
         *,
         output_options: OutputOptions | None = None,
         resume: bool | None = None,
@@ -379,8 +380,9 @@ class AvatarPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         (`.NAME.journal`) keeps what is finished, from which a run that was interrupted or killed goes on.
 
         Args:
-            output: the MP4. output_options: quality, preset, a folder for PNG frames, how often the state is
-                saved, and whether the file is to play while it grows, which keeps no journal.
+            output: the MP4; or what has `write`, for the bytes of a fragmented one while it is made.
+            output_options: quality, preset, a folder for PNG frames, how often the state is saved, and
+                whether the file is to play while it grows. What does keeps no journal.
             resume: True goes on with what was begun there (a seed that is not given is that run's), False
                 begins anew; None refuses where something was begun.
             stop: asked between cells; when it says so, the state is saved and what is finished is put beside
@@ -396,7 +398,12 @@ class AvatarPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         encoding = output_options or OutputOptions()
         given = check_options(options)
         speech = as_live(speech, given)
-        if encoding.live or isinstance(speech, LiveRecording) or str(output) == STANDARD_OUTPUT:
+        if (
+            not isinstance(output, str | Path)
+            or str(output) == STANDARD_OUTPUT
+            or encoding.live
+            or isinstance(speech, LiveRecording)
+        ):
             if resume:
                 raise InputError("what is written or spoken live cannot be resumed: leave out --resume")
             run = self._open(portrait, speech, given, latents, progress, processes, follow=True)
@@ -440,7 +447,7 @@ def load(
 def generate(
     portrait: Portrait,
     speech: SpeechInput | None,
-    output: str | Path,
+    output: str | Path | Writable,
     *,
     model: str | Path = "tiny",
     **options: Any,

@@ -14,6 +14,7 @@ from stableavatar.errors import InputError, ProcessError, StoppedError
 from stableavatar.generation import Run
 from stableavatar.journal import Journal, SavedState
 from stableavatar.media.audio import Sound
+from stableavatar.media.encoding import Writable
 from stableavatar.media.files import cannot_write, hidden_name, to_disk
 from stableavatar.media.live import LiveSound
 from stableavatar.media.segments import SegmentWriter
@@ -29,10 +30,10 @@ Stop = Callable[[], bool]
 
 @dataclass(frozen=True)
 class GeneratedVideo:
-    """What `generate` has made: the file, its length in frames, the options that repeat it, and the seconds
-    until the first frame was there."""
+    """What `generate` has made: the file (None where it went elsewhere), its length in frames, the options
+    that repeat it, and the seconds until the first frame was there."""
 
-    path: Path
+    path: Path | None
     frame_count: int
     frame_rate: Fraction
     options: Settings
@@ -190,7 +191,7 @@ class _VideoFile:
 def write_live(
     run: Run,
     sound: Sound | LiveSound | None,
-    output: str | Path,
+    output: str | Path | Writable,
     encoding: OutputOptions,
     stop: Stop | None,
 ) -> GeneratedVideo:
@@ -231,10 +232,12 @@ def write_live(
             if not video.frames:
                 raise
             seconds = float(video.frames / run.frame_rate)
-            stopped = StoppedError(f"Interrupted: {output} plays the {seconds:.1f} s that were made.")
+            name = output if isinstance(output, str | Path) else "it"
+            stopped = StoppedError(f"Interrupted: {name} plays the {seconds:.1f} s that were made.")
     if stopped is not None:
         raise stopped
-    return GeneratedVideo(Path(output), video.frames, run.frame_rate, run.options, first_frame)
+    path = Path(output) if isinstance(output, str | Path) else None
+    return GeneratedVideo(path, video.frames, run.frame_rate, run.options, first_frame)
 
 
 class _Stopper:

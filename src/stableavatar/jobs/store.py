@@ -59,6 +59,12 @@ CREATE INDEX IF NOT EXISTS jobs_in_state ON jobs (state, owner);
 CREATE TABLE IF NOT EXISTS turns (owner TEXT PRIMARY KEY, started REAL NOT NULL);
 CREATE TABLE IF NOT EXISTS workers (name TEXT PRIMARY KEY, since REAL NOT NULL);
 CREATE TABLE IF NOT EXISTS totals (name TEXT PRIMARY KEY, value REAL NOT NULL);
+CREATE TABLE IF NOT EXISTS sessions (
+    number INTEGER PRIMARY KEY AUTOINCREMENT,
+    id TEXT NOT NULL UNIQUE,
+    request TEXT NOT NULL,
+    worker TEXT
+);
 """
 
 
@@ -413,6 +419,37 @@ class JobStore:
         for row in gone:
             self._purge(row["id"])
 
+    # Sessions: somebody speaks now, and no video goes before.
+
+    def call(self, session_id: str, request: Mapping[str, Any]) -> None:
+        """Ask for a worker for a session."""
+        with self._transaction(durable=False) as database:
+            database.execute("INSERT INTO sessions (id, request) VALUES (?, ?)", (session_id, _json(request)))
+
+    def hang_up(self, session_id: str) -> None:
+        """A session is over, or given up."""
+        with self._transaction(durable=False) as database:
+            database.execute("DELETE FROM sessions WHERE id = ?", (session_id,))
+
+    def is_called(self) -> bool:
+        """Whether a session waits for a worker: one that makes a video gives it back."""
+        with self._reading() as database:
+            return (
+                database.execute("SELECT 1 FROM sessions WHERE worker IS NULL LIMIT 1").fetchone() is not None
+            )
+
+    def answer(self, worker: str) -> dict[str, Any] | None:
+        """The session that has waited longest, which is this worker's from now on; None where none does."""
+        if not self.is_called():
+            return None
+        with self._transaction(durable=False) as database:
+            row = database.execute(
+                "UPDATE sessions SET worker = ? WHERE number = "
+                "(SELECT MIN(number) FROM sessions WHERE worker IS NULL) RETURNING id, request",
+                (worker,),
+            ).fetchone()
+        return None if row is None else {"id": row["id"], **json.loads(row["request"])}
+
     # The one process that owns the folder.
 
     def own(self) -> Any:
@@ -430,6 +467,7 @@ class JobStore:
             raise InputError(f"{self.folder}: cannot be used ({reason_of(error)})") from error
         with self._transaction() as database:
             database.execute("DELETE FROM workers")
+            database.execute("DELETE FROM sessions")
             database.execute(
                 "UPDATE jobs SET state = 'queued', worker = NULL WHERE state = 'in_progress' AND NOT deleted"
             )

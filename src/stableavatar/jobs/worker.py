@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from stableavatar.errors import StableAvatarError, StoppedError, is_out_of_memory
 from stableavatar.jobs.intake import without_folder
+from stableavatar.jobs.sessions import speak
 from stableavatar.jobs.store import Job, JobStore, describe
 from stableavatar.journal import JournalError, journal_folder
 from stableavatar.lifetimes import end_with_parent
@@ -78,7 +79,8 @@ class ModelChoice:
 def run_worker(name: str, folder: Path, model: ModelChoice, verbosity: int = 0) -> None:
     """The worker process: loads the model, then makes jobs until it is told to end (SIGTERM).
 
-    A job that is being made is then given back, and another worker goes on with it.
+    A job that is being made is then given back, and another worker goes on with it; so it is when somebody
+    wants to speak (`jobs.sessions`), and this worker goes on with it afterwards.
     """
     end_with_parent()
     ending = threading.Event()
@@ -104,11 +106,12 @@ def run_worker(name: str, folder: Path, model: ModelChoice, verbosity: int = 0) 
     store = JobStore(folder)
     store.worker_ready(name)
     while not ending.is_set():
-        job = store.take(name)
-        if job is None:
-            ending.wait(_LOOK_SECONDS)
+        if (request := store.answer(name)) is not None:
+            speak(request, pipeline, ending.is_set)
+        elif (job := store.take(name)) is not None:
+            make(store, job, pipeline, model, lambda: ending.is_set() or store.is_called())
         else:
-            make(store, job, pipeline, model, ending.is_set)
+            ending.wait(_LOOK_SECONDS)
 
 
 def make(
@@ -183,7 +186,7 @@ def _generate(
     except JournalError as error:  # such as one of an earlier release
         logger.warning("%s of %s: begun anew: %s", job.id, job.owner, error)
         video = generate(resume=False)
-    settings = json.loads(read_metadata(video.path)[METADATA_KEY])
+    settings = json.loads(read_metadata(job.output)[METADATA_KEY])
     return {
         **settings,
         "frame_count": video.frame_count,

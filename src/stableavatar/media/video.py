@@ -18,7 +18,7 @@ from PIL import Image
 from stableavatar.choices import Preset
 from stableavatar.errors import InputError
 from stableavatar.media.audio import Sound
-from stableavatar.media.encoding import SoundTrack, VideoTrack, open_mp4
+from stableavatar.media.encoding import SoundTrack, VideoTrack, Writable, open_mp4
 from stableavatar.media.files import cannot_write, check_output, check_parent, partial_name, to_disk
 from stableavatar.media.live import LiveSound
 from stableavatar.media.reading import (
@@ -76,7 +76,7 @@ class VideoWriter:
 
     def __init__(
         self,
-        path: str | Path,
+        path: str | Path | Writable,
         width: int,
         height: int,
         fps: Fraction | int | float | str,
@@ -91,12 +91,16 @@ class VideoWriter:
 
         `quality` is x264's constant rate factor: 0 is lossless, 18 hardly to be told from it, 28 small.
         `preset` trades time for size. `metadata` can be read again with `read_metadata`. `live` writes
-        fragmented MP4, a fragment a second, which plays while it grows: under the final name (or to standard
-        output, if `path` is "-"), where it stays as far as it has come if the body fails.
+        fragmented MP4, several fragments a second, which plays while it grows: under the final name (or to
+        standard output, if `path` is "-", or into whatever has `write`), where it stays as far as it has come
+        if the body fails.
 
         Raises InputError: a name that does not end in .mp4, a folder that is missing or cannot be written, a
         folder under the file's name, an odd size, a frame rate, quality or preset that does not exist.
         """
+        self._sink: Writable | None = None
+        if not isinstance(path, str | Path):
+            self._sink, path = path, STANDARD_OUTPUT
         self._live = live or str(path) == STANDARD_OUTPUT
         self._path = Path(path) if str(path) == STANDARD_OUTPUT else check_output(path)
         if width < 2 or height < 2 or width % 2 or height % 2:
@@ -178,7 +182,9 @@ class VideoWriter:
             raise
 
     def _open(self) -> None:
-        target = None if str(self._path) == STANDARD_OUTPUT else self._partial
+        target: Path | Writable | None = self._partial
+        if str(self._path) == STANDARD_OUTPUT:
+            target = self._sink
         self._container = open_mp4(target, sound=self._sound, metadata=self._metadata, live=self._live)
         self._video = VideoTrack(
             self._container,

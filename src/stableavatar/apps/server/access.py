@@ -9,6 +9,7 @@ from typing import Annotated
 
 from fastapi import Depends, HTTPException, Request, Security
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+from starlette.requests import HTTPConnection
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from stableavatar.apps.server.schemas import ApiError
@@ -105,7 +106,7 @@ def is_local(host: str) -> bool:
         return False
 
 
-def refuse_foreign_pages(request: Request) -> None:
+def refuse_foreign_pages(request: HTTPConnection) -> None:
     """Raise ApiError where a web page of elsewhere asks a server without keys: browsers send what pages ask
     of addresses of this machine, and a page's own name may point here."""
     if request.app.state.keys:
@@ -123,9 +124,14 @@ def owner_of(
 ) -> str:
     """Whose request it is. Raises ApiError: nobody's."""
     refuse_foreign_pages(request)
-    owner: str | None = request.app.state.keys.owner(None if given is None else given.credentials)
+    return owner_of_key(request.app.state.keys, None if given is None else given.credentials)
+
+
+def owner_of_key(keys: Keys, key: str | None) -> str:
+    """Whose key it is. Raises ApiError: nobody's."""
+    owner = keys.owner(key)
     if owner is None:
-        what = "an API key is needed: send Authorization: Bearer KEY" if given is None else "unknown API key"
+        what = "an API key is needed: send Authorization: Bearer KEY" if key is None else "unknown API key"
         raise ApiError(401, what, kind="authentication_error", code="invalid_api_key")
     return owner
 

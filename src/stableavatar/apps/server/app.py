@@ -16,12 +16,13 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from stableavatar import __version__
-from stableavatar.apps.server import health, videos
+from stableavatar.apps.server import health, speaking, videos
 from stableavatar.apps.server.access import BodyLimit, Keys, check_host
 from stableavatar.apps.server.health import Counted, Metrics
 from stableavatar.apps.server.schemas import ApiError, ErrorBody, ErrorDetail
 from stableavatar.errors import CheckpointError
 from stableavatar.jobs.intake import FileChecker, Limits
+from stableavatar.jobs.sessions import SessionLine
 from stableavatar.jobs.store import JobStore
 from stableavatar.jobs.worker import ModelChoice
 from stableavatar.jobs.workers import Workers
@@ -75,13 +76,14 @@ class Service:
 
 def create_app(service: Service, store: JobStore) -> FastAPI:
     """The application; workers are not its business."""
-    checker = FileChecker(service.limits)
+    checker, line = FileChecker(service.limits), SessionLine(store)
 
     @contextlib.asynccontextmanager
     async def life(app: FastAPI) -> AsyncIterator[None]:
         anyio.to_thread.current_default_thread_limiter().total_tokens = _THREADS
         yield
         checker.close()
+        line.close()
 
     app = FastAPI(
         title="StableAvatar",
@@ -96,8 +98,11 @@ def create_app(service: Service, store: JobStore) -> FastAPI:
     app.state.model = service.model
     app.state.keep_seconds = service.keep_seconds
     app.state.checker = checker
+    app.state.line = line
+    app.state.speaking = set()
     app.state.metrics = Metrics(store)
     app.include_router(videos.router)
+    app.include_router(speaking.router)
     app.include_router(health.router)
     app.add_middleware(BodyLimit, most=service.limits.upload_bytes)
     app.add_middleware(Counted, metrics=app.state.metrics)
@@ -127,6 +132,7 @@ def serve(service: Service, host: str = "127.0.0.1", port: int = 8000) -> None:
                 log_level="info" if service.verbosity else "warning",
                 timeout_graceful_shutdown=_CLOSE_SECONDS,
                 server_header=False,
+                ws_max_size=service.limits.upload_bytes,
             )
         )
         workers = Workers(store, service.models, verbosity=service.verbosity)

@@ -335,9 +335,8 @@ def _bring(
     job = store.get(owner, source)
     path = None if job is None else (job.portrait if name == "portrait" else job.speech)
     if path is None or not path.exists():
-        raise ApiError(
-            404, f"{name}_from: there is no such video with a {name}", code="not_found", param=name
-        )
+        field = f"{name}_from"
+        raise ApiError(404, f"{field}: there is no such video with a {name}", code="not_found", param=field)
     shutil.copyfile(path, target)
 
 

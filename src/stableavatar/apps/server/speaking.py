@@ -1,0 +1,230 @@
+"""The WebSocket: speech in pieces, and the video of it back while it is spoken.
+
+The client sends a JSON text, `{"type": "start", ...}` (see `Start`), then binary messages of samples (16-bit
+little-endian mono) of any length, at last `{"type": "end"}`. It is answered with JSON texts `ready`,
+`progress`, and `done` or `error`, and with binary messages, which one after the other are a fragmented MP4.
+"""
+
+import asyncio
+import base64
+import binascii
+import json
+import shutil
+from pathlib import Path
+from typing import Any, Literal
+
+import anyio
+import anyio.to_thread
+from fastapi import APIRouter, WebSocket, WebSocketDisconnect
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from stableavatar.apps.server.access import owner_of_key, refuse_foreign_pages
+from stableavatar.apps.server.schemas import VIDEO_ID, ApiError
+from stableavatar.errors import InputError
+from stableavatar.jobs.intake import OPTIONS, Limits, check_options, check_quality
+from stableavatar.jobs.sessions import DONE, END, ERROR, SPEECH, VIDEO, Session
+from stableavatar.jobs.store import PORTRAIT, JobStore
+from stableavatar.options import GenerateOptions
+
+# Without a word, or without taking what is sent, a session ends.
+_SILENT_SECONDS = 60.0
+_PATIENCE_SECONDS = 60.0  # until a worker is free: one that makes a video has to save it first
+_POLICY_VIOLATION, _TRY_AGAIN = 1008, 1013
+
+router = APIRouter(prefix="/v1")
+
+
+class Start(BaseModel):
+    """How a session begins."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    type: Literal["start"]
+    api_key: str | None = Field(None, description="For browsers, which cannot send a header.")
+    portrait: str | None = Field(None, description="A picture, in base64.")
+    portrait_from: str | None = Field(None, pattern=VIDEO_ID, description="A video of yours: its portrait.")
+    sample_rate: int = Field(16_000, ge=8000, le=48_000, description="Samples a second of the speech.")
+    options: dict[str, Any] = Field(
+        default_factory=dict,
+        description="Sampling options, size and quality, as for videos, but start, seconds and order.",
+    )
+
+
+@router.websocket("/sessions")
+async def speak(socket: WebSocket) -> None:
+    """A session, from its start to its end."""
+    await socket.accept()
+    try:
+        session, started = await _begin(socket)
+    except ApiError as error:
+        await _refuse(socket, error)
+        return
+    except WebSocketDisconnect:
+        return
+    hearing = asyncio.create_task(_hear(socket, session))
+    showing = asyncio.create_task(_show(socket, session))
+    try:
+        await asyncio.wait({hearing, showing}, return_when=asyncio.FIRST_COMPLETED)
+        if not showing.done() and hearing.exception() is None:  # all has been said, not all is shown
+            await showing
+    finally:
+        hearing.cancel()
+        showing.cancel()
+        await anyio.to_thread.run_sync(session.close)
+        # What they raise says that the client went away, or takes nothing.
+        await asyncio.gather(hearing, showing, return_exceptions=True)
+        _sessions(socket).discard(started)
+
+
+async def _begin(socket: WebSocket) -> tuple[Session, str]:
+    """What a session needs. Raises ApiError: something cannot be used, or no worker is free."""
+    state = socket.app.state
+    refuse_foreign_pages(socket)
+    try:
+        start = Start.model_validate_json(await asyncio.wait_for(socket.receive_text(), _SILENT_SECONDS))
+    except (ValidationError, KeyError) as error:
+        raise ApiError(400, _first(error), code="bad_start") from error
+    except TimeoutError:
+        raise ApiError(400, "nothing was sent", code="bad_start") from None
+    owner = owner_of_key(state.keys, start.api_key or _bearer(socket))
+    if owner in _sessions(socket):
+        raise ApiError(429, "you are speaking already: end that session first", code="one_session")
+    store: JobStore = state.store
+    options, quality = _options(start.options, state.limits), _quality(start.options)
+    _sessions(socket).add(owner)
+    folder = await anyio.to_thread.run_sync(store.new_folder)
+    try:
+        await anyio.to_thread.run_sync(_portrait, start, store, owner, folder)
+        await anyio.to_thread.run_sync(_check, state.checker, folder, options)
+        session: Session | None = await anyio.to_thread.run_sync(
+            state.line.open,
+            folder,
+            {**{name: getattr(options, name) for name in _CHOSEN}, "quality": quality},
+            start.sample_rate,
+            state.limits.seconds,
+            _PATIENCE_SECONDS,
+        )
+        if session is None:
+            raise ApiError(503, "no worker is free: try again later", code="busy", kind="server_error")
+        await socket.send_json({"type": "ready"})
+    except BaseException:
+        _sessions(socket).discard(owner)
+        store.discard(folder)
+        raise
+    return session, owner
+
+
+# Not to be chosen: speech begins when it comes, and in another order all of it would have to be waited for.
+_CHOSEN = tuple(name for name in OPTIONS if name not in ("start", "duration"))
+
+
+async def _hear(socket: WebSocket, session: Session) -> None:
+    """Speech from the client to the worker, until it says that there is no more."""
+    while True:
+        try:
+            message = await asyncio.wait_for(socket.receive(), _SILENT_SECONDS)
+        except TimeoutError:
+            break
+        if message["type"] == "websocket.disconnect":
+            raise WebSocketDisconnect
+        samples = message.get("bytes")
+        if samples is None:
+            break  # {"type": "end"}
+        if len(samples) % 2:
+            samples = samples[:-1]
+        await anyio.to_thread.run_sync(session.send, SPEECH, samples)
+    await anyio.to_thread.run_sync(session.send, END)
+
+
+async def _show(socket: WebSocket, session: Session) -> None:
+    """The video from the worker to the client, to its end."""
+    while True:
+        message = await anyio.to_thread.run_sync(session.receive)
+        letter, content = message or (ERROR, b"the worker was lost")
+        if letter == VIDEO:
+            sending = socket.send_bytes(content)
+        elif letter == ERROR:
+            sending = socket.send_json({"type": "error", "error": {"message": content.decode()}})
+        else:
+            kind = "done" if letter == DONE else "progress"
+            sending = socket.send_json({"type": kind, **json.loads(content)})
+        await asyncio.wait_for(sending, _SILENT_SECONDS)
+        if letter in (DONE, ERROR):
+            await socket.close()
+            return
+
+
+def _options(chosen: dict[str, Any], limits: Limits) -> GenerateOptions:
+    values = {name: value for name, value in chosen.items() if name not in ("quality", "size")}
+    for name in ("start", "duration", "order"):
+        if name in values:
+            raise ApiError(
+                400, f"{name} cannot be chosen for what is spoken now", code="bad_option", param=name
+            )
+    size = chosen.get("size")
+    if size is not None:
+        width, _, height = str(size).partition("x")
+        if not (width.isdecimal() and height.isdecimal()):
+            raise ApiError(400, "size: give width x height, such as 512x512", code="bad_option", param="size")
+        values |= {"width": int(width), "height": int(height)}
+    try:
+        return check_options({**values, "order": "causal"}, limits)
+    except InputError as error:
+        raise ApiError(400, str(error), code="bad_option") from error
+
+
+def _quality(chosen: dict[str, Any]) -> int:
+    try:
+        return check_quality(chosen.get("quality"))
+    except InputError as error:
+        raise ApiError(400, str(error), code="bad_option", param="quality") from error
+
+
+def _portrait(start: Start, store: JobStore, owner: str, folder: Path) -> None:
+    """The picture, into the session's folder."""
+    if (start.portrait is None) == (start.portrait_from is None):
+        raise ApiError(400, "give either portrait or portrait_from", code="bad_start", param="portrait")
+    if start.portrait is not None:
+        try:
+            (folder / PORTRAIT).write_bytes(base64.b64decode(start.portrait, validate=True))
+        except (binascii.Error, ValueError) as error:
+            raise ApiError(400, "portrait: this is no base64", code="bad_start", param="portrait") from error
+        return
+    assert start.portrait_from is not None
+    job = store.get(owner, start.portrait_from)
+    if job is None:
+        raise ApiError(404, "portrait_from: there is no such video", code="not_found", param="portrait_from")
+    shutil.copyfile(job.portrait, folder / PORTRAIT)
+
+
+def _check(checker: Any, folder: Path, options: GenerateOptions) -> None:
+    try:
+        checker.check(folder / PORTRAIT, None, GenerateOptions(duration=1.0, fps=options.fps))
+    except InputError as error:
+        raise ApiError(400, str(error), code="unusable", param="portrait") from error
+
+
+def _sessions(socket: WebSocket) -> set[str]:
+    """Owners who are speaking."""
+    speaking: set[str] = socket.app.state.speaking
+    return speaking
+
+
+def _bearer(socket: WebSocket) -> str | None:
+    kind, _, key = socket.headers.get("authorization", "").partition(" ")
+    return key if kind.lower() == "bearer" else None
+
+
+async def _refuse(socket: WebSocket, error: ApiError) -> None:
+    detail = error.body.error
+    await socket.send_json({"type": "error", "error": detail.model_dump()})
+    await socket.close(_TRY_AGAIN if error.status in (429, 503) else _POLICY_VIOLATION)
+
+
+def _first(error: Exception) -> str:
+    """What is wrong with a start."""
+    if not isinstance(error, ValidationError):
+        return 'the first message has to be a JSON text {"type": "start", ...}'
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"])
+    return f"{where}: {first['msg']}" if where else first["msg"]

@@ -1,0 +1,238 @@
+"""Somebody speaks, and sees himself speak as another: speech in pieces from a server to a worker, and the
+video back while it is made.
+
+The server calls (`SessionLine.open`), a worker answers and connects to it; between the two go messages of a
+letter and its content, in both directions at once. Nothing of a session is kept.
+"""
+
+import contextlib
+import json
+import logging
+import os
+import secrets
+import shutil
+import socket
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from multiprocessing import AuthenticationError
+from multiprocessing.connection import Client, Connection, Listener
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from stableavatar.choices import Preset
+from stableavatar.errors import StableAvatarError, StoppedError, is_out_of_memory
+from stableavatar.jobs.intake import without_folder
+
+if TYPE_CHECKING:
+    from stableavatar.generation import Progress
+    from stableavatar.jobs.store import JobStore
+    from stableavatar.media.audio import Samples
+    from stableavatar.pipeline import AvatarPipeline
+
+logger = logging.getLogger(__name__)
+
+# To the worker: samples, 16-bit little-endian mono; that no more come.
+SPEECH, END = b"s", b"e"
+# From it: bytes of the video; how far it is; a sentence that says why there is no more; that it is complete.
+VIDEO, PROGRESS, ERROR, DONE = b"v", b"p", b"x", b"d"
+
+_FULL_SCALE = 32768.0
+# Time for pictures is short.
+_PRESET: Preset = "veryfast"
+
+
+class Session:
+    """A session as the server has it: a worker at the other end of a line."""
+
+    def __init__(self, connection: Connection, hang_up: Callable[[], None]) -> None:
+        self._connection = connection
+        self._hang_up = hang_up
+        self._sending = threading.Lock()
+
+    def send(self, letter: bytes, content: bytes = b"") -> None:
+        """Send a message; waits while the worker does not take more. Raises OSError: it has ended."""
+        with self._sending:
+            self._connection.send_bytes(letter + content)
+
+    def receive(self) -> tuple[bytes, bytes] | None:
+        """The next message, waited for; None where the worker has ended."""
+        try:
+            message = self._connection.recv_bytes()
+        except (EOFError, OSError):
+            return None
+        return message[:1], message[1:]
+
+    def close(self) -> None:
+        """Hang up: a worker in the middle of the video stops, and who waits in `send` or `receive` need
+        not wait on."""
+        self._hang_up()
+        with contextlib.suppress(OSError):
+            if hasattr(socket, "AF_UNIX"):  # closing alone wakes nobody
+                with socket.socket(fileno=os.dup(self._connection.fileno())) as line:
+                    line.shutdown(socket.SHUT_RDWR)
+        self._connection.close()
+
+
+class SessionLine:
+    """Where workers connect to, for the server."""
+
+    def __init__(self, store: "JobStore") -> None:
+        self._store = store
+        self._key = secrets.token_bytes(32)
+        self._listener = Listener(authkey=self._key)
+        self._waiting: dict[str, tuple[threading.Event, list[Connection]]] = {}
+        self._closing = False
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def open(
+        self, folder: Path, options: Mapping[str, Any], rate: int, most_seconds: float, patience: float
+    ) -> Session | None:
+        """Call a worker; None where none was free within `patience` seconds.
+
+        Args:
+            folder: with the portrait; it is removed at the session's end.
+            options: of `AvatarPipeline.generate`, and "quality". rate: samples a second of the speech.
+            most_seconds: after which it ends.
+        """
+        session_id = folder.name
+        here, arrived = threading.Event(), list[Connection]()
+        self._waiting[session_id] = (here, arrived)
+        self._store.call(
+            session_id,
+            {
+                "address": self._listener.address,
+                "key": self._key.hex(),
+                "folder": str(folder),
+                "options": dict(options),
+                "rate": rate,
+                "most_seconds": most_seconds,
+            },
+        )
+
+        def hang_up() -> None:
+            self._store.hang_up(session_id)
+            shutil.rmtree(folder, ignore_errors=True)
+
+        if here.wait(patience):
+            return Session(arrived[0], hang_up)
+        hang_up()
+        self._waiting.pop(session_id, None)
+        for connection in arrived:  # it came in this very moment
+            connection.close()
+        return None
+
+    def close(self) -> None:
+        """Take no more."""
+        self._closing = True
+        with contextlib.suppress(OSError):  # wakes `accept`
+            Client(self._listener.address, authkey=self._key).close()
+        self._listener.close()
+
+    def _accept(self) -> None:
+        while not self._closing:
+            try:
+                connection = self._listener.accept()
+                session_id = connection.recv_bytes().decode()
+            except (AuthenticationError, EOFError, OSError, ValueError):
+                continue
+            here, arrived = self._waiting.pop(session_id, (None, []))
+            if here is None:
+                connection.close()
+            else:
+                arrived.append(connection)
+                here.set()
+
+
+def speak(
+    request: Mapping[str, Any], pipeline: "AvatarPipeline", ending: Callable[[], bool] = lambda: False
+) -> None:
+    """A worker's part of a session, from its answer to the call to the end."""
+    folder = Path(request["folder"])
+    try:
+        connection = Client(request["address"], authkey=bytes.fromhex(request["key"]))
+    except (OSError, EOFError, AuthenticationError):
+        return  # given up meanwhile
+    with connection:
+        try:
+            connection.send_bytes(request["id"].encode())
+            frames = _speak(request, folder, connection, pipeline, ending)
+            connection.send_bytes(DONE + json.dumps({"frames": frames}).encode())
+        except (OSError, EOFError):
+            logger.info("%s: hung up", request["id"])
+        except StoppedError:
+            _say(connection, "The server ends.")
+        except StableAvatarError as error:
+            _say(connection, without_folder(str(error), folder))
+        except Exception as error:
+            logger.exception("%s", request["id"])
+            _say(
+                connection,
+                "There is too little memory for this."
+                if is_out_of_memory(error)
+                else "A fault of the server.",
+            )
+
+
+def _speak(
+    request: Mapping[str, Any],
+    folder: Path,
+    connection: Connection,
+    pipeline: "AvatarPipeline",
+    ending: Callable[[], bool],
+) -> int:
+    from stableavatar.media.live import LiveRecording
+    from stableavatar.options import OutputOptions
+
+    options = dict(request["options"])
+    quality = options.pop("quality")
+    rate, most = request["rate"], request["most_seconds"]
+
+    def blocks() -> Iterator["Samples"]:
+        left = round(most * rate)
+        while left > 0:
+            while not connection.poll(0.2):
+                if ending():
+                    raise StoppedError("The server ends.")
+            message = connection.recv_bytes()
+            if message[:1] == END:
+                return
+            samples = np.frombuffer(message[1:], dtype="<i2").astype(np.float32) / _FULL_SCALE
+            yield samples[:left]
+            left -= len(samples)
+
+    def report(progress: "Progress") -> None:
+        said = {"frame": progress.frame, "window": progress.window, "step": progress.step}
+        connection.send_bytes(PROGRESS + json.dumps(said).encode())
+
+    video = pipeline.generate(
+        folder / "portrait",
+        LiveRecording(blocks(), rate, name="speech"),
+        _Line(connection),
+        output_options=OutputOptions(quality=quality, preset=_PRESET, live=True),
+        stop=ending,
+        progress=report,
+        **options,
+    )
+    return video.frame_count
+
+
+class _Line:
+    """The bytes of the video as messages."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+
+    def write(self, data: bytes, /) -> int:
+        """Send a piece."""
+        self._connection.send_bytes(VIDEO + bytes(data))
+        return len(data)
+
+
+def _say(connection: Connection, text: str) -> None:
+    with contextlib.suppress(OSError):
+        connection.send_bytes(ERROR + text.encode())
+
+
+__all__ = ["DONE", "END", "ERROR", "PROGRESS", "SPEECH", "VIDEO", "Session", "SessionLine", "speak"]
