@@ -14,6 +14,7 @@ import typer
 from typer.core import TyperGroup
 
 from stableavatar import __version__
+from stableavatar.apps import service_commands
 from stableavatar.apps.command_options import parse_size, repeating_command, stored_settings, with_fields
 from stableavatar.apps.console import (
     end_on_terminate,
@@ -32,7 +33,6 @@ from stableavatar.apps.data_commands import (
     separate_vocals,
 )
 from stableavatar.apps.progress import display, duration
-from stableavatar.apps.service_commands import serve
 from stableavatar.apps.training_commands import cache_latents, train
 from stableavatar.choices import Dtype, ModelSize, StoredDtype, Variant
 from stableavatar.errors import InputError
@@ -400,7 +400,8 @@ def export(
 
 app.command()(train)
 app.command("cache-latents")(cache_latents)
-app.command()(serve)
+app.command()(service_commands.serve)
+app.command("app")(service_commands.app)
 app.command()(prepare)
 app.command("extract-audio")(extract_audio)
 app.command("extract-frames")(extract_frames)

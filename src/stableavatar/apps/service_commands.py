@@ -1,4 +1,4 @@
-"""``stableavatar serve``; see `stableavatar.apps.cli`."""
+"""``stableavatar serve`` and ``stableavatar app``; see `stableavatar.apps.cli`."""
 
 from pathlib import Path
 from typing import Annotated
@@ -124,3 +124,73 @@ def serve(
     )
     typer.echo(f"http://{host}:{port}/docs describes the server; Ctrl-C ends it.", err=True)
     server.serve(service, host, port)
+
+
+def app(
+    folder: Annotated[
+        Path, typer.Option("--folder", help="Where videos are kept; a page started anew has them.")
+    ] = Path("stableavatar-videos"),
+    host: Annotated[
+        str,
+        typer.Option(help="The address to listen at; 0.0.0.0 lets everybody in the network use the page."),
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="The port to listen at.")] = 7860,
+    model: Annotated[
+        str,
+        typer.Option(help="tiny, a folder of weights, or a hub id, as for generate.", rich_help_panel=_MODEL),
+    ] = "tiny",
+    variant: Annotated[
+        Variant | None, typer.Option(help="Of published weights.", rich_help_panel=_MODEL)
+    ] = None,
+    model_size: Annotated[
+        ModelSize | None, typer.Option(help="Of published weights.", rich_help_panel=_MODEL)
+    ] = None,
+    lora: Annotated[
+        list[str] | None,
+        typer.Option(metavar="FILE[:SCALE]", help="A LoRA, as for generate.", rich_help_panel=_MODEL),
+    ] = None,
+    device: Annotated[str, typer.Option(help="As for generate.", rich_help_panel=_MODEL)] = "auto",
+    dtype: Annotated[Dtype, typer.Option(help="Of the weights.", rich_help_panel=_MODEL)] = "auto",
+    checkpoints: Annotated[
+        Path, typer.Option(help="Where the page puts published weights that it downloads.")
+    ] = Path("checkpoints"),
+    vocals: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="The network that separates voices; by default among those weights."
+        ),
+    ] = None,
+    most_seconds: Annotated[float, typer.Option(help="Of a video.", rich_help_panel=_LIMITS)] = 3600.0,
+    verbose: Annotated[
+        int,
+        typer.Option("--verbose", "-v", count=True, show_default=False, help="Say what is being done."),
+    ] = 0,
+) -> None:
+    """Show a web page that makes videos, in English and Chinese.
+
+    A browser sees its own videos alone; several take turns.
+    """
+    try:
+        from stableavatar.apps.web import app as web
+    except ImportError as error:
+        raise InputError(
+            f"app needs packages that are not installed ({error.name}): pip install 'stableavatar[web]'"
+        ) from error
+    from stableavatar.jobs.intake import Limits
+    from stableavatar.jobs.worker import ModelChoice
+    from stableavatar.logs import log_to_stderr
+
+    log_to_stderr(verbose)
+    service = web.PageService(
+        folder,
+        ModelChoice(
+            model, device=device, dtype=dtype, variant=variant, size=model_size, lora=tuple(lora or ())
+        ),
+        limits=Limits(upload_bytes=2_000_000_000, seconds=most_seconds, check_seconds=300.0),
+        vocals=vocals or checkpoints / "Kim_Vocal_2.onnx",
+        checkpoints=checkpoints,
+        verbosity=verbose,
+    )
+    shown = "127.0.0.1" if host in ("0.0.0.0", "::") else host
+    typer.echo(f"Open http://{shown}:{port}/ in a browser. Ctrl-C ends the page.", err=True)
+    web.run_page(service, host, port)

@@ -2,25 +2,23 @@
 
 import contextlib
 import logging
-import threading
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import anyio.to_thread
-import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from stableavatar import __version__
+from stableavatar.apps.running import run_with_workers
 from stableavatar.apps.server import health, speaking, videos
 from stableavatar.apps.server.access import BodyLimit, Keys, check_host
 from stableavatar.apps.server.health import Counted, Metrics
 from stableavatar.apps.server.schemas import ApiError, ErrorBody, ErrorDetail
-from stableavatar.errors import CheckpointError
 from stableavatar.jobs.intake import FileChecker, Limits
 from stableavatar.jobs.sessions import SessionLine
 from stableavatar.jobs.store import JobStore
@@ -30,8 +28,6 @@ from stableavatar.jobs.workers import Workers
 logger = logging.getLogger(__name__)
 
 _THREADS = 100  # of requests that read or write files
-_CLOSE_SECONDS = 5  # that answers that go on may take after the server is told to end
-_EXPIRE_SECONDS = 60.0
 
 DESCRIPTION = """\
 A portrait says a recording: send both, ask how far the video is, watch it while it is made, fetch it.
@@ -123,44 +119,16 @@ def serve(service: Service, host: str = "127.0.0.1", port: int = 8000) -> None:
     check_host(host, service.keys)
     store = service.store()
     with contextlib.closing(store.own()):
-        app = create_app(service, store)
-        server = uvicorn.Server(
-            uvicorn.Config(
-                app,
-                host=host,
-                port=port,
-                log_level="info" if service.verbosity else "warning",
-                timeout_graceful_shutdown=_CLOSE_SECONDS,
-                server_header=False,
-                ws_max_size=service.limits.upload_bytes,
-            )
-        )
         workers = Workers(store, service.models, verbosity=service.verbosity)
-        failed: list[CheckpointError] = []
-        ended = threading.Event()
-
-        def wait_for_model() -> None:
-            try:
-                while not ended.is_set() and not workers.wait(1.0):
-                    pass
-            except CheckpointError as error:
-                failed.append(error)
-                server.should_exit = True
-
-        def expire() -> None:
-            while service.keep_seconds and not ended.wait(_EXPIRE_SECONDS):
-                store.expire(service.keep_seconds)
-
-        try:
-            workers.start()
-            for task in (wait_for_model, expire):
-                threading.Thread(target=task, daemon=True).start()
-            server.run()
-        finally:
-            ended.set()
-            workers.stop(service.save_seconds)
-    if failed:
-        raise failed[0]
+        run_with_workers(
+            create_app(service, store),
+            workers,
+            host=host,
+            port=port,
+            save_seconds=service.save_seconds,
+            keep_seconds=service.keep_seconds,
+            most_message=service.limits.upload_bytes,
+        )
 
 
 async def _api_error(_request: Request, error: Exception) -> JSONResponse:

@@ -1,10 +1,8 @@
 """The routes of videos: ask for one, see how far it is, watch, fetch, cancel and remove it."""
 
 import asyncio
-import contextlib
-import os
 import shutil
-from collections.abc import AsyncIterator, Generator, Iterator
+from collections.abc import AsyncIterator
 from pathlib import Path as FilePath
 from typing import Annotated, Any, Literal, NoReturn
 
@@ -26,20 +24,17 @@ from stableavatar.apps.server.schemas import (
     as_video,
     error_answer,
 )
+from stableavatar.apps.watching import live_response, thumbnail_response, video_response
 from stableavatar.errors import InputError
+from stableavatar.jobs.asking import Bring, ask, copied
 from stableavatar.jobs.intake import OPTIONS, FileChecker, Limits, check_options, check_quality
-from stableavatar.jobs.store import PORTRAIT, SPEECH, Job, JobStore, QueueFullError
-from stableavatar.journal import journal_folder
-from stableavatar.media.audio import Sound
+from stableavatar.jobs.store import Job, JobStore, QueueFullError
 from stableavatar.media.files import reason_of
-from stableavatar.media.following import follow
 from stableavatar.options import GenerateOptions
 
 _COPY = 2**20
-_LOOK_SECONDS = 0.1
 _EVENT_SECONDS = 0.25
 _SAY_AGAIN_SECONDS = 15.0
-_THUMBNAIL = 256  # pixels of its longer side
 
 _Answers = dict[int | str, dict[str, Any]]
 _ERRORS: _Answers = {
@@ -102,32 +97,25 @@ def create_video(
     if form.speech is not None and form.speech_from is not None:
         _refuse("give speech or speech_from, not both", "speech")
     options = _options(form, limits)
+    speech = None
+    if form.speech is not None or form.speech_from is not None:
+        speech = _brought(store, owner, form.speech, form.speech_from, "speech")
     try:
-        store.check_room(owner)
-        folder = store.new_folder()
-    except QueueFullError as error:
-        raise ApiError(429, str(error), kind="rate_limit_error", code="queue_full") from error
-    except OSError as error:
-        raise _no_room(error) from error
-    try:
-        _bring(store, owner, portrait, form.portrait_from, folder / PORTRAIT, "portrait")
-        if form.speech is not None or form.speech_from is not None:
-            _bring(store, owner, form.speech, form.speech_from, folder / SPEECH, "speech")
-        speech = folder / SPEECH
-        found = checker.check(folder / PORTRAIT, speech if speech.exists() else None, options)
-        chosen = {name: getattr(options, name) for name in OPTIONS}
-        chosen["quality"] = check_quality(form.model_dump()["quality"])
-        if chosen["seed"] is None:  # of the job, so that it is the same video whatever befalls a worker
-            chosen["seed"] = int.from_bytes(os.urandom(4), "little")
-        job = store.add(owner, folder, chosen, {"seconds": found.seconds})
+        job = ask(
+            store,
+            checker,
+            owner,
+            _brought(store, owner, portrait, form.portrait_from, "portrait"),
+            speech,
+            options,
+            check_quality(form.model_dump()["quality"]),
+        )
     except InputError as error:
         raise ApiError(400, str(error), code="unusable") from error
     except QueueFullError as error:
         raise ApiError(429, str(error), kind="rate_limit_error", code="queue_full") from error
     except OSError as error:
         raise _no_room(error) from error
-    finally:
-        store.discard(folder)
     return _answer(request, job)
 
 
@@ -203,8 +191,8 @@ def download_video(
         what = f"it is {job.state.replace('_', ' ')}" if not job.is_finished else "it has no frame"
         raise ApiError(409, f"this video cannot be fetched: {what}", code="not_there")
     if variant == "thumbnail":
-        return Response(thumbnail(path), media_type="image/jpeg")
-    return FileResponse(path, media_type="video/mp4", filename=f"{job.id}.mp4")
+        return thumbnail_response(path)
+    return video_response(job, path)
 
 
 @router.get(
@@ -221,9 +209,7 @@ async def watch_video(request: Request, job: Asked) -> Response:
     store: JobStore = request.app.state.store
     if job.state == "failed" or (job.is_finished and job.video is None):
         raise ApiError(409, "there is nothing of this video to watch", code="not_there")
-    return StreamingResponse(
-        live_bytes(store, job), media_type="video/mp4", headers={"Cache-Control": "no-store"}
-    )
+    return live_response(store, job)
 
 
 @router.get(
@@ -250,66 +236,6 @@ async def video_events(request: Request, job: Asked) -> AsyncIterator[ServerSent
             return  # removed meanwhile
 
 
-async def live_bytes(store: JobStore, job: Job) -> AsyncIterator[bytes]:
-    """See `media.following.follow`: a job's video as it is made."""
-
-    def current() -> Job | None:
-        return store.get(job.owner, job.id)
-
-    def ended() -> bool:
-        now = current()
-        return now is None or now.is_finished
-
-    def complete() -> FilePath | None:
-        now = current()
-        return now.video if now is not None and now.is_finished else None
-
-    def pieces() -> Generator[bytes, None, None]:
-        options = job.options
-        sound = None
-        if job.speech is not None:
-            sound = Sound(job.speech, options["start"], options["duration"])
-        rate = GenerateOptions(fps=options["fps"]).frame_rate
-        yield from follow(journal_folder(job.output), complete, ended, fps=rate, sound=sound)
-
-    making = pieces()
-    try:
-        while True:
-            piece = await anyio.to_thread.run_sync(_next, making)
-            if piece is None:
-                return
-            if piece:
-                yield piece
-            else:
-                await asyncio.sleep(_LOOK_SECONDS)
-    finally:
-        with contextlib.suppress(ValueError):  # a thread is still in it: its end comes with that thread's
-            making.close()
-
-
-def thumbnail(video: FilePath) -> bytes:
-    """A JPEG of a video's first frame."""
-    import io
-
-    from PIL import Image
-
-    from stableavatar.media.reading import read_frames
-
-    with contextlib.closing(read_frames(video)) as frames:
-        picture = Image.fromarray(next(frames))
-    picture.thumbnail((_THUMBNAIL, _THUMBNAIL))
-    file = io.BytesIO()
-    picture.save(file, "JPEG", quality=90)
-    return file.getvalue()
-
-
-def _next(pieces: Iterator[bytes]) -> bytes | None:
-    try:
-        return next(pieces, None)
-    except InputError:  # it was stopped before its first frame, or its speech cannot be read on
-        return None
-
-
 def _options(form: Any, limits: Limits) -> GenerateOptions:
     """What was chosen. Raises ApiError: something cannot be."""
     values = {name: value for name, value in form.model_dump().items() if name in OPTIONS}
@@ -323,21 +249,23 @@ def _options(form: Any, limits: Limits) -> GenerateOptions:
         raise ApiError(400, str(error), code="bad_option") from error
 
 
-def _bring(
-    store: JobStore, owner: str, upload: UploadFile | None, source: str | None, target: FilePath, name: str
-) -> None:
-    """A file that was sent, or one of an earlier video, under our own name."""
+def _brought(store: JobStore, owner: str, upload: UploadFile | None, source: str | None, name: str) -> Bring:
+    """A file that was sent, or one of an earlier video. Raises ApiError: there is none."""
     if upload is not None:
-        with target.open("wb") as file:
-            shutil.copyfileobj(upload.file, file, _COPY)
-        return
+        sent = upload.file
+
+        def bring(target: FilePath) -> None:
+            with target.open("wb") as file:
+                shutil.copyfileobj(sent, file, _COPY)
+
+        return bring
     assert source is not None
     job = store.get(owner, source)
     path = None if job is None else (job.portrait if name == "portrait" else job.speech)
     if path is None or not path.exists():
         field = f"{name}_from"
         raise ApiError(404, f"{field}: there is no such video with a {name}", code="not_found", param=field)
-    shutil.copyfile(path, target)
+    return copied(path)
 
 
 def _job(request: Request, owner: str, video_id: str) -> Job:
@@ -364,6 +292,3 @@ def _no_room(error: OSError) -> ApiError:
     return ApiError(
         507, f"the server cannot keep this ({reason_of(error)})", kind="server_error", code="no_room"
     )
-
-
-__all__ = ["live_bytes", "router", "thumbnail"]

@@ -1,0 +1,70 @@
+"""Running a web application together with the workers that make its videos."""
+
+import threading
+
+import uvicorn
+from starlette.types import ASGIApp
+
+from stableavatar.errors import CheckpointError
+from stableavatar.jobs.workers import Workers
+
+_CLOSE_SECONDS = 5  # that answers that go on may take after the server is told to end
+_EXPIRE_SECONDS = 60.0
+
+
+def run_with_workers(
+    app: ASGIApp,
+    workers: Workers,
+    *,
+    host: str,
+    port: int,
+    save_seconds: float,
+    keep_seconds: float | None,
+    most_message: int,
+) -> None:
+    """Serve until told to end (SIGTERM, Ctrl-C); workers then save what they are making.
+
+    Args:
+        save_seconds: what they have for it. keep_seconds: finished videos are removed after so long; None:
+            never.
+        most_message: bytes of a message to a WebSocket.
+
+    Raises:
+        CheckpointError: the model cannot be loaded.
+    """
+    server = uvicorn.Server(
+        uvicorn.Config(
+            app,
+            host=host,
+            port=port,
+            log_level="info" if workers.verbosity else "warning",
+            timeout_graceful_shutdown=_CLOSE_SECONDS,
+            server_header=False,
+            ws_max_size=most_message,
+        )
+    )
+    failed: list[CheckpointError] = []
+    ended = threading.Event()
+
+    def wait_for_model() -> None:
+        try:
+            while not ended.is_set() and not workers.wait(1.0):
+                pass
+        except CheckpointError as error:
+            failed.append(error)
+            server.should_exit = True
+
+    def expire() -> None:
+        while keep_seconds and not ended.wait(_EXPIRE_SECONDS):
+            workers.store.expire(keep_seconds)
+
+    try:
+        workers.start()
+        for task in (wait_for_model, expire):
+            threading.Thread(target=task, daemon=True).start()
+        server.run()
+    finally:
+        ended.set()
+        workers.stop(save_seconds)
+    if failed:
+        raise failed[0]

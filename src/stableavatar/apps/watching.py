@@ -1,0 +1,93 @@
+"""A job's video for a browser: while it is made, complete, and as a small picture."""
+
+import asyncio
+import contextlib
+import io
+from collections.abc import AsyncIterator, Generator, Iterator
+from pathlib import Path
+
+import anyio.to_thread
+from fastapi.responses import FileResponse, Response, StreamingResponse
+from PIL import Image
+
+from stableavatar.errors import InputError
+from stableavatar.jobs.store import Job, JobStore
+from stableavatar.journal import journal_folder
+from stableavatar.media.audio import Sound
+from stableavatar.media.following import follow
+from stableavatar.media.reading import read_frames
+from stableavatar.options import GenerateOptions
+
+_LOOK_SECONDS = 0.1
+_THUMBNAIL = 256  # pixels of its longer side
+
+
+def live_response(store: JobStore, job: Job) -> Response:
+    """The video while it is made, from its beginning on, as fragmented MP4."""
+    return StreamingResponse(
+        _live_bytes(store, job), media_type="video/mp4", headers={"Cache-Control": "no-store"}
+    )
+
+
+def video_response(job: Job, path: Path) -> Response:
+    """The file of the video, or the bytes that the browser asks for."""
+    return FileResponse(path, media_type="video/mp4", filename=f"{job.id}.mp4")
+
+
+def thumbnail(path: Path) -> Image.Image:
+    """The video's first frame, small."""
+    with contextlib.closing(read_frames(path)) as frames:
+        picture = Image.fromarray(next(frames))
+    picture.thumbnail((_THUMBNAIL, _THUMBNAIL))
+    return picture
+
+
+def thumbnail_response(path: Path) -> Response:
+    """The same as JPEG."""
+    file = io.BytesIO()
+    thumbnail(path).save(file, "JPEG", quality=90)
+    return Response(file.getvalue(), media_type="image/jpeg")
+
+
+async def _live_bytes(store: JobStore, job: Job) -> AsyncIterator[bytes]:
+    """See `media.following.follow`."""
+
+    def current() -> Job | None:
+        return store.get(job.owner, job.id)
+
+    def ended() -> bool:
+        now = current()
+        return now is None or now.is_finished
+
+    def complete() -> Path | None:
+        now = current()
+        return now.video if now is not None and now.is_finished else None
+
+    def pieces() -> Generator[bytes, None, None]:
+        options = job.options
+        sound = None
+        if job.speech is not None:
+            sound = Sound(job.speech, options["start"], options["duration"])
+        rate = GenerateOptions(fps=options["fps"]).frame_rate
+        yield from follow(journal_folder(job.output), complete, ended, fps=rate, sound=sound)
+
+    making = pieces()
+    try:
+        while True:
+            piece = await anyio.to_thread.run_sync(_next, making)
+            if piece is None:
+                return
+            if piece:
+                yield piece
+            else:
+                await asyncio.sleep(_LOOK_SECONDS)
+    finally:
+        with contextlib.suppress(ValueError):  # a thread is still in it: its end comes with that thread's
+            making.close()
+
+
+def _next(pieces: Iterator[bytes]) -> bytes | None:
+    try:
+        return next(pieces, None)
+    except InputError:  # it was stopped before its first frame, or its speech cannot be read on
+        return None

@@ -1,0 +1,62 @@
+"""Running the page, with the workers that make its videos."""
+
+import contextlib
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+
+# Before Gradio is imported: it would ask elsewhere for its latest version, and count its starts.
+os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
+
+from stableavatar.apps.running import run_with_workers
+from stableavatar.apps.web.page import create_page
+from stableavatar.apps.web.studio import Studio, own_defaults
+from stableavatar.jobs.intake import FileChecker, Limits
+from stableavatar.jobs.store import JobStore
+from stableavatar.jobs.worker import ModelChoice
+from stableavatar.jobs.workers import Workers
+
+
+@dataclass(frozen=True)
+class PageService:
+    """What the page is made of; see `apps.server.app.Service`."""
+
+    folder: Path
+    model: ModelChoice
+    limits: Limits = field(default_factory=Limits)
+    vocals: Path = Path("checkpoints/Kim_Vocal_2.onnx")
+    checkpoints: Path = Path("checkpoints")
+    keep_seconds: float | None = None
+    save_seconds: float = 60.0
+    verbosity: int = 0
+
+
+def run_page(service: PageService, host: str, port: int) -> None:
+    """Run the page until it is told to end.
+
+    Raises:
+        InputError: the folder is another server's.
+        CheckpointError: the model cannot be loaded.
+    """
+    limits = service.limits
+    store = JobStore(service.folder, most_waiting=limits.waiting, most_waiting_each=limits.waiting_each)
+    checker = FileChecker(limits)
+    studio = Studio(
+        store,
+        checker,
+        limits,
+        service.model.name or Path(service.model.source).name,
+        own_defaults(service.model.source),
+        service.vocals,
+        service.checkpoints,
+    )
+    with contextlib.closing(store.own()), contextlib.closing(checker):
+        run_with_workers(
+            create_page(studio),
+            Workers(store, [service.model], verbosity=service.verbosity),
+            host=host,
+            port=port,
+            save_seconds=service.save_seconds,
+            keep_seconds=service.keep_seconds,
+            most_message=limits.upload_bytes,
+        )

@@ -1,0 +1,145 @@
+"""The tab of what was made: each video with its settings, to be used again."""
+
+import html
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from stableavatar.apps.watching import thumbnail
+from stableavatar.apps.web.studio import Studio, owner, player
+from stableavatar.apps.web.talk import TalkTab
+from stableavatar.apps.web.texts import Texts
+from stableavatar.jobs.store import Job
+
+_MOST = 60
+
+
+def gallery_tab(studio: Studio, texts: Texts, tab: gr.Tab, tabs: gr.Tabs, talk: TalkTab) -> None:
+    """Build it; to be called within its tab."""
+    refresh = gr.Button(texts["refresh"], size="sm", elem_id="refresh")
+    hint = gr.Markdown(texts["gallery_empty"], elem_id="gallery-empty")
+    pictures = gr.Gallery(
+        columns=5,
+        height="auto",
+        allow_preview=False,
+        show_label=False,
+        elem_id="gallery",
+        buttons=[],
+        object_fit="cover",
+    )
+    chosen = gr.State(None)
+    ids = gr.State([])
+    with gr.Row(visible=False) as about:
+        with gr.Column(min_width=260):
+            screen = gr.HTML("", elem_id="gallery-screen", padding=False)
+        with gr.Column(min_width=260):
+            settings = gr.HTML("", elem_id="gallery-settings")
+            with gr.Row():
+                again = gr.Button(texts["use_again"], variant="primary", elem_id="use-again")
+                delete = gr.Button(texts["delete"], variant="stop", elem_id="delete")
+
+    def show(request: gr.Request) -> Any:
+        jobs = [
+            job for job in studio.store.list(owner(request), limit=_MOST) if job.is_finished and job.video
+        ]
+        return (
+            [(thumbnail(job.video), _caption(job)) for job in jobs if job.video],
+            [job.id for job in jobs],
+            gr.update(visible=not jobs),
+            gr.update(visible=False),
+        )
+
+    def choose(request: gr.Request, known: list[str], event: gr.SelectData) -> Any:
+        job = studio.store.get(owner(request), known[event.index])
+        if job is None:
+            return gr.skip(), "", "", gr.update(visible=False)
+        return job.id, player(job, texts), _settings(job), gr.update(visible=True)
+
+    def use(request: gr.Request, job_id: str | None) -> Any:
+        job = None if job_id is None else studio.store.get(owner(request), job_id)
+        if job is None:
+            return (gr.skip(),) * (1 + len(talk.fields))
+        gr.Info(texts["used_again"])
+        return gr.Tabs(selected="talk"), *_values(job)
+
+    def remove(request: gr.Request, job_id: str | None) -> None:
+        if job_id is not None:
+            studio.store.delete(owner(request), job_id)
+
+    quiet: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
+    listing = [pictures, ids, hint, about]
+    tab.select(show, None, listing, **quiet)
+    refresh.click(show, None, listing, **quiet)
+    pictures.select(choose, ids, [chosen, screen, settings, about], **quiet)
+    again.click(use, chosen, [tabs, *talk.fields], **quiet)
+    delete.click(remove, chosen, None, **quiet).then(show, None, listing, **quiet)
+
+
+def _caption(job: Job) -> str:
+    made: Mapping[str, Any] = job.result or {}
+    size = f"{made['width']}×{made['height']} · " if made else ""
+    return f"{size}{job.details['seconds']:.1f} s"
+
+
+def _settings(job: Job) -> str:
+    """A table of everything that repeats the video."""
+    options = {**job.options, **(job.result or {})}
+    rows = "".join(
+        f"<tr><th>{html.escape(name.replace('_', ' '))}</th><td>{html.escape(str(value))}</td></tr>"
+        for name, value in options.items()
+        if value not in (None, "", [], False) and name not in ("model", "lora")
+    )
+    return f'<table class="settings">{rows}</table>'
+
+
+def _values(job: Job) -> list[Any]:
+    """What the form is filled in with, in its order; files as copies of one's own."""
+    options = {**job.options, **(job.result or {})}
+    folder = Path(tempfile.mkdtemp(prefix="stableavatar-"))
+    files = []
+    for name, source in (("portrait", job.portrait), ("speech", job.speech)):
+        copy = None
+        if source is not None:
+            copy = folder / (name + _ending(source))
+            copy.write_bytes(source.read_bytes())
+        files.append(None if copy is None else str(copy))
+    asked = job.options
+    return [
+        *files,
+        options["prompt"],
+        asked["aspect"],
+        options["order"] == "causal",
+        options["steps"],
+        options["text_scale"],
+        options["audio_scale"],
+        options["overlap"],
+        options["step_cache"],
+        options["seed"],
+        asked["width"],
+        asked["height"],
+        options["fit"],
+        options["start"],
+        options["duration"],
+        options["quality"],
+    ]
+
+
+def _ending(path: Path) -> str:
+    """The usual ending of a file, from its first bytes: players go by it."""
+    with path.open("rb") as file:
+        head = file.read(12)
+    for start, ending in (
+        (b"\x89PNG", ".png"),
+        (b"\xff\xd8", ".jpg"),
+        (b"RIFF", ".webp" if head[8:] == b"WEBP" else ".wav"),
+        (b"fLaC", ".flac"),
+        (b"OggS", ".ogg"),
+        (b"ID3", ".mp3"),
+        (b"\x1aE\xdf\xa3", ".webm"),
+    ):
+        if head.startswith(start):
+            return ending
+    return ".mp4" if head[4:8] == b"ftyp" else ""

@@ -1,0 +1,106 @@
+"""The page: its tabs, its look, and the videos that it shows."""
+
+from pathlib import Path
+
+import gradio as gr
+from fastapi import FastAPI, HTTPException, Request
+from fastapi.responses import RedirectResponse, Response
+
+from stableavatar.apps.watching import live_response, video_response
+from stableavatar.apps.web.gallery import gallery_tab
+from stableavatar.apps.web.models import models_tab
+from stableavatar.apps.web.studio import NamedBrowsers, Studio, owner_of
+from stableavatar.apps.web.talk import talk_tab
+from stableavatar.apps.web.texts import LANGUAGES, Language, Texts, preferred
+from stableavatar.apps.web.tools import audio_tab, vocals_tab
+from stableavatar.jobs.store import Job
+
+_DAY = 86400
+_STYLE = Path(__file__).with_name("style.css")
+
+
+def create_page(studio: Studio) -> FastAPI:
+    """The application: a page in each language, and the addresses of videos."""
+    app = FastAPI(openapi_url=None)
+
+    def job_of(request: Request, job_id: str) -> Job:
+        who = owner_of(dict(request.cookies))
+        job = None if who is None else studio.store.get(who, job_id)
+        if job is None:
+            raise HTTPException(404)
+        return job
+
+    @app.get("/")
+    def choose_language(request: Request) -> Response:
+        return RedirectResponse(f"/{preferred(request.headers.get('accept-language', ''))}/")
+
+    @app.get("/live/{job_id}.mp4")
+    def live(request: Request, job_id: str) -> Response:
+        job = job_of(request, job_id)
+        if job.state == "failed" or (job.is_finished and job.video is None):
+            raise HTTPException(404)
+        return live_response(studio.store, job)
+
+    @app.get("/video/{job_id}.mp4")
+    def video(request: Request, job_id: str) -> Response:
+        job = job_of(request, job_id)
+        if not job.is_finished or job.video is None:
+            raise HTTPException(404)
+        return video_response(job, job.video)
+
+    @app.get("/health")
+    async def health() -> dict[str, str]:
+        return {"status": "ok"}
+
+    for language in LANGUAGES:
+        gr.mount_gradio_app(
+            app,
+            _build(studio, language),
+            f"/{language}",
+            theme=_theme(),
+            css_paths=[_STYLE],
+            footer_links=[],
+            show_error=True,
+            max_file_size=studio.limits.upload_bytes,
+            ssr_mode=False,
+        )
+    app.add_middleware(NamedBrowsers)
+    return app
+
+
+def _build(studio: Studio, language: Language) -> gr.Blocks:
+    texts = Texts(language)
+    other = LANGUAGES[1 - LANGUAGES.index(language)]
+    # Uploads are copies; jobs have their own.
+    with gr.Blocks(
+        title=texts["title"], analytics_enabled=False, fill_width=True, delete_cache=(_DAY, _DAY)
+    ) as page:
+        gr.HTML(
+            f'<header class="top"><div><h1>{texts["title"]}</h1><p>{texts["subtitle"]}</p></div>'
+            f'<a id="language" href="/{other}/" lang="{other}">{texts["other_language"]}</a></header>',
+            padding=False,
+        )
+        with gr.Tabs(selected="talk") as tabs:
+            with gr.Tab(texts["tab_talk"], id="talk", elem_id="tab-talk"):
+                talk = talk_tab(studio, texts, page)
+            with gr.Tab(texts["tab_audio"], id="audio"):
+                audio_tab(texts)
+            with gr.Tab(texts["tab_vocals"], id="vocals"):
+                vocals_tab(studio, texts)
+            with gr.Tab(texts["tab_gallery"], id="gallery") as gallery:
+                gallery_tab(studio, texts, gallery, tabs, talk)
+            with gr.Tab(texts["tab_models"], id="models") as models:
+                models_tab(studio, texts, models)
+        gr.HTML(f'<p class="consent">{texts["consent"]}</p>', padding=False)
+    page.queue(default_concurrency_limit=8, api_open=False)
+    return page
+
+
+def _theme() -> gr.themes.Base:
+    return gr.themes.Soft(
+        primary_hue="indigo",
+        neutral_hue="slate",
+        radius_size="lg",
+        font=["system-ui", "-apple-system", "Segoe UI", "Noto Sans", "Noto Sans CJK SC", "sans-serif"],
+        font_mono=["ui-monospace", "monospace"],
+    )

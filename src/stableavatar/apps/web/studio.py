@@ -1,0 +1,166 @@
+"""What the tabs of the page have in common: the jobs, the model's own settings, and whose browser asks."""
+
+import hashlib
+import html
+import json
+import secrets
+from dataclasses import dataclass
+from http.cookies import CookieError, SimpleCookie
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+from starlette.datastructures import MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+import stableavatar
+from stableavatar.apps.web.texts import Texts
+from stableavatar.jobs.intake import FileChecker, Limits
+from stableavatar.jobs.store import Job, JobStore
+from stableavatar.options import SamplingDefaults
+
+COOKIE = "stableavatar"
+_YEAR = 365 * 86400
+
+
+@dataclass(frozen=True)
+class Studio:
+    """What tabs are made with.
+
+    Attributes:
+        model: what the model is called. defaults: its own settings.
+        vocals: the network that separates voices, where it is on the disk.
+        checkpoints: where published weights are looked for, and downloaded to.
+    """
+
+    store: JobStore
+    checker: FileChecker
+    limits: Limits
+    model: str
+    defaults: SamplingDefaults
+    vocals: Path
+    checkpoints: Path
+
+
+def own_defaults(source: str) -> SamplingDefaults:
+    """A model's own settings, without loading it; those of the released ones where it has none of its own."""
+    folder = Path(source).expanduser()
+    if source == "tiny":
+        folder = Path(stableavatar.__file__).parent / "assets" / "tiny"
+    index = folder / "model_index.json"
+    if not index.is_file():
+        return SamplingDefaults()
+    return SamplingDefaults(**json.loads(index.read_text(encoding="utf-8")).get("sampling_defaults", {}))
+
+
+def owner_of(cookies: dict[str, str]) -> str | None:
+    """Whose browser it is; None where it has not been given a name yet."""
+    name = cookies.get(COOKIE)
+    return None if not name else "page-" + hashlib.sha256(name.encode()).hexdigest()[:24]
+
+
+def owner(request: gr.Request) -> str:
+    """Whose browser asks. Raises gradio.Error: it does not keep cookies."""
+    found = owner_of(dict(request.cookies))
+    if found is None:
+        raise gr.Error("This page needs cookies, to know which videos are yours.", print_exception=False)
+    return found
+
+
+class NamedBrowsers:
+    """ASGI middleware that gives every browser a name of its own, by which its videos are known."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer, with a cookie for who has none."""
+        if scope["type"] != "http" or owner_of(cookies_of(scope)) is not None:
+            await self.app(scope, receive, send)
+            return
+
+        async def named(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                cookie = (
+                    f"{COOKIE}={secrets.token_urlsafe(24)}; Path=/; Max-Age={_YEAR}; HttpOnly; SameSite=Lax"
+                )
+                MutableHeaders(scope=message).append("Set-Cookie", cookie)
+            await send(message)
+
+        await self.app(scope, receive, named)
+
+
+def cookies_of(scope: Scope) -> dict[str, str]:
+    """The cookies of a request."""
+    found: dict[str, str] = {}
+    for name, value in scope["headers"]:
+        if name == b"cookie":
+            try:
+                found |= {key: it.value for key, it in SimpleCookie(value.decode("latin-1")).items()}
+            except CookieError:
+                continue
+    return found
+
+
+def player(job: Job, texts: Texts) -> str:
+    """The video as an element of the page: while it is made, or complete."""
+    source = f"/video/{job.id}.mp4" if job.is_finished else f"/live/{job.id}.mp4"
+    return (
+        # Autoplay alone waits until all of it is sure to play through.
+        f'<video class="player" data-job="{job.id}" src="{source}" controls playsinline '
+        f'oncanplay="this.oncanplay=null;this.play()" aria-label="{html.escape(texts["video"])}"></video>'
+    )
+
+
+def empty_player(texts: Texts) -> str:
+    """The place where the video will play."""
+    return f'<div class="player empty"><p>{html.escape(texts["nothing_yet"])}</p></div>'
+
+
+def status(job: Job, store: JobStore, texts: Texts) -> str:
+    """How far a job is: a bar and a sentence."""
+    progress: dict[str, Any] = dict(job.progress or {})
+    share = 1.0 if job.state == "completed" else progress.get("share") or 0.0
+    if job.state == "queued" and job.started is None:
+        before = store.position(job)
+        text = texts("queued", count=before) if before else texts["queued_first"]
+        if not store.workers_ready():
+            text = texts["loading"]
+    elif job.state == "completed":
+        made = job.result or {}
+        text = texts(
+            "completed", seconds=f"{job.details['seconds']:.1f}", size=f"{made['width']}×{made['height']}"
+        )
+    elif job.state == "failed":
+        text = texts("failed", error=job.error)
+    elif job.state == "cancelled":
+        text = texts["cancelled"] if job.video else texts["cancelled_empty"]
+    elif job.stopping:
+        text = texts["stopping"]
+    elif not progress:
+        text = texts["starting"]
+    else:
+        text = texts(
+            "making",
+            window=progress["window"],
+            windows=progress["windows"] or "?",
+            step=progress["step"],
+            steps=progress["steps"],
+            frames=progress["frame"],
+            total=progress["frames"] or "?",
+        )
+        if progress.get("seconds_left") is not None:
+            text += " · " + texts("left", time=texts.time(progress["seconds_left"]))
+    return (
+        f'<div class="status {job.state}" role="status">'
+        f'<div class="bar"><div style="width:{100 * share:.1f}%"></div></div>'
+        f"<p>{html.escape(text)}</p>{_download(job, texts)}</div>"
+    )
+
+
+def _download(job: Job, texts: Texts) -> str:
+    """A link to what is there of a finished job."""
+    if not job.is_finished or job.video is None:
+        return ""
+    name = html.escape(texts["download"])
+    return f'<a class="download" href="/video/{job.id}.mp4" download="{job.id}.mp4">{name}</a>'

@@ -1,0 +1,221 @@
+"""Everything that the page says, in English and in Chinese, by name."""
+
+from typing import Literal, get_args
+
+Language = Literal["en", "zh"]
+LANGUAGES: tuple[Language, ...] = get_args(Language)
+
+# In this order: English, Chinese.
+_TEXTS: dict[str, tuple[str, str]] = {
+    "title": ("StableAvatar", "StableAvatar"),
+    "subtitle": (
+        "One portrait and a recording become a video of that person saying it, of any length.",
+        "一张肖像和一段录音，变成这个人说话的视频，长度不限。",
+    ),
+    "other_language": ("中文", "English"),
+    "consent": (
+        "Use portraits and voices only of people who agreed, and say that the video is made.",
+        "请只使用已获同意的肖像和声音，并注明视频由程序生成。",
+    ),
+    # Tabs.
+    "tab_talk": ("Talk", "说话"),
+    "tab_audio": ("Extract audio", "提取音频"),
+    "tab_vocals": ("Separate vocals", "分离人声"),
+    "tab_gallery": ("Gallery", "作品"),
+    "tab_models": ("Models", "模型"),
+    # Talk.
+    "portrait": ("Portrait", "肖像"),
+    "portrait_help": (
+        "One face from the front that fills a good part of the picture.",
+        "正面的一张脸，占画面较大部分。",
+    ),
+    "speech": ("Speech", "语音"),
+    "speech_help": ("Upload a recording, or speak.", "上传录音，或直接录制。"),
+    "prompt": ("What is to be seen", "画面描述"),
+    "prompt_help": (
+        "First frame – behaviour – background, in a sentence or two.",
+        "首帧 – 动作 – 背景，一两句话。",
+    ),
+    "prompt_example": (
+        "A woman with short hair in a blue jacket – she is talking and smiling – a wall of books",
+        "一位短发女子穿着蓝色外套 – 她微笑着说话 – 一面书墙",
+    ),
+    "prompt_default": ("The protagonist is talking", "The protagonist is talking"),
+    "shape": ("Shape", "画面形状"),
+    "shape_auto": ("as the picture", "与图片一致"),
+    "shape_square": ("square", "方形"),
+    "shape_tall": ("tall", "竖屏"),
+    "shape_wide": ("wide", "横屏"),
+    "make": ("Make the video", "生成视频"),
+    "stop": ("Stop", "停止"),
+    "download": ("Download the video", "下载视频"),
+    "video": ("Video", "视频"),
+    "nothing_yet": (
+        "The video plays here while it is made.",
+        "视频会在生成的同时在此播放。",
+    ),
+    # Advanced.
+    "advanced": ("Advanced", "高级设置"),
+    "steps": ("Steps", "步数"),
+    "steps_help": (
+        "{default} suits this model. Fewer are faster and blur lips and teeth; many more change little.",
+        "推荐 {default}。更少更快，但嘴唇和牙齿会模糊；更多变化不大。",
+    ),
+    "text_scale": ("Strength of the description", "描述强度"),
+    "text_scale_help": (
+        "{default} suits this model. Higher follows the words more closely and burns colours.",
+        "推荐 {default}。更高更贴合文字，但颜色会过饱和。",
+    ),
+    "audio_scale": ("Strength of the speech", "语音强度"),
+    "audio_scale_help": (
+        "{default} suits this model. Lower mumbles, higher exaggerates the mouth.",
+        "推荐 {default}。过低口型含糊，过高口型夸张。",
+    ),
+    "overlap": ("Overlap of windows", "窗口重叠"),
+    "overlap_help": (
+        "{default} suits this model. More is smoother and slower; less may show a seam.",
+        "推荐 {default}。更多更平滑也更慢；更少可能出现接缝。",
+    ),
+    "seed": ("Seed", "随机种子"),
+    "seed_help": (
+        "The same number and settings repeat a video. Empty: another one each time.",
+        "相同的数字和设置会重复同一视频。留空则每次不同。",
+    ),
+    "order": ("First frames at once", "尽快出首帧"),
+    "order_help": (
+        "The first frames come after one window, and no window hears from the next: a little less smooth.",
+        "第一个窗口完成后立即出画面；窗口之间不再相互参照，略欠平滑。",
+    ),
+    "size": ("Size", "尺寸"),
+    "width": ("Width", "宽"),
+    "height": ("Height", "高"),
+    "size_help": (
+        "Multiples of 16; empty: by the shape. Far from the trained sizes faces distort.",
+        "16 的倍数；留空则按形状。远离训练尺寸时面部会变形。",
+    ),
+    "size_of_picture": ("From the picture", "按图片"),
+    "swap": ("Swap", "互换"),
+    "fit": ("Fit of the portrait", "肖像适配"),
+    "fit_help": (
+        "Crop cuts the edges, pad keeps all of it with a border, stretch distorts it.",
+        "裁剪会切去边缘，填充保留全部并加边，拉伸会变形。",
+    ),
+    "fit_crop": ("crop", "裁剪"),
+    "fit_pad": ("pad", "填充"),
+    "fit_stretch": ("stretch", "拉伸"),
+    "start": ("Start in the recording [s]", "录音起点 [秒]"),
+    "duration": ("Length [s]", "长度 [秒]"),
+    "duration_help": (
+        "Empty: as long as the recording. Try 3 seconds first.",
+        "留空则与录音等长。建议先试 3 秒。",
+    ),
+    "step_cache": ("Leave out steps that change little", "跳过变化小的步"),
+    "step_cache_help": (
+        "0 leaves out none; 0.05 to 0.1 is faster and less exact.",
+        "0 表示不跳过；0.05 到 0.1 更快但精度略低。",
+    ),
+    "quality": ("Quality of the file", "文件质量"),
+    "quality_help": (
+        "18 looks like the frames; higher numbers make smaller and coarser files.",
+        "18 与原画面无异；数字越大文件越小、越粗糙。",
+    ),
+    # Progress.
+    "queued_first": ("Next in the queue.", "下一个就是你。"),
+    "queued": ("{count} videos before yours.", "前面还有 {count} 个视频。"),
+    "starting": ("Reading portrait, speech and description.", "正在读取肖像、语音和描述。"),
+    "loading": ("The model is being loaded.", "正在加载模型。"),
+    "making": (
+        "Window {window} of {windows}, step {step} of {steps}; {frames} of {total} frames",
+        "窗口 {window}/{windows}，第 {step}/{steps} 步；{frames}/{total} 帧",
+    ),
+    "left": ("{time} left", "还剩 {time}"),
+    "seconds": ("{count} s", "{count} 秒"),
+    "minutes": ("{count} min", "{count} 分钟"),
+    "hours": ("{count} h", "{count} 小时"),
+    "stopping": ("Stopping after this step.", "将在这一步后停止。"),
+    "completed": ("Done: {seconds} s of video, {size}.", "完成：{seconds} 秒视频，{size}。"),
+    "cancelled": (
+        "Stopped. What was made until then is kept.",
+        "已停止。此前生成的部分已保留。",
+    ),
+    "cancelled_empty": ("Stopped before the first frame.", "在第一帧之前已停止。"),
+    "failed": ("This did not work: {error}", "未能完成：{error}"),
+    "no_portrait": ("Choose a portrait first.", "请先选择一张肖像。"),
+    "no_speech": (
+        "Give a recording, or a length for a silent video (under Advanced).",
+        "请提供录音，或在高级设置中填写无声视频的长度。",
+    ),
+    "no_number": ("{name}: {value} is no number that can be used here.", "{name}：{value} 不是可用的数字。"),
+    # Tools.
+    "recording_or_video": ("A video or a recording", "视频或录音"),
+    "extract": ("Extract the audio", "提取音频"),
+    "extract_help": (
+        "The sound of a video as mono WAV at 16 kHz, as the model hears it.",
+        "将视频的声音提取为 16 kHz 单声道 WAV，与模型听到的一致。",
+    ),
+    "separate": ("Separate the voice", "分离人声"),
+    "separate_help": (
+        "The voice without the music, as stereo WAV at 44.1 kHz. Give it as speech where somebody sings.",
+        "去掉音乐后的人声，44.1 kHz 立体声 WAV。歌唱录音请先用此功能。",
+    ),
+    "no_network": (
+        "This needs the network Kim_Vocal_2.onnx. Start the page with --vocals FILE, or get it under Models.",
+        "需要网络 Kim_Vocal_2.onnx。请用 --vocals FILE 启动，或在模型页下载。",
+    ),
+    "result": ("Result", "结果"),
+    "no_file": ("Choose a file first.", "请先选择文件。"),
+    # Gallery.
+    "refresh": ("Refresh", "刷新"),
+    "gallery_empty": ("What you make will be here.", "生成的视频会显示在这里。"),
+    "use_again": ("Use these again", "再次使用"),
+    "delete": ("Delete", "删除"),
+    "settings": ("Settings", "设置"),
+    "used_again": ("Portrait, speech and settings are in the tab Talk.", "肖像、语音和设置已填入说话页。"),
+    # Models.
+    "model_in_use": ("In use", "正在使用"),
+    "models_here": ("On this machine", "本机已有"),
+    "get_weights": ("Get the published weights", "下载公开权重"),
+    "get_help": (
+        "About 19 GB for 1.3B. An interrupted download goes on where it stopped. Then start the page with "
+        "--model and the folder.",
+        "1.3B 约 19 GB。中断后可续传。完成后请用 --model 加文件夹重新启动。",
+    ),
+    "folder": ("Folder", "文件夹"),
+    "variant": ("Variant", "变体"),
+    "with_vocals": ("With the vocal separator", "包含人声分离网络"),
+    "download_done": ("Complete: {folder}", "完成：{folder}"),
+}
+
+
+class Texts:
+    """What the page says in one language: `texts["make"]`, `texts("queued", count=3)`."""
+
+    def __init__(self, language: Language) -> None:
+        self.language = language
+        self._column = LANGUAGES.index(language)
+
+    def __getitem__(self, name: str) -> str:
+        return _TEXTS[name][self._column]
+
+    def __call__(self, name: str, /, **values: object) -> str:
+        """A text with values in it."""
+        return self[name].format(**values)
+
+    def time(self, seconds: float) -> str:
+        """A length of time in words."""
+        if seconds < 100:
+            return self("seconds", count=max(round(seconds), 1))
+        if seconds < 6000:
+            return self("minutes", count=round(seconds / 60))
+        return self("hours", count=round(seconds / 3600, 1))
+
+
+def preferred(accept_language: str) -> Language:
+    """The language of a browser's Accept-Language header: Chinese where it is named before English."""
+    for part in accept_language.lower().split(","):
+        tag = part.partition(";")[0].strip()
+        if tag.startswith("zh"):
+            return "zh"
+        if tag.startswith("en"):
+            return "en"
+    return "en"

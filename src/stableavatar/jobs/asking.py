@@ -1,0 +1,54 @@
+"""Asking for a video: files and options into a job."""
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from stableavatar.jobs.intake import OPTIONS, FileChecker
+from stableavatar.jobs.store import PORTRAIT, SPEECH, Job, JobStore
+from stableavatar.options import GenerateOptions
+
+Bring = Callable[[Path], None]
+"""Puts a file under the name that it is given."""
+
+
+def ask(
+    store: JobStore,
+    checker: FileChecker,
+    owner: str,
+    portrait: Bring,
+    speech: Bring | None,
+    options: GenerateOptions,
+    quality: int,
+) -> Job:
+    """A job that waits for its turn, if its files can be used.
+
+    Raises:
+        InputError: a file or an option cannot be used.
+        QueueFullError: too many videos are waiting.
+        OSError: the files cannot be kept.
+    """
+    store.check_room(owner)
+    folder = store.new_folder()
+    try:
+        portrait(folder / PORTRAIT)
+        if speech is not None:
+            speech(folder / SPEECH)
+        found = checker.check(folder / PORTRAIT, None if speech is None else folder / SPEECH, options)
+        chosen = {name: getattr(options, name) for name in OPTIONS}
+        chosen["quality"] = quality
+        if chosen["seed"] is None:  # of the job, so that it is the same video whatever befalls a worker
+            chosen["seed"] = int.from_bytes(os.urandom(4), "little")
+        return store.add(owner, folder, chosen, {"seconds": found.seconds})
+    finally:
+        store.discard(folder)
+
+
+def copied(source: Path) -> Bring:
+    """A file of this machine."""
+
+    def bring(target: Path) -> None:
+        shutil.copyfile(source, target)
+
+    return bring

@@ -1,0 +1,309 @@
+"""The web page in a real browser: Debian's Chromium, driven by Playwright."""
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import httpx
+import numpy as np
+import psutil
+import pytest
+from playwright.sync_api import Browser, Page, expect, sync_playwright
+
+import stableavatar
+from command_line import free_port, toy_model
+from media_files import tone, write_wav
+from stableavatar.apps.web.studio import own_defaults
+from stableavatar.apps.web.texts import _TEXTS, Texts, preferred
+from stableavatar.jobs.store import JobStore
+from stableavatar.media.video import probe, read_frames
+
+DEMO = Path(stableavatar.__file__).parent / "assets" / "demo"
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+SECONDS = 1000  # milliseconds, as Playwright counts
+
+needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium: apt-get install chromium")
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, JobStore]]:
+    """The page with the toy model: its address, and its jobs."""
+    folder = tmp_path_factory.mktemp("page")
+    port = free_port()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "stableavatar", "app", "--folder", str(folder / "videos"), "--port", str(port),
+         "--model", str(toy_model()), "--device", "cpu", "--checkpoints", str(folder / "checkpoints")],
+        stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, start_new_session=True,
+    )  # fmt: skip
+    address = f"http://127.0.0.1:{port}"
+    wait(lambda: process.poll() is None and answers(f"{address}/health"), 120)
+    store = JobStore(folder / "videos")
+    wait(lambda: store.workers_ready() > 0, 120)
+    yield address, store
+    family = psutil.Process(process.pid).children(recursive=True)
+    process.terminate()
+    assert process.wait(60) in (0, 143)
+    assert not psutil.wait_procs(family, timeout=20)[1]
+    assert process.stderr is not None
+    said = process.stderr.read()
+    assert "Traceback" not in said, said
+
+
+def answers(address: str) -> bool:
+    try:
+        return httpx.get(address, timeout=5).status_code == 200
+    except httpx.TransportError:
+        return False
+
+
+def wait(condition: Callable[[], bool], seconds: float) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not come about"
+        time.sleep(0.05)
+
+
+@pytest.fixture
+def page(browser: Browser, served: tuple[str, JobStore]) -> Iterator[Page]:
+    yield from visitor(browser, served[0])
+
+
+@pytest.fixture
+def other(browser: Browser, served: tuple[str, JobStore]) -> Iterator[Page]:
+    """Somebody else."""
+    yield from visitor(browser, served[0])
+
+
+def visitor(browser: Browser, address: str) -> Iterator[Page]:
+    context = browser.new_context(
+        viewport={"width": 1280, "height": 900}, locale="en-US", accept_downloads=True
+    )
+    page = context.new_page()
+    faults: list[str] = []
+    page.on("pageerror", lambda error: faults.append(str(error)))
+    page.goto(address)
+    expect(page.locator("#make")).to_be_visible(timeout=30 * SECONDS)
+    yield page
+    context.close()
+    assert not faults
+
+
+@pytest.fixture
+def speech(tmp_path: Path) -> Path:
+    return write_wav(tmp_path / "speech.wav", tone(3.0, 16000), 16000)
+
+
+def fill_in(page: Page, speech: Path, *, steps: int = 1) -> None:
+    """Portrait and speech, and settings with which the toy model is quick."""
+    page.set_input_files("#portrait input[type=file]", DEMO / "portrait.png")
+    page.set_input_files("#speech input[type=file]", speech)
+    expect(page.locator("#portrait img")).to_be_visible(timeout=20 * SECONDS)
+    expect(page.locator("#speech").get_by_text("0:03").first).to_be_visible(timeout=20 * SECONDS)
+    if not page.locator("#steps input[type=number]").is_visible():
+        page.locator("#advanced button").first.click()
+    for name, value in (("steps", steps), ("text-scale", 1), ("audio-scale", 1)):
+        page.locator(f"#{name} input[type=number]").fill(str(value))
+        page.locator(f"#{name} input[type=number]").press("Enter")
+    for name in ("width", "height"):
+        page.locator(f"#{name} :is(input, textarea)").fill("48")
+        page.locator(f"#{name} :is(input, textarea)").press("Tab")
+
+
+@needs_browser
+def test_a_video_plays_while_it_is_made_and_is_downloaded(page: Page, speech: Path, tmp_path: Path) -> None:
+    fill_in(page, speech, steps=12)
+    page.locator("#first-frames input").check()
+    page.locator("#prompt textarea").fill("A woman is talking")
+    page.locator("#make").click()
+    expect(page.locator("#screen video")).to_be_visible(timeout=30 * SECONDS)
+    page.wait_for_function("document.querySelector('#screen video').videoWidth > 0", timeout=60 * SECONDS)
+    assert page.locator(".status.in_progress").is_visible(), "the first frames were there only at the end"
+    expect(page.locator("#status")).to_contain_text("Window", timeout=20 * SECONDS)
+    expect(page.locator(".status.completed")).to_be_visible(timeout=120 * SECONDS)
+    page.wait_for_function("document.querySelector('#screen video').currentTime > 0.5", timeout=30 * SECONDS)
+    with page.expect_download() as downloading:
+        page.locator("a.download").click()
+    downloading.value.save_as(tmp_path / "talk.mp4")
+    info = probe(tmp_path / "talk.mp4")
+    assert (info.frames, info.width, info.height) == (75, 48, 48)
+    assert abs(info.sound_seconds - 3.0) < 0.05
+    assert len({frame.tobytes() for frame in read_frames(tmp_path / "talk.mp4")}) > 30
+
+
+@needs_browser
+def test_stop_stops_and_keeps_what_is_there(page: Page, speech: Path, tmp_path: Path) -> None:
+    fill_in(page, speech, steps=30)
+    page.locator("#first-frames input").check()
+    page.locator("#make").click()
+    page.wait_for_function("document.querySelector('#screen video')?.videoWidth > 0", timeout=60 * SECONDS)
+    page.locator("#stop").click()
+    expect(page.locator(".status.cancelled")).to_contain_text("is kept", timeout=30 * SECONDS)
+    with page.expect_download() as downloading:
+        page.locator("a.download").click()
+    downloading.value.save_as(tmp_path / "part.mp4")
+    assert 0 < probe(tmp_path / "part.mp4").frames < 75
+    expect(page.locator("#stop")).to_be_disabled()
+
+
+@needs_browser
+def test_two_people_queue_and_neither_sees_the_others_video(
+    page: Page, other: Page, speech: Path, served: tuple[str, JobStore]
+) -> None:
+    for visitor in (page, other):
+        fill_in(visitor, speech, steps=12)
+    page.locator("#make").click()
+    expect(page.locator("#status")).to_contain_text("Window", timeout=60 * SECONDS)
+    other.locator("#make").click()
+    expect(other.locator(".status.queued")).to_contain_text("1 videos before yours", timeout=20 * SECONDS)
+    for visitor in (page, other):
+        expect(visitor.locator(".status.completed")).to_be_visible(timeout=120 * SECONDS)
+    address = served[0]
+    theirs = other.locator("#screen video").get_attribute("data-job")
+    assert page.request.get(f"{address}/video/{theirs}.mp4").status == 404
+    assert other.request.get(f"{address}/video/{theirs}.mp4").status == 200
+    page.get_by_role("tab", name="Gallery").click()
+    expect(page.locator("#gallery .thumbnail-item")).to_have_count(1, timeout=20 * SECONDS)
+
+
+@needs_browser
+def test_a_page_opened_anew_shows_what_is_in_the_making(page: Page, speech: Path) -> None:
+    fill_in(page, speech, steps=30)
+    page.locator("#make").click()
+    expect(page.locator("#status")).to_contain_text("Window", timeout=60 * SECONDS)
+    page.reload()
+    expect(page.locator("#status")).to_contain_text("Window", timeout=30 * SECONDS)
+    expect(page.locator("#screen video")).to_be_visible()
+    page.locator("#stop").click()
+    expect(page.locator(".status.cancelled")).to_be_visible(timeout=30 * SECONDS)
+
+
+@needs_browser
+def test_the_gallery_uses_settings_again_and_deletes(
+    page: Page, speech: Path, served: tuple[str, JobStore]
+) -> None:
+    fill_in(page, speech, steps=2)
+    page.locator("#prompt textarea").fill("A woman in blue")
+    page.locator("#make").click()
+    expect(page.locator(".status.completed")).to_be_visible(timeout=120 * SECONDS)
+    page.reload()
+    expect(page.locator("#make")).to_be_visible(timeout=30 * SECONDS)
+    page.get_by_role("tab", name="Gallery").click()
+    page.locator("#gallery .thumbnail-item").first.click()
+    expect(page.locator("#gallery-settings")).to_contain_text("A woman in blue", timeout=20 * SECONDS)
+    page.wait_for_function(
+        "document.querySelector('#gallery-screen video').videoWidth > 0", timeout=20 * SECONDS
+    )
+    page.locator("#use-again").click()
+    expect(page.locator("#prompt textarea")).to_have_value("A woman in blue", timeout=20 * SECONDS)
+    expect(page.locator("#portrait img")).to_be_visible(timeout=20 * SECONDS)
+    page.locator("#advanced button").first.click()
+    expect(page.locator("#steps input[type=number]")).to_have_value("2")
+    expect(page.locator("#width :is(input, textarea)")).to_have_value("48")
+    page.locator("#make").click()
+    expect(page.locator(".status.completed")).to_be_visible(timeout=120 * SECONDS)
+    page.get_by_role("tab", name="Gallery").click()
+    expect(page.locator("#gallery .thumbnail-item")).to_have_count(2, timeout=20 * SECONDS)
+    page.locator("#gallery .thumbnail-item").first.click()
+    expect(page.locator("#delete")).to_be_visible(timeout=20 * SECONDS)
+    page.locator("#delete").click()
+    expect(page.locator("#gallery .thumbnail-item")).to_have_count(1, timeout=20 * SECONDS)
+
+
+@needs_browser
+def test_what_is_wrong_is_a_sentence(page: Page, speech: Path, tmp_path: Path) -> None:
+    page.locator("#make").click()
+    expect(page.get_by_text("Choose a portrait first.")).to_be_visible(timeout=20 * SECONDS)
+    fill_in(page, speech)
+    page.locator("#seed :is(input, textarea)").fill("seven")
+    page.locator("#make").click()
+    expect(page.get_by_text("Seed: seven is no number")).to_be_visible(timeout=20 * SECONDS)
+    page.locator("#seed :is(input, textarea)").fill("7")
+    page.locator("#width :is(input, textarea)").fill("50")
+    page.locator("#width :is(input, textarea)").press("Tab")
+    page.locator("#make").click()
+    expect(page.get_by_text("width 50 is not a multiple of 16")).to_be_visible(timeout=20 * SECONDS)
+    assert "Traceback" not in page.content()
+
+
+@needs_browser
+def test_the_size_follows_the_picture_and_is_swapped(page: Page, speech: Path) -> None:
+    fill_in(page, speech)
+    page.locator("#size-of-picture").click()
+    expect(page.locator("#width :is(input, textarea)")).not_to_have_value("48", timeout=20 * SECONDS)
+    width, height = (
+        page.locator(f"#{name} :is(input, textarea)").input_value() for name in ("width", "height")
+    )
+    assert int(width) % 16 == int(height) % 16 == 0
+    page.locator("#width :is(input, textarea)").fill("64")
+    page.locator("#width :is(input, textarea)").press("Tab")
+    page.locator("#swap").click()
+    expect(page.locator("#height :is(input, textarea)")).to_have_value("64", timeout=20 * SECONDS)
+    expect(page.locator("#width :is(input, textarea)")).to_have_value(height)
+
+
+@needs_browser
+def test_languages(page: Page, browser: Browser, served: tuple[str, JobStore]) -> None:
+    expect(page.locator("#make")).to_have_text("Make the video")
+    page.locator("#language").click()
+    expect(page.locator("#make")).to_have_text("生成视频", timeout=30 * SECONDS)
+    page.locator("#language").click()
+    expect(page.locator("#make")).to_have_text("Make the video", timeout=30 * SECONDS)
+    context = browser.new_context(locale="zh-CN", viewport={"width": 390, "height": 844}, is_mobile=True)
+    chinese = context.new_page()
+    chinese.goto(served[0])
+    expect(chinese.locator("#make")).to_have_text("生成视频", timeout=30 * SECONDS)
+    assert chinese.evaluate("document.documentElement.scrollWidth") <= 390, "wider than a phone"
+    context.close()
+
+
+@needs_browser
+def test_the_sound_of_a_video_is_extracted(page: Page, tmp_path: Path, speech: Path) -> None:
+    page.get_by_role("tab", name="Extract audio").click()
+    page.set_input_files("#extract-file input[type=file]", speech)
+    expect(page.locator("#extract-file")).to_contain_text("speech", timeout=20 * SECONDS)
+    page.locator("#extract-button").click()
+    expect(page.locator("#extract-result").get_by_text("0:03").first).to_be_visible(timeout=30 * SECONDS)
+    page.get_by_role("tab", name="Separate vocals").click()
+    page.set_input_files("#separate-file input[type=file]", speech)
+    expect(page.locator("#separate-file")).to_contain_text("speech", timeout=20 * SECONDS)
+    page.locator("#separate-button").click()
+    expect(page.get_by_text("Kim_Vocal_2.onnx. Start the page")).to_be_visible(timeout=20 * SECONDS)
+    page.get_by_role("tab", name="Models").click()
+    expect(page.locator("#models")).to_contain_text("tiny", timeout=30 * SECONDS)
+
+
+def test_every_text_is_in_both_languages() -> None:
+    english, chinese = Texts("en"), Texts("zh")
+    for name, (one, other) in _TEXTS.items():
+        assert one, name
+        assert other, name
+        if name not in ("title", "prompt_default", "portrait"):
+            assert one != other, name
+        fields = [sorted(part.split("}")[0] for part in text.split("{")[1:]) for text in (one, other)]
+        assert fields[0] == fields[1], name
+    assert english.time(5) == "5 s"
+    assert chinese.time(300) == "5 分钟"
+    assert [preferred(it) for it in ("zh-CN,zh;q=0.9,en", "en-GB,zh", "fr,de", "")] == [
+        "zh",
+        "en",
+        "en",
+        "en",
+    ]
+
+
+def test_settings_are_the_models_own(tmp_path: Path) -> None:
+    assert own_defaults("tiny").steps == 10
+    assert own_defaults(str(tmp_path)).steps == 50
+    assert np.isclose(own_defaults("tiny").audio_scale, 2.0)
