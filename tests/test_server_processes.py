@@ -3,6 +3,7 @@
 import base64
 import json
 import os
+import shutil
 import signal
 import statistics
 import subprocess
@@ -434,3 +435,23 @@ def articulated_speech(seconds: float) -> Any:
     demo = Path(stableavatar.__file__).parent / "assets" / "demo" / "speech.flac"
     samples = Speech.open(demo).samples(0, round(seconds * 16000))
     return (np.clip(samples, -1, 1) * 32767).astype("<i2")
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="needs curl")
+def test_the_commands_of_the_documentation(servers: Callable[..., Server], tmp_path: Path) -> None:
+    text = (Path(__file__).parents[1] / "docs" / "server.md").read_text(encoding="utf-8")
+    section = text.split("## Asking for a video")[1]
+    commands = section.split("```bash\n")[1].split("```")[0]
+    server = servers().wait_ready()
+    portrait(tmp_path / "portrait.png")
+    speech(tmp_path / "speech.wav")
+    script = commands.replace("http://127.0.0.1:8000", server.url)
+    done = subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", script], cwd=tmp_path, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    assert "error" not in done.stdout.replace('"error":null', "")
+    assert "event: completed" in done.stdout
+    assert probe(tmp_path / "live.mp4").frames == probe(tmp_path / "talk.mp4").frames == 15
+    assert (tmp_path / "talk.jpg").read_bytes()[:2] == b"\xff\xd8"
+    assert '"deleted":true' in done.stdout
