@@ -1,9 +1,12 @@
 """Jobs: nothing that was taken is lost, owners take turns, and a worker makes what `generate` makes."""
 
+import json
 import os
 import sqlite3
 import threading
+import time
 from collections.abc import Iterator
+from fractions import Fraction
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -12,12 +15,23 @@ import numpy as np
 import pytest
 
 from command_line import portrait, speech, toy_model
+from media_files import write_wav
 from stableavatar import load
 from stableavatar.errors import InputError
-from stableavatar.jobs.intake import FileChecker, Limits, check_options, without_folder
+from stableavatar.jobs.intake import (
+    BusyError,
+    FileChecker,
+    Limits,
+    _Turns,
+    check_options,
+    look_at_files,
+    without_folder,
+)
 from stableavatar.jobs.store import MOST_CRASHES, Job, JobStore, QueueFullError
 from stableavatar.jobs.worker import FAULT, TOO_LITTLE_MEMORY, ModelChoice, make
-from stableavatar.journal import journal_folder
+from stableavatar.journal import Journal, SavedState, journal_folder
+from stableavatar.media.audio import Sound
+from stableavatar.media.following import follow
 from stableavatar.media.video import probe, read_frames, read_metadata
 from stableavatar.options import GenerateOptions, OutputOptions
 from stableavatar.pipeline import AvatarPipeline
@@ -228,6 +242,62 @@ def test_a_new_server_goes_on_with_what_was_there_and_sweeps_the_rest(jobs: JobS
     JobStore(jobs.folder).own().close()
 
 
+def test_a_job_deleted_as_it_is_given_back_is_gone(jobs: JobStore) -> None:
+    job = add(jobs)
+    jobs.take("worker-0")
+    jobs.delete("ann", job.id)
+    jobs.give_back(job.id)
+    assert not job.folder.exists()
+    assert sum(jobs.counts().values()) == 0
+
+
+def test_one_owner_keeps_so_many(tmp_path: Path) -> None:
+    jobs = JobStore(tmp_path, most_kept_each=2)
+    for _ in range(2):
+        jobs.cancel("ann", add(jobs).id)
+    with pytest.raises(QueueFullError, match="2 videos of yours are kept"):
+        add(jobs)
+    add(jobs, "bob")
+
+
+def test_what_cannot_be_written_down_leaves_no_folder(
+    jobs: JobStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise sqlite3.OperationalError("database or disk is full")
+
+    monkeypatch.setattr(
+        "stableavatar.jobs.store.to_disk", lambda path: full() if path.name == "jobs" else None
+    )
+    with pytest.raises(sqlite3.OperationalError):
+        add(jobs)
+    assert list((jobs.folder / "jobs").iterdir()) == []
+    assert jobs.list("ann") == []
+
+
+def test_nobody_else_on_the_machine_reads_them(jobs: JobStore) -> None:
+    for name in ("jobs", "incoming"):
+        assert (jobs.folder / name).stat().st_mode & 0o077 == 0
+    assert (jobs.folder / "jobs.sqlite").stat().st_mode & 0o077 == 0
+
+
+def test_one_of_several_workers_puts_its_video_aside(jobs: JobStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    jobs.call("session", {"folder": "x"})
+    assert not jobs.claim_call("worker-0"), "a worker that is free has a moment to answer"
+    monkeypatch.setattr("stableavatar.jobs.store._GRACE_SECONDS", 0.0)
+    assert jobs.claim_call("worker-0")
+    assert jobs.claim_call("worker-0")
+    assert not jobs.claim_call("worker-1")
+    assert jobs.answer("worker-1") is None
+    assert jobs.answer("worker-0") == {"id": "session", "folder": "x"}
+    jobs.call("second", {})
+    assert jobs.claim_call("worker-0")
+    jobs.worker_lost("worker-0", crashed=True)
+    assert jobs.claim_call("worker-1")
+    jobs.hang_up("second")
+    assert not jobs.claim_call("worker-1")
+
+
 def test_finished_videos_expire(jobs: JobStore) -> None:
     old, waiting = add(jobs), add(jobs)
     jobs.take("worker-0")
@@ -292,18 +362,18 @@ def test_files_are_looked_at(tmp_path: Path) -> None:
     picture, sound = portrait(tmp_path / "portrait.png"), speech(tmp_path / "speech.wav", 1.5)
     checker = FileChecker(Limits(seconds=2.0, portrait_pixels=4000))
     try:
-        found = checker.check(picture, sound, GenerateOptions())
+        found = checker.check("ann", picture, sound, GenerateOptions())
         assert (found.seconds, found.width, found.height) == (1.5, 40, 48)
-        assert checker.check(picture, sound, GenerateOptions(duration=1.0)).seconds == 1.0
-        assert checker.check(picture, None, GenerateOptions(duration=1.0)).seconds == 1.0
+        assert checker.check("ann", picture, sound, GenerateOptions(duration=1.0)).seconds == 1.0
+        assert checker.check("ann", picture, None, GenerateOptions(duration=1.0)).seconds == 1.0
         with pytest.raises(InputError, match="needs a duration"):
-            checker.check(picture, None, GenerateOptions())
+            checker.check("ann", picture, None, GenerateOptions())
         with pytest.raises(InputError, match="longer than 2 s"):
-            checker.check(picture, speech(tmp_path / "long.wav", 2.1), GenerateOptions())
+            checker.check("ann", picture, speech(tmp_path / "long.wav", 2.1), GenerateOptions())
         with pytest.raises(InputError, match="shorter than a frame"):
-            checker.check(picture, speech(tmp_path / "short.wav", 0.03), GenerateOptions())
+            checker.check("ann", picture, speech(tmp_path / "short.wav", 0.03), GenerateOptions())
         with pytest.raises(InputError, match=r"0\.00192 .*at most 0\.001 megapixels"):
-            FileChecker(Limits(portrait_pixels=1000)).check(picture, sound, GenerateOptions())
+            FileChecker(Limits(portrait_pixels=1000)).check("ann", picture, sound, GenerateOptions())
     finally:
         checker.close()
 
@@ -316,15 +386,51 @@ def test_what_breaks_or_delays_the_reader_is_refused_and_the_next_one_read(
     try:
         monkeypatch.setattr("stableavatar.jobs.intake.look_at_files", _die)
         with pytest.raises(InputError, match="one of the files cannot be read"):
-            checker.check(picture, sound, GenerateOptions())
+            checker.check("ann", picture, sound, GenerateOptions())
         monkeypatch.undo()
-        assert checker.check(picture, sound, GenerateOptions()).seconds == pytest.approx(0.6)
+        assert checker.check("ann", picture, sound, GenerateOptions()).seconds == pytest.approx(0.6)
+        assert checker._pool is not None
+        for process in checker._pool._processes.values():  # lost while nothing is looked at
+            process.kill()
+            process.join()
+        assert checker.check("ann", picture, sound, GenerateOptions()).seconds == pytest.approx(0.6)
         impatient = FileChecker(Limits(check_seconds=0.001))
         with pytest.raises(InputError, match="could not be read within"):
-            impatient.check(picture, sound, GenerateOptions())
+            impatient.check("ann", picture, sound, GenerateOptions())
         impatient.close()
     finally:
         checker.close()
+
+
+def test_owners_take_turns_at_being_looked_at_too() -> None:
+    turns, order = _Turns(4), list[str]()
+    begun, go_on = threading.Event(), threading.Event()
+
+    def wait(owner: str, number: int) -> None:
+        with turns.turn(owner):
+            order.append(f"{owner}{number}")
+            begun.set()
+            go_on.wait(10)
+
+    threads = []
+    for owner, number in (("ann", 0), ("ann", 1), ("ann", 2), ("bob", 0), ("ann", 3)):
+        threads.append(threading.Thread(target=wait, args=(owner, number)))
+        threads[-1].start()
+        begun.wait(10)
+        while len(turns._waiting) < len(threads) - 1:
+            time.sleep(0.001)
+    with pytest.raises(BusyError), turns.turn("cid"):
+        pass
+    go_on.set()
+    for thread in threads:
+        thread.join()
+    assert order == ["ann0", "bob0", "ann1", "ann2", "ann3"]
+
+
+def test_sound_of_too_few_samples_is_refused(tmp_path: Path) -> None:
+    picture, sound = portrait(tmp_path / "portrait.png"), write_wav(tmp_path / "speech", np.zeros(5000), 100)
+    with pytest.raises(InputError, match="100 samples a second"):
+        look_at_files(picture, sound, GenerateOptions(start=19_000), Limits())
 
 
 def _die(*_: Any) -> None:
@@ -417,6 +523,53 @@ def test_what_is_cancelled_keeps_what_is_there(jobs: JobStore, pipeline: AvatarP
     assert not journal_folder(job.output).exists()
 
 
+def test_a_viewer_sees_the_same_video_across_a_kill(
+    jobs: JobStore, pipeline: AvatarPipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed when segments are there that the state that was saved last does not have yet."""
+    job = add(jobs, seconds=3.0, order="causal")
+    saved = 0
+    save = Journal.save
+
+    def save_once(journal: Journal, state: SavedState) -> None:
+        nonlocal saved
+        saved += 1
+        if saved <= 1:
+            save(journal, state)
+
+    def killed(_: Any = None) -> bool:
+        if saved > 2:
+            raise SystemExit
+        return False
+
+    monkeypatch.setattr(Journal, "save", save_once)
+    taken = jobs.take("worker-0")
+    assert taken is not None
+    with pytest.raises(SystemExit):
+        make(jobs, taken, pipeline, MODEL, killed)
+    monkeypatch.undo()
+    segments = journal_folder(job.output)
+    index = json.loads((segments / "journal.json").read_text())
+    assert len(list(segments.glob("segment-*.mp4"))) > index["rest"]["segments"]
+    sound = Sound(job.speech or "")
+    watching = follow(
+        segments, lambda: job.output if found(jobs, job).is_finished else None,
+        lambda: found(jobs, job).is_finished, fps=Fraction(25), sound=sound,
+    )  # fmt: skip
+    seen = b""
+    while piece := next(watching):
+        seen += piece
+    assert seen, "something is there to be seen"
+    jobs.worker_lost("worker-0", crashed=True)
+    taken = jobs.take("worker-1")
+    assert taken is not None
+    make(jobs, taken, pipeline, MODEL)
+    seen += b"".join(watching)
+    (tmp_path / "seen.mp4").write_bytes(seen)
+    assert same_frames(tmp_path / "seen.mp4", job.output)
+    assert probe(tmp_path / "seen.mp4").frames == 75
+
+
 def test_a_state_of_another_release_is_begun_anew(
     jobs: JobStore, pipeline: AvatarPipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -454,8 +607,10 @@ def test_what_fails_says_why_and_the_worker_lives(
     monkeypatch.setattr(pipeline, "generate", fail)
     taken = jobs.take("worker-0")
     assert taken is not None
-    make(jobs, taken, pipeline, MODEL)
+    trusted = make(jobs, taken, pipeline, MODEL)
     assert (found(jobs, job).state, found(jobs, job).error) == ("failed", words)
+    assert trusted == (words != FAULT)
+    assert not journal_folder(job.output).exists()
 
 
 def alone(pipeline: AvatarPipeline, job: Job, output: Path) -> Path:

@@ -1,5 +1,7 @@
 """Running a web application together with the workers that make its videos."""
 
+import logging
+import sqlite3
 import threading
 
 import uvicorn
@@ -8,8 +10,11 @@ from starlette.types import ASGIApp
 from stableavatar.errors import CheckpointError
 from stableavatar.jobs.workers import Workers
 
+logger = logging.getLogger(__name__)
+
 _CLOSE_SECONDS = 5  # that answers that go on may take after the server is told to end
 _EXPIRE_SECONDS = 60.0
+_LOOK_SECONDS = 0.1
 
 
 def run_with_workers(
@@ -41,6 +46,8 @@ def run_with_workers(
             timeout_graceful_shutdown=_CLOSE_SECONDS,
             server_header=False,
             ws_max_size=most_message,
+            ws_max_queue=4,
+            ws_per_message_deflate=False,
         )
     )
     failed: list[CheckpointError] = []
@@ -56,11 +63,20 @@ def run_with_workers(
 
     def expire() -> None:
         while keep_seconds and not ended.wait(_EXPIRE_SECONDS):
-            workers.store.expire(keep_seconds)
+            try:
+                workers.store.expire(keep_seconds)
+            except sqlite3.Error as error:
+                logger.error("videos cannot be removed (%s)", error)
+
+    def end_workers_too() -> None:
+        while not ended.wait(_LOOK_SECONDS):
+            if server.should_exit:  # answers may go on for a while; workers need not wait for them
+                workers.tell_to_end()
+                return
 
     try:
         workers.start()
-        for task in (wait_for_model, expire):
+        for task in (wait_for_model, expire, end_workers_too):
             threading.Thread(target=task, daemon=True).start()
         server.run()
     finally:

@@ -26,7 +26,7 @@ def ask(
 
     Raises:
         InputError: a file or an option cannot be used.
-        QueueFullError: too many videos are waiting.
+        QueueFullError, BusyError: too many videos or files are waiting.
         OSError: the files cannot be kept.
     """
     store.check_room(owner)
@@ -35,7 +35,7 @@ def ask(
         portrait(folder / PORTRAIT)
         if speech is not None:
             speech(folder / SPEECH)
-        found = checker.check(folder / PORTRAIT, None if speech is None else folder / SPEECH, options)
+        found = checker.check(owner, folder / PORTRAIT, None if speech is None else folder / SPEECH, options)
         chosen = {name: getattr(options, name) for name in OPTIONS}
         chosen["quality"] = quality
         if chosen["seed"] is None:  # of the job, so that it is the same video whatever befalls a worker
@@ -46,9 +46,12 @@ def ask(
 
 
 def copied(source: Path) -> Bring:
-    """A file of this machine."""
+    """A file of this machine, linked where that can be: nobody changes it."""
 
     def bring(target: Path) -> None:
-        shutil.copyfile(source, target)
+        try:
+            os.link(source, target)
+        except OSError:
+            shutil.copyfile(source, target)
 
     return bring

@@ -6,8 +6,8 @@ decoder breaks nothing else. Their names are never used: a job's files have name
 
 import contextlib
 import threading
-from collections.abc import Mapping
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Iterator, Mapping
+from concurrent.futures import CancelledError, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, fields
 from multiprocessing import get_context
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from stableavatar.choices import Order
-from stableavatar.errors import InputError
+from stableavatar.errors import InputError, StableAvatarError
 from stableavatar.lifetimes import end_with_parent
 from stableavatar.options import GenerateOptions, OutputOptions
 
@@ -28,6 +28,10 @@ OPTIONS = (
 # Lockstep keeps all of a video in memory to its end.
 ORDERS: tuple[Order, ...] = ("wavefront", "causal")
 
+# Requests that wait for their files to be looked at hold a thread each.
+_MOST_CHECKS = 60
+# Fewer samples a second are no speech, and make files of hours out of little.
+_LEAST_RATE = 4000
 # Enough for the largest picture that is taken by default, and the libraries.
 _MEMORY = 6 * 2**30
 
@@ -40,7 +44,8 @@ class Limits:
         upload_bytes: of a request with its files. seconds: of a video. portrait_pixels: of the picture that
             is sent. video_pixels: of a frame that is made, where a size is asked for.
         steps: of denoising. fps: frames a second. prompt: characters.
-        waiting, waiting_each: videos that wait, of all and of one owner.
+        waiting, waiting_each: videos that wait, of all and of one owner. kept_each: videos of one owner that
+            are there.
         check_seconds: that the looking at files may take.
     """
 
@@ -53,7 +58,8 @@ class Limits:
     prompt: int = 4000
     waiting: int = 100
     waiting_each: int = 20
-    check_seconds: float = 60.0
+    kept_each: int = 500
+    check_seconds: float = 30.0
 
     def __post_init__(self) -> None:
         for f in fields(self):
@@ -108,43 +114,55 @@ def check_quality(value: int | None) -> int:
     return OutputOptions().quality if value is None else OutputOptions(quality=value).quality
 
 
+class BusyError(StableAvatarError):
+    """So many files wait to be looked at that these are not."""
+
+
 class FileChecker:
-    """Looks at files in a process of its own, one after the other."""
+    """Looks at files in a process of its own, one after the other; owners take turns."""
 
     def __init__(self, limits: Limits) -> None:
         self.limits = limits
-        self._one = threading.Lock()
+        self._turns = _Turns(_MOST_CHECKS)
         self._pool: ProcessPoolExecutor | None = None
+        self._closed = False
 
-    def check(self, portrait: Path, speech: Path | None, options: GenerateOptions) -> Found:
+    def check(self, owner: str, portrait: Path, speech: Path | None, options: GenerateOptions) -> Found:
         """See that a portrait and a recording can be used; called from any thread.
 
         Raises:
             InputError: one cannot, is above a limit, or breaks what looks at it.
+            BusyError: too many wait for this.
         """
-        with self._one:
-            if self._pool is None:
-                self._pool = ProcessPoolExecutor(1, get_context("spawn"), initializer=_confine)
-            work = self._pool.submit(look_at_files, portrait, speech, options, self.limits)
-            try:
-                return work.result(self.limits.check_seconds)
-            except TimeoutError:
-                self._end()
-                raise InputError(
-                    f"the files could not be read within {self.limits.check_seconds:g} s. Send smaller ones, "
-                    "such as JPEG and WAV."
-                ) from None
-            except BrokenProcessPool:
-                self._end()
-                raise InputError(
-                    "one of the files cannot be read. Save the portrait as JPEG or PNG, and the recording as "
-                    "WAV."
-                ) from None
+        with self._turns.turn(owner):
+            for _ in range(2):  # the process may have been lost before it came to these files
+                if self._closed:
+                    raise InputError("the server ends: send the files again later")
+                try:
+                    work = self._processes().submit(look_at_files, portrait, speech, options, self.limits)
+                    return work.result(self.limits.check_seconds)
+                except TimeoutError:
+                    self._end()
+                    raise InputError(
+                        f"the files could not be read within {self.limits.check_seconds:g} s. Send smaller "
+                        "ones, such as JPEG and WAV."
+                    ) from None
+                except (BrokenProcessPool, CancelledError):
+                    self._end()
+            raise InputError(
+                "one of the files cannot be read. Save the portrait as JPEG or PNG, and the recording as WAV."
+            )
 
     def close(self) -> None:
-        """End the process."""
-        with self._one:
-            self._end()
+        """End the process; who waits is refused."""
+        self._closed = True
+        self._end()
+
+    def _processes(self) -> ProcessPoolExecutor:
+        """The one process, started where there is none."""
+        if self._pool is None:
+            self._pool = ProcessPoolExecutor(1, get_context("spawn"), initializer=_confine)
+        return self._pool
 
     def _end(self) -> None:
         pool, self._pool = self._pool, None
@@ -155,10 +173,48 @@ class FileChecker:
         pool.shutdown(wait=False, cancel_futures=True)
 
 
+class _Turns:
+    """One at a time, and of those who wait the one whose owner was served longest ago."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._changed = threading.Condition()
+        self._waiting: list[tuple[object, str]] = []
+        self._busy = False
+        self._served: dict[str, int] = {}
+        self._count = 0
+
+    @contextlib.contextmanager
+    def turn(self, owner: str) -> Iterator[None]:
+        """Wait for a turn. Raises BusyError: too many do."""
+        ticket = (object(), owner)
+        with self._changed:
+            if len(self._waiting) >= self._most:
+                raise BusyError("Many files are being looked at. Ask again in a moment.")
+            self._waiting.append(ticket)
+            while self._busy or self._next() is not ticket:
+                self._changed.wait()
+            self._waiting.remove(ticket)
+            self._busy = True
+            self._count += 1
+            self._served[owner] = self._count
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._busy = False
+                if not self._waiting:
+                    self._served.clear()
+                self._changed.notify_all()
+
+    def _next(self) -> tuple[object, str]:
+        return min(self._waiting, key=lambda ticket: self._served.get(ticket[1], 0))
+
+
 def look_at_files(portrait: Path, speech: Path | None, options: GenerateOptions, limits: Limits) -> Found:
     """See `FileChecker.check`; errors do not name the folder."""
     from stableavatar.media.audio import SPEECH_RATE
-    from stableavatar.media.decoding import stream_sound
+    from stableavatar.media.decoding import sound_format, stream_sound
     from stableavatar.media.image import read_picture
 
     try:
@@ -167,6 +223,8 @@ def look_at_files(portrait: Path, speech: Path | None, options: GenerateOptions,
         if speech is not None:
             most = limits.seconds if duration is None else duration
             samples = 0
+            if (rate := sound_format(speech).sample_rate) < _LEAST_RATE:
+                raise InputError(f"the speech has {rate} samples a second: {_LEAST_RATE} at least")
             # Half a second more than may be, so that a longer one is told from one that just fits.
             for block in stream_sound(speech, SPEECH_RATE, "mono", options.start, most + 0.5):
                 samples += len(block)

@@ -34,6 +34,8 @@ MOST_CRASHES = 3
 
 _ID = re.compile(r"video_[0-9a-f]{24}")
 _BUSY_SECONDS = 30.0
+# A worker that is free answers a call within this.
+_GRACE_SECONDS = 0.5
 _SCHEMA_VERSION = 1
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS jobs (
@@ -63,6 +65,8 @@ CREATE TABLE IF NOT EXISTS sessions (
     number INTEGER PRIMARY KEY AUTOINCREMENT,
     id TEXT NOT NULL UNIQUE,
     request TEXT NOT NULL,
+    called REAL NOT NULL,
+    claimed TEXT,
     worker TEXT
 );
 """
@@ -142,19 +146,29 @@ class JobStore:
     Args:
         folder: made if need be.
         most_waiting, most_waiting_each: jobs that wait, of all owners and of one.
+        most_kept_each: jobs of one owner that are there.
 
     Raises:
         InputError: the folder cannot be used.
     """
 
-    def __init__(self, folder: str | Path, *, most_waiting: int = 100, most_waiting_each: int = 20) -> None:
+    def __init__(
+        self,
+        folder: str | Path,
+        *,
+        most_waiting: int = 100,
+        most_waiting_each: int = 20,
+        most_kept_each: int = 500,
+    ) -> None:
         self.folder = Path(folder).expanduser().absolute()
         self.most_waiting = most_waiting
         self.most_waiting_each = most_waiting_each
+        self.most_kept_each = most_kept_each
         self._local = threading.local()
         check_folder(self.folder)
         for name in ("jobs", "incoming"):
             check_folder(self.folder / name)
+            (self.folder / name).chmod(0o700)  # other accounts of this machine have no business there
         try:
             with self._transaction() as database:
                 version = database.execute("PRAGMA user_version").fetchone()[0]
@@ -165,6 +179,7 @@ class JobStore:
                 for statement in _SCHEMA.split(";"):
                     database.execute(statement)
                 database.execute(f"PRAGMA user_version = {_SCHEMA_VERSION}")
+            (self.folder / "jobs.sqlite").chmod(0o600)
         except sqlite3.Error as error:
             raise InputError(f"{self.folder / 'jobs.sqlite'}: cannot be used ({error})") from error
 
@@ -181,7 +196,7 @@ class JobStore:
         shutil.rmtree(folder, ignore_errors=True)
 
     def check_room(self, owner: str) -> None:
-        """Raise QueueFullError where `add` would; to be asked before files are taken."""
+        """Raise QueueFullError where `add` would; to be asked before files are copied."""
         with self._reading() as database:
             self._check_room(database, owner)
 
@@ -204,14 +219,20 @@ class JobStore:
         for path in folder.iterdir():
             to_disk(path)
         to_disk(folder)
-        with self._transaction() as database:
-            self._check_room(database, owner)
-            database.execute(
-                "INSERT INTO jobs (id, owner, state, options, details, created) VALUES (?, ?, ?, ?, ?, ?)",
-                (folder.name, owner, "queued", _json(options), _json(details or {}), time.time()),
-            )
-            folder.replace(self._folder(folder.name))
-            to_disk(self.folder / "jobs")
+        target = self._folder(folder.name)
+        try:
+            with self._transaction() as database:
+                self._check_room(database, owner)
+                database.execute(
+                    "INSERT INTO jobs (id, owner, state, options, details, created) "
+                    "VALUES (?, ?, 'queued', ?, ?, ?)",
+                    (folder.name, owner, _json(options), _json(details or {}), time.time()),
+                )
+                folder.replace(target)
+                to_disk(self.folder / "jobs")
+        except BaseException:
+            self.discard(target)
+            raise
         added = self.get(owner, folder.name)
         assert added is not None
         return added
@@ -253,11 +274,12 @@ class JobStore:
         """Stop a job: one that waits is cancelled at once, one that is made within a step, and what is there
         of its video is kept. A finished one is left as it is."""
         with self._transaction() as database:
-            database.execute(
+            waited = database.execute(
                 "UPDATE jobs SET state = 'cancelled', finished = ? "
                 "WHERE id = ? AND owner = ? AND state = 'queued' AND started IS NULL",
                 (time.time(), job_id, owner),
             )
+            _add_totals(database, {"videos_cancelled": float(waited.rowcount)})
             # One that was begun may have frames: a worker puts them into a file.
             database.execute(
                 "UPDATE jobs SET stop = 1 WHERE id = ? AND owner = ? AND state IN ('queued', 'in_progress')",
@@ -324,7 +346,8 @@ class JobStore:
         that were interrupted come first.
         """
         with self._reading() as database:
-            if database.execute("SELECT 1 FROM jobs WHERE state = 'queued' LIMIT 1").fetchone() is None:
+            waiting = "SELECT 1 FROM jobs WHERE state = 'queued' AND NOT deleted LIMIT 1"
+            if database.execute(waiting).fetchone() is None:
                 return None
         now = time.time()
         with self._transaction() as database:
@@ -370,11 +393,7 @@ class JobStore:
                 "WHERE id = ? RETURNING deleted",
                 (state, None if result is None else _json(result), error, time.time(), job_id),
             ).fetchone()
-            for name, value in {f"videos_{state}": 1.0, **dict(totals or {})}.items():
-                database.execute(
-                    "INSERT INTO totals VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET value = value + ?",
-                    (name, value, value),
-                )
+            _add_totals(database, {f"videos_{state}": 1.0, **dict(totals or {})})
         if deleted is not None and deleted["deleted"]:
             self._purge(job_id)
 
@@ -385,6 +404,7 @@ class JobStore:
                 "UPDATE jobs SET state = 'queued', worker = NULL WHERE id = ? AND state = 'in_progress'",
                 (job_id,),
             )
+        self._purge(job_id)  # where it was deleted in this very moment
 
     def worker_ready(self, name: str) -> None:
         """A worker has loaded its model."""
@@ -400,13 +420,14 @@ class JobStore:
         """A worker has ended: what it was making waits again, unless it has cost several workers."""
         with self._transaction() as database:
             database.execute("DELETE FROM workers WHERE name = ?", (name,))
+            database.execute("UPDATE sessions SET claimed = NULL WHERE claimed = ?", (name,))
             database.execute(
                 "UPDATE jobs SET state = 'queued', worker = NULL, crashes = crashes + ? "
                 "WHERE worker = ? AND state = 'in_progress'",
                 (int(crashed), name),
             )
             gone = database.execute("SELECT id FROM jobs WHERE deleted AND state = 'queued'").fetchall()
-            database.execute(
+            lost = database.execute(
                 "UPDATE jobs SET state = 'failed', finished = ?, error = ? "
                 "WHERE state = 'queued' AND crashes >= ?",
                 (
@@ -416,6 +437,7 @@ class JobStore:
                     MOST_CRASHES,
                 ),
             )
+            _add_totals(database, {"videos_failed": float(lost.rowcount)})
         for row in gone:
             self._purge(row["id"])
 
@@ -424,29 +446,48 @@ class JobStore:
     def call(self, session_id: str, request: Mapping[str, Any]) -> None:
         """Ask for a worker for a session."""
         with self._transaction(durable=False) as database:
-            database.execute("INSERT INTO sessions (id, request) VALUES (?, ?)", (session_id, _json(request)))
+            database.execute(
+                "INSERT INTO sessions (id, request, called) VALUES (?, ?, ?)",
+                (session_id, _json(request), time.time()),
+            )
 
     def hang_up(self, session_id: str) -> None:
         """A session is over, or given up."""
         with self._transaction(durable=False) as database:
             database.execute("DELETE FROM sessions WHERE id = ?", (session_id,))
 
-    def is_called(self) -> bool:
-        """Whether a session waits for a worker: one that makes a video gives it back."""
+    def claim_call(self, worker: str) -> bool:
+        """Whether this worker, which makes a video, is to put it aside for a session: of several workers one
+        is, and none where another has been free for it."""
+        late = time.time() - _GRACE_SECONDS
+        open_to = "worker IS NULL AND (claimed IS NULL OR claimed = ?) AND called < ?"
         with self._reading() as database:
+            found = database.execute(
+                f"SELECT 1 FROM sessions WHERE {open_to} LIMIT 1", (worker, late)
+            ).fetchone()
+        if found is None:
+            return False
+        with self._transaction(durable=False) as database:
             return (
-                database.execute("SELECT 1 FROM sessions WHERE worker IS NULL LIMIT 1").fetchone() is not None
+                database.execute(
+                    "UPDATE sessions SET claimed = ? WHERE number = "
+                    f"(SELECT MIN(number) FROM sessions WHERE {open_to}) RETURNING 1",
+                    (worker, worker, late),
+                ).fetchone()
+                is not None
             )
 
     def answer(self, worker: str) -> dict[str, Any] | None:
         """The session that has waited longest, which is this worker's from now on; None where none does."""
-        if not self.is_called():
+        with self._reading() as database:
+            called = database.execute("SELECT 1 FROM sessions WHERE worker IS NULL LIMIT 1").fetchone()
+        if called is None:
             return None
         with self._transaction(durable=False) as database:
             row = database.execute(
-                "UPDATE sessions SET worker = ? WHERE number = "
-                "(SELECT MIN(number) FROM sessions WHERE worker IS NULL) RETURNING id, request",
-                (worker,),
+                "UPDATE sessions SET worker = ? WHERE number = (SELECT MIN(number) FROM sessions "
+                "WHERE worker IS NULL AND (claimed IS NULL OR claimed = ?)) RETURNING id, request",
+                (worker, worker),
             ).fetchone()
         return None if row is None else {"id": row["id"], **json.loads(row["request"])}
 
@@ -493,6 +534,9 @@ class JobStore:
             )
         if everybody >= self.most_waiting:
             raise QueueFullError("Too many videos are waiting. Ask again later.")
+        kept = "SELECT COUNT(*) FROM jobs WHERE owner = ? AND NOT deleted"
+        if database.execute(kept, (owner,)).fetchone()[0] >= self.most_kept_each:
+            raise QueueFullError(f"{self.most_kept_each} videos of yours are kept. Delete some first.")
 
     def _purge(self, job_id: str, *, running: bool = False) -> None:
         """Remove a deleted job, unless a worker still makes it: then that one does."""
@@ -577,6 +621,15 @@ def _in_turn(rows: list[sqlite3.Row], turns: Mapping[str, float]) -> Iterator[st
         last[row["owner"]] = now
         waiting.remove(row)
         yield row["id"]
+
+
+def _add_totals(database: sqlite3.Connection, values: Mapping[str, float]) -> None:
+    for name, value in values.items():
+        if value:
+            database.execute(
+                "INSERT INTO totals VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET value = value + ?",
+                (name, value, value),
+            )
 
 
 def _json(value: Mapping[str, Any]) -> str:

@@ -5,10 +5,12 @@ import logging
 import os
 import shutil
 import signal
+import sqlite3
 import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -31,7 +33,11 @@ logger = logging.getLogger(__name__)
 
 # Exit status of a worker whose model cannot be loaded: another one could not either.
 NO_MODEL = 2
+# Of one that met a fault which may be its own or its device's: the next one starts anew.
+FAULTY = 3
 _LOOK_SECONDS = 0.1
+# What videos have after a session, whoever speaks next.
+_TURN_SECONDS = 20.0
 _REPORT_SECONDS = 0.25
 # Below the server, which has to answer while videos are made.
 _NICENESS = 5
@@ -57,6 +63,13 @@ class ModelChoice:
     name: str = ""
     checkpoint_every: float = 10.0
     threads: int | None = None
+
+    def told(self) -> dict[str, Any]:
+        """What videos say of the model that made them: names, and not where the server has its files."""
+        said: dict[str, Any] = {"model": self.name or Path(self.source).name}
+        if self.lora:
+            said["lora"] = [Path(file).name for file in self.lora]
+        return said
 
     def load(self) -> "AvatarPipeline":
         """The pipeline, on its device.
@@ -105,13 +118,23 @@ def run_worker(name: str, folder: Path, model: ModelChoice, verbosity: int = 0) 
         sys.exit(NO_MODEL)
     store = JobStore(folder)
     store.worker_ready(name)
+    pipeline.origin = model.told()
+    spoke = float("-inf")  # when the last session ended
+
+    def put_aside() -> bool:
+        return ending.is_set() or (time.monotonic() - spoke > _TURN_SECONDS and store.claim_call(name))
+
     while not ending.is_set():
-        if (request := store.answer(name)) is not None:
+        # Who speaks one time after the other leaves time for videos between.
+        turn = time.monotonic() - spoke <= _TURN_SECONDS
+        job = store.take(name) if turn else None
+        if job is None and (request := store.answer(name)) is not None:
             speak(request, pipeline, ending.is_set)
-        elif (job := store.take(name)) is not None:
-            make(store, job, pipeline, model, lambda: ending.is_set() or store.is_called())
-        else:
+            spoke = time.monotonic()
+        elif (job := job or store.take(name)) is None:
             ending.wait(_LOOK_SECONDS)
+        elif not make(store, job, pipeline, model, put_aside):
+            sys.exit(FAULTY)
 
 
 def make(
@@ -120,8 +143,12 @@ def make(
     pipeline: "AvatarPipeline",
     model: ModelChoice,
     ending: Callable[[], bool] = lambda: False,
-) -> None:
-    """Make a job's video, from where an earlier worker left it, and say in the store what came of it."""
+) -> bool:
+    """Make a job's video, from where an earlier worker left it, and say in the store what came of it.
+
+    Returns:
+        Whether this process can be trusted with another one: after a fault of a device it cannot.
+    """
     logger.info("%s of %s: begun", job.id, job.owner)
     began = time.monotonic()
     try:
@@ -134,14 +161,19 @@ def make(
             store.give_back(job.id)
     except StableAvatarError as error:
         logger.warning("%s of %s: %s", job.id, job.owner, error)
+        _forget_state(job)
         store.finish(job.id, "failed", error=without_folder(str(error), job.folder))
     except Exception as error:
         logger.exception("%s of %s", job.id, job.owner)
-        store.finish(job.id, "failed", error=TOO_LITTLE_MEMORY if is_out_of_memory(error) else FAULT)
+        _forget_state(job)
+        little = is_out_of_memory(error)
+        store.finish(job.id, "failed", error=TOO_LITTLE_MEMORY if little else FAULT)
+        return little
     else:
         logger.info("%s of %s: made in %.1f s", job.id, job.owner, time.monotonic() - began)
         totals = {"video_seconds": job.details.get("seconds", 0.0), "work_seconds": time.monotonic() - began}
         store.finish(job.id, "completed", result=result, totals=totals)
+    return True
 
 
 def _generate(
@@ -167,7 +199,8 @@ def _generate(
         now = time.monotonic()
         if now - reported >= _REPORT_SECONDS:
             reported = now
-            store.report(job.id, describe(progress))
+            with suppress(sqlite3.Error):  # the disk may be full: the video is not lost for that
+                store.report(job.id, describe(progress))
 
     def generate(resume: bool) -> "GeneratedVideo":
         return pipeline.generate(
@@ -195,5 +228,5 @@ def _generate(
 
 
 def _forget_state(job: Job) -> None:
-    """Nobody goes on with a cancelled job; what is there of its video stays."""
+    """Nobody goes on with a job that has failed or was cancelled; what is there of its video stays."""
     shutil.rmtree(journal_folder(job.output), ignore_errors=True)

@@ -1,20 +1,23 @@
 """Worker processes that are there while a server runs: started, started again when one is lost, and ended."""
 
 import logging
+import sqlite3
 import threading
+import time
 from collections.abc import Sequence
 from multiprocessing import get_context
 from multiprocessing.context import SpawnProcess
 
 from stableavatar.errors import CheckpointError
 from stableavatar.jobs.store import JobStore
-from stableavatar.jobs.worker import NO_MODEL, ModelChoice, run_worker
+from stableavatar.jobs.worker import FAULTY, NO_MODEL, ModelChoice, run_worker
 
 logger = logging.getLogger(__name__)
 
 # A worker that is lost at once is not started again at once.
 _PAUSES = (0.0, 1.0, 5.0, 20.0, 60.0)
 _STEADY_SECONDS = 60.0
+_RETRY_SECONDS = 5.0
 
 
 class Workers:
@@ -56,14 +59,19 @@ class Workers:
         """Those that run."""
         return [it.process for it in self._keepers if it.process is not None and it.process.is_alive()]
 
-    def stop(self, seconds: float) -> None:
-        """Let each save what it is making; what has not ended after so long is killed, and loses what it did
-        since it saved last."""
+    def tell_to_end(self) -> None:
+        """Let each save what it is making, and end."""
         self._ending.set()
         for process in self.processes():
             process.terminate()
+
+    def stop(self, seconds: float) -> None:
+        """The same, waited for; what has not ended after so long is killed, and loses what it did since it
+        saved last."""
+        self.tell_to_end()
+        until = time.monotonic() + seconds
         for keeper in self._keepers:
-            keeper.thread.join(seconds)
+            keeper.thread.join(max(until - time.monotonic(), 0.0))
         for process in self.processes():
             process.kill()
         for keeper in self._keepers:
@@ -92,27 +100,42 @@ class _Keeper:
         self.thread = threading.Thread(target=self._keep, name=name, daemon=True)
 
     def _keep(self) -> None:
-        import time
-
         losses = 0
         ending = self._workers.ending
         while not ending.wait(_PAUSES[min(losses, len(_PAUSES) - 1)]):
             began = time.monotonic()
-            self.process = get_context("spawn").Process(
-                target=run_worker,
-                args=(self._name, self._workers.store.folder, self._model, self._workers.verbosity),
-                name=self._name,
-            )
-            self.process.start()
-            if ending.is_set():  # asked to end while it was started
-                self.process.terminate()
-            self.process.join()
-            status = self.process.exitcode
-            self._workers.store.worker_lost(self._name, crashed=not ending.is_set())
+            status = self._run()
+            self._settle(crashed=not ending.is_set() and status != FAULTY)
             if ending.is_set():
                 return
             if status == NO_MODEL:
                 self.no_model.set()
                 return
-            losses = 0 if time.monotonic() - began > _STEADY_SECONDS else losses + 1
+            steady = status == FAULTY or time.monotonic() - began > _STEADY_SECONDS
+            losses = 0 if steady else losses + 1
             logger.error("%s was lost (exit status %s); another one is started", self._name, status)
+
+    def _run(self) -> int | None:
+        """One worker, from its start to its end; its exit status."""
+        self.process = get_context("spawn").Process(
+            target=run_worker,
+            args=(self._name, self._workers.store.folder, self._model, self._workers.verbosity),
+            name=self._name,
+        )
+        self.process.start()
+        if self._workers.ending.is_set():  # asked to end while it was started
+            self.process.terminate()
+        self.process.join()
+        return self.process.exitcode
+
+    def _settle(self, *, crashed: bool) -> None:
+        """Say in the store that the worker is gone; its disk may be full, and have room again later."""
+        while True:
+            try:
+                self._workers.store.worker_lost(self._name, crashed=crashed)
+            except sqlite3.Error as error:
+                logger.error("%s: the jobs cannot be written (%s)", self._name, error)
+                if self._workers.ending.wait(_RETRY_SECONDS):
+                    return  # the next server settles it
+            else:
+                return

@@ -12,7 +12,7 @@ from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from starlette.requests import HTTPConnection
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from stableavatar.apps.server.schemas import ApiError
+from stableavatar.apps.server.schemas import ApiError, answer_error
 from stableavatar.errors import InputError
 from stableavatar.media.files import reason_of
 
@@ -139,18 +139,36 @@ def owner_of_key(keys: Keys, key: str | None) -> str:
 Owner = Annotated[str, Depends(owner_of)]
 
 
-class BodyLimit:
-    """ASGI middleware that takes so many bytes of a request, whatever it says of its length; more is 413.
+class Gate:
+    """ASGI middleware before everything: who has no key, or sends more bytes than are taken, whatever he says
+    of their number, is answered before they are read.
 
-    FastAPI's own `max_body_size` answers in another form than this server's other errors.
+    FastAPI reads a form before it asks whose it is, and its own `max_body_size` answers in another form than
+    this server's other errors.
     """
 
-    def __init__(self, app: ASGIApp, most: int) -> None:
+    def __init__(self, app: ASGIApp, keys: Keys, most: int) -> None:
         self.app = app
+        self.keys = keys
         self.most = most
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer, unless too much is sent."""
+        """Answer, unless nobody asks or too much is sent."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        request = HTTPConnection(scope)
+        try:
+            if scope["path"].startswith("/v1/"):
+                refuse_foreign_pages(request)
+                owner_of_key(self.keys, bearer_of(request))
+            if int(request.headers.get("content-length", "0")) > self.most:
+                raise self._too_much()
+        except ApiError as error:
+            await answer_error(error)(scope, receive, send)
+            return
+        except ValueError:  # a length that is none: the server below refuses it
+            pass
         taken = 0
 
         async def counted() -> Message:
@@ -158,10 +176,19 @@ class BodyLimit:
             message = await receive()
             taken += len(message.get("body", b""))
             if taken > self.most:
-                raise HTTPException(413, f"more than {self.most / 1e6:g} MB were sent")
+                raise HTTPException(413, str(self._too_much()))
             return message
 
-        await self.app(scope, counted if scope["type"] == "http" else receive, send)
+        await self.app(scope, counted, send)
+
+    def _too_much(self) -> ApiError:
+        return ApiError(413, f"more than {self.most / 1e6:g} MB were sent", code="too_large")
+
+
+def bearer_of(request: HTTPConnection) -> str | None:
+    """The key that a request bears."""
+    kind, _, key = request.headers.get("authorization", "").partition(" ")
+    return key.strip() if kind.lower() == "bearer" else None
 
 
 def _host_of(netloc: str) -> str:

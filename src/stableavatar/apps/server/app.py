@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import sqlite3
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,9 +17,9 @@ from starlette.exceptions import HTTPException
 from stableavatar import __version__
 from stableavatar.apps.running import run_with_workers
 from stableavatar.apps.server import health, speaking, videos
-from stableavatar.apps.server.access import BodyLimit, Keys, check_host
+from stableavatar.apps.server.access import Gate, Keys, check_host
 from stableavatar.apps.server.health import Counted, Metrics
-from stableavatar.apps.server.schemas import ApiError, ErrorBody, ErrorDetail
+from stableavatar.apps.server.schemas import ApiError, ErrorBody, ErrorDetail, answer_error
 from stableavatar.jobs.intake import FileChecker, Limits
 from stableavatar.jobs.sessions import SessionLine
 from stableavatar.jobs.store import JobStore
@@ -67,6 +68,7 @@ class Service:
             self.folder,
             most_waiting=self.limits.waiting,
             most_waiting_each=self.limits.waiting_each,
+            most_kept_each=self.limits.kept_each,
         )
 
 
@@ -100,11 +102,13 @@ def create_app(service: Service, store: JobStore) -> FastAPI:
     app.include_router(videos.router)
     app.include_router(speaking.router)
     app.include_router(health.router)
-    app.add_middleware(BodyLimit, most=service.limits.upload_bytes)
+    app.add_middleware(Gate, keys=service.keys, most=service.limits.upload_bytes)
     app.add_middleware(Counted, metrics=app.state.metrics)
     app.add_exception_handler(ApiError, _api_error)
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(HTTPException, _http_error)
+    app.add_exception_handler(sqlite3.Error, _fault)
+    app.add_exception_handler(Exception, _fault)
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
     return app
 
@@ -127,14 +131,20 @@ def serve(service: Service, host: str = "127.0.0.1", port: int = 8000) -> None:
             port=port,
             save_seconds=service.save_seconds,
             keep_seconds=service.keep_seconds,
-            most_message=service.limits.upload_bytes,
+            most_message=speaking.MOST_MESSAGE,
         )
 
 
 async def _api_error(_request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, ApiError)
-    headers = {"WWW-Authenticate": "Bearer"} if error.status == 401 else None
-    return JSONResponse(error.body.model_dump(), error.status, headers=headers)
+    return answer_error(error)
+
+
+async def _fault(_request: Request, error: Exception) -> JSONResponse:
+    """What nobody foresaw; the log has its traceback."""
+    if isinstance(error, sqlite3.Error):
+        return _error(503, "the server's table of videos cannot be used now", code="no_table")
+    return _error(500, "the server has met a fault of its own; its log says more", code="fault")
 
 
 async def _invalid(_request: Request, error: Exception) -> JSONResponse:

@@ -17,6 +17,7 @@ from stableavatar.jobs.store import JobStore
 
 # Less room than this, and videos may fail half-way.
 LEAST_ROOM = 1_000_000_000  # bytes
+_METHODS = {"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"}
 
 router = APIRouter(tags=["operation"])
 
@@ -124,13 +125,25 @@ class Counted:
             await self.app(scope, receive, send)
             return
         began = time.monotonic()
+        answered = False
+
+        def count(status: int) -> None:
+            # Paths and methods as such would be without end; what no route answers is one of them.
+            route = getattr(scope.get("route"), "path", "none")
+            method = scope["method"] if scope["method"] in _METHODS else "other"
+            self.metrics.requests.labels(method, route, str(status)).inc()
+            self.metrics.seconds.labels(route).observe(time.monotonic() - began)
 
         async def counted(message: Message) -> None:
+            nonlocal answered
             if message["type"] == "http.response.start":
-                # Paths as such would be without end; what no route answers is one of them.
-                route = getattr(scope.get("route"), "path", "none")
-                self.metrics.requests.labels(scope["method"], route, str(message["status"])).inc()
-                self.metrics.seconds.labels(route).observe(time.monotonic() - began)
+                answered = True
+                count(message["status"])
             await send(message)
 
-        await self.app(scope, receive, counted)
+        try:
+            await self.app(scope, receive, counted)
+        except Exception:
+            if not answered:
+                count(500)
+            raise

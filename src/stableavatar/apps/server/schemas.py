@@ -4,6 +4,7 @@ from dataclasses import fields
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
 
 from fastapi import UploadFile
+from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field, create_model
 
 from stableavatar.jobs.intake import OPTIONS, ORDERS
@@ -35,6 +36,12 @@ class ApiError(Exception):
         super().__init__(message)
         self.status = status
         self.body = ErrorBody(error=ErrorDetail(message=message, type=kind, param=param, code=code))
+
+
+def answer_error(error: ApiError) -> JSONResponse:
+    """What is sent of an error."""
+    headers = {"WWW-Authenticate": "Bearer"} if error.status == 401 else None
+    return JSONResponse(error.body.model_dump(), error.status, headers=headers)
 
 
 class ErrorDetail(BaseModel):
@@ -172,6 +179,13 @@ def _request_fields() -> dict[str, Any]:
     return made
 
 
+def _session_fields() -> dict[str, Any]:
+    """The same, of what is spoken now: it begins when it comes, and in one order alone."""
+    made = {name: entry for name, entry in _request_fields().items() if name not in ("start", "order")}
+    size = VideoFiles.model_fields["size"]
+    return {**made, "size": (size.annotation, size)}
+
+
 def _described(default: Any, metadata: "Mapping[str, Any]") -> Any:
     checks = {"minimum": "ge", "maximum": "le", "above": "gt"}
     bounds = {checks[name]: value for name, value in metadata.items() if name in checks}
@@ -184,6 +198,18 @@ if TYPE_CHECKING:
     VideoRequest = VideoFiles
 else:
     VideoRequest = create_model("VideoRequest", __base__=VideoFiles, **_request_fields())
+
+
+class ChosenNow(BaseModel):
+    """Options of a session; see `VideoRequest`."""
+
+    model_config = ConfigDict(extra="forbid", title="SessionOptions")
+
+
+if TYPE_CHECKING:
+    SessionOptions = ChosenNow
+else:
+    SessionOptions = create_model("SessionOptions", __base__=ChosenNow, **_session_fields())
 
 
 def as_video(job: Job, store: JobStore, model: str, keep_seconds: float | None) -> Video:

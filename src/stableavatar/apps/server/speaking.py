@@ -18,10 +18,10 @@ import anyio.to_thread
 from fastapi import APIRouter, WebSocket, WebSocketDisconnect
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from stableavatar.apps.server.access import owner_of_key, refuse_foreign_pages
-from stableavatar.apps.server.schemas import VIDEO_ID, ApiError
+from stableavatar.apps.server.access import bearer_of, owner_of_key, refuse_foreign_pages
+from stableavatar.apps.server.schemas import VIDEO_ID, ApiError, SessionOptions
 from stableavatar.errors import InputError
-from stableavatar.jobs.intake import OPTIONS, Limits, check_options, check_quality
+from stableavatar.jobs.intake import OPTIONS, BusyError, Limits, check_options, check_quality
 from stableavatar.jobs.sessions import DONE, END, ERROR, SPEECH, VIDEO, Session
 from stableavatar.jobs.store import PORTRAIT, JobStore
 from stableavatar.options import GenerateOptions
@@ -29,6 +29,10 @@ from stableavatar.options import GenerateOptions
 # Without a word, or without taking what is sent, a session ends.
 _SILENT_SECONDS = 60.0
 _PATIENCE_SECONDS = 60.0  # until a worker is free: one that makes a video has to save it first
+# Of a message: a portrait in base64 at most. It is read before it is known whose it is.
+MOST_MESSAGE = 16 * 2**20
+# Than the speech that is taken at most, a session may last, whether or not anything is said.
+_LONGER_SECONDS = 120.0
 _POLICY_VIOLATION, _TRY_AGAIN = 1008, 1013
 
 router = APIRouter(prefix="/v1")
@@ -44,8 +48,8 @@ class Start(BaseModel):
     portrait: str | None = Field(None, description="A picture, in base64.")
     portrait_from: str | None = Field(None, pattern=VIDEO_ID, description="A video of yours: its portrait.")
     sample_rate: int = Field(16_000, ge=8000, le=48_000, description="Samples a second of the speech.")
-    options: dict[str, Any] = Field(
-        default_factory=dict,
+    options: SessionOptions = Field(
+        default_factory=SessionOptions,
         description="Sampling options, size and quality, as for videos, but start, seconds and order.",
     )
 
@@ -55,7 +59,7 @@ async def speak(socket: WebSocket) -> None:
     """A session, from its start to its end."""
     await socket.accept()
     try:
-        session, started = await _begin(socket)
+        session, owner = await _begin(socket)
     except ApiError as error:
         await _refuse(socket, error)
         return
@@ -63,17 +67,23 @@ async def speak(socket: WebSocket) -> None:
         return
     hearing = asyncio.create_task(_hear(socket, session))
     showing = asyncio.create_task(_show(socket, session))
+    until = asyncio.get_running_loop().time() + socket.app.state.limits.seconds + _LONGER_SECONDS
     try:
-        await asyncio.wait({hearing, showing}, return_when=asyncio.FIRST_COMPLETED)
-        if not showing.done() and hearing.exception() is None:  # all has been said, not all is shown
-            await showing
+        await asyncio.wait({hearing, showing}, timeout=_left(until), return_when=asyncio.FIRST_COMPLETED)
+        gone = hearing.done() and isinstance(hearing.exception(), WebSocketDisconnect)
+        if not gone:  # all has been said, or the worker takes no more: what it made is shown
+            await asyncio.wait({showing}, timeout=_left(until))
     finally:
         hearing.cancel()
         showing.cancel()
         await anyio.to_thread.run_sync(session.close)
         # What they raise says that the client went away, or takes nothing.
         await asyncio.gather(hearing, showing, return_exceptions=True)
-        _sessions(socket).discard(started)
+        _sessions(socket).discard(owner)
+
+
+def _left(until: float) -> float:
+    return max(until - asyncio.get_running_loop().time(), 0.0)
 
 
 async def _begin(socket: WebSocket) -> tuple[Session, str]:
@@ -81,22 +91,25 @@ async def _begin(socket: WebSocket) -> tuple[Session, str]:
     state = socket.app.state
     refuse_foreign_pages(socket)
     try:
-        start = Start.model_validate_json(await asyncio.wait_for(socket.receive_text(), _SILENT_SECONDS))
+        text = await asyncio.wait_for(socket.receive_text(), _SILENT_SECONDS)
+        start = await anyio.to_thread.run_sync(Start.model_validate_json, text)
     except (ValidationError, KeyError) as error:
         raise ApiError(400, _first(error), code="bad_start") from error
     except TimeoutError:
         raise ApiError(400, "nothing was sent", code="bad_start") from None
-    owner = owner_of_key(state.keys, start.api_key or _bearer(socket))
+    owner = owner_of_key(state.keys, start.api_key or bearer_of(socket))
+    options, quality = _options(start.options, state.limits)
     if owner in _sessions(socket):
         raise ApiError(429, "you are speaking already: end that session first", code="one_session")
     store: JobStore = state.store
-    options, quality = _options(start.options, state.limits), _quality(start.options)
+    folder: Path | None = None
+    session: Session | None = None
     _sessions(socket).add(owner)
-    folder = await anyio.to_thread.run_sync(store.new_folder)
     try:
+        folder = await anyio.to_thread.run_sync(store.new_folder)
         await anyio.to_thread.run_sync(_portrait, start, store, owner, folder)
-        await anyio.to_thread.run_sync(_check, state.checker, folder, options)
-        session: Session | None = await anyio.to_thread.run_sync(
+        await anyio.to_thread.run_sync(_check, state.checker, owner, folder, options)
+        session = await anyio.to_thread.run_sync(
             state.line.open,
             folder,
             {**{name: getattr(options, name) for name in _CHOSEN}, "quality": quality},
@@ -107,9 +120,14 @@ async def _begin(socket: WebSocket) -> tuple[Session, str]:
         if session is None:
             raise ApiError(503, "no worker is free: try again later", code="busy", kind="server_error")
         await socket.send_json({"type": "ready"})
-    except BaseException:
+    except BaseException as error:
         _sessions(socket).discard(owner)
-        store.discard(folder)
+        if session is not None:
+            session.close()
+        if folder is not None:
+            store.discard(folder)
+        if isinstance(error, OSError):
+            raise ApiError(507, "the server has no room for this", code="no_room") from error
         raise
     return session, owner
 
@@ -154,30 +172,17 @@ async def _show(socket: WebSocket, session: Session) -> None:
             return
 
 
-def _options(chosen: dict[str, Any], limits: Limits) -> GenerateOptions:
-    values = {name: value for name, value in chosen.items() if name not in ("quality", "size")}
-    for name in ("start", "duration", "order"):
-        if name in values:
-            raise ApiError(
-                400, f"{name} cannot be chosen for what is spoken now", code="bad_option", param=name
-            )
-    size = chosen.get("size")
+def _options(chosen: BaseModel, limits: Limits) -> tuple[GenerateOptions, int]:
+    """What was chosen, and the quality of the file. Raises ApiError: something cannot be."""
+    values = chosen.model_dump()
+    quality, size = values.pop("quality"), values.pop("size")
     if size is not None:
-        width, _, height = str(size).partition("x")
-        if not (width.isdecimal() and height.isdecimal()):
-            raise ApiError(400, "size: give width x height, such as 512x512", code="bad_option", param="size")
+        width, _, height = size.partition("x")
         values |= {"width": int(width), "height": int(height)}
     try:
-        return check_options({**values, "order": "causal"}, limits)
+        return check_options({**values, "order": "causal"}, limits), check_quality(quality)
     except InputError as error:
         raise ApiError(400, str(error), code="bad_option") from error
-
-
-def _quality(chosen: dict[str, Any]) -> int:
-    try:
-        return check_quality(chosen.get("quality"))
-    except InputError as error:
-        raise ApiError(400, str(error), code="bad_option", param="quality") from error
 
 
 def _portrait(start: Start, store: JobStore, owner: str, folder: Path) -> None:
@@ -197,22 +202,19 @@ def _portrait(start: Start, store: JobStore, owner: str, folder: Path) -> None:
     shutil.copyfile(job.portrait, folder / PORTRAIT)
 
 
-def _check(checker: Any, folder: Path, options: GenerateOptions) -> None:
+def _check(checker: Any, owner: str, folder: Path, options: GenerateOptions) -> None:
     try:
-        checker.check(folder / PORTRAIT, None, GenerateOptions(duration=1.0, fps=options.fps))
+        checker.check(owner, folder / PORTRAIT, None, GenerateOptions(duration=1.0, fps=options.fps))
     except InputError as error:
         raise ApiError(400, str(error), code="unusable", param="portrait") from error
+    except BusyError as error:
+        raise ApiError(429, str(error), kind="rate_limit_error", code="busy") from error
 
 
 def _sessions(socket: WebSocket) -> set[str]:
     """Owners who are speaking."""
     speaking: set[str] = socket.app.state.speaking
     return speaking
-
-
-def _bearer(socket: WebSocket) -> str | None:
-    kind, _, key = socket.headers.get("authorization", "").partition(" ")
-    return key if kind.lower() == "bearer" else None
 
 
 async def _refuse(socket: WebSocket, error: ApiError) -> None:

@@ -12,6 +12,7 @@ from fastapi.responses import FileResponse, Response, StreamingResponse
 from fastapi.sse import EventSourceResponse, ServerSentEvent
 
 from stableavatar.apps.server.access import Owner
+from stableavatar.apps.server.health import LEAST_ROOM
 from stableavatar.apps.server.schemas import (
     VIDEO_ID,
     ApiError,
@@ -27,7 +28,7 @@ from stableavatar.apps.server.schemas import (
 from stableavatar.apps.watching import live_response, thumbnail_response, video_response
 from stableavatar.errors import InputError
 from stableavatar.jobs.asking import Bring, ask, copied
-from stableavatar.jobs.intake import OPTIONS, FileChecker, Limits, check_options, check_quality
+from stableavatar.jobs.intake import OPTIONS, BusyError, FileChecker, Limits, check_options, check_quality
 from stableavatar.jobs.store import Job, JobStore, QueueFullError
 from stableavatar.media.files import reason_of
 from stableavatar.options import GenerateOptions
@@ -97,6 +98,8 @@ def create_video(
     if form.speech is not None and form.speech_from is not None:
         _refuse("give speech or speech_from, not both", "speech")
     options = _options(form, limits)
+    if shutil.disk_usage(store.folder).free < LEAST_ROOM:
+        raise _no_room("there is too little room left")
     speech = None
     if form.speech is not None or form.speech_from is not None:
         speech = _brought(store, owner, form.speech, form.speech_from, "speech")
@@ -114,8 +117,12 @@ def create_video(
         raise ApiError(400, str(error), code="unusable") from error
     except QueueFullError as error:
         raise ApiError(429, str(error), kind="rate_limit_error", code="queue_full") from error
+    except BusyError as error:
+        raise ApiError(429, str(error), kind="rate_limit_error", code="busy") from error
+    except FileNotFoundError as error:
+        raise ApiError(404, "that video was removed meanwhile", code="not_found") from error
     except OSError as error:
-        raise _no_room(error) from error
+        raise _no_room(reason_of(error)) from error
     return _answer(request, job)
 
 
@@ -191,7 +198,10 @@ def download_video(
         what = f"it is {job.state.replace('_', ' ')}" if not job.is_finished else "it has no frame"
         raise ApiError(409, f"this video cannot be fetched: {what}", code="not_there")
     if variant == "thumbnail":
-        return thumbnail_response(path)
+        try:
+            return thumbnail_response(path)
+        except InputError as error:
+            raise ApiError(409, "this video cannot be read", code="not_there") from error
     return video_response(job, path)
 
 
@@ -288,7 +298,5 @@ def _refuse(message: str, param: str) -> NoReturn:
     raise ApiError(400, message, code="bad_request", param=param)
 
 
-def _no_room(error: OSError) -> ApiError:
-    return ApiError(
-        507, f"the server cannot keep this ({reason_of(error)})", kind="server_error", code="no_room"
-    )
+def _no_room(reason: str) -> ApiError:
+    return ApiError(507, f"the server cannot keep this ({reason})", kind="server_error", code="no_room")

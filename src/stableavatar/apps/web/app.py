@@ -39,7 +39,12 @@ def run_page(service: PageService, host: str, port: int) -> None:
         CheckpointError: the model cannot be loaded.
     """
     limits = service.limits
-    store = JobStore(service.folder, most_waiting=limits.waiting, most_waiting_each=limits.waiting_each)
+    store = JobStore(
+        service.folder,
+        most_waiting=limits.waiting,
+        most_waiting_each=limits.waiting_each,
+        most_kept_each=limits.kept_each,
+    )
     checker = FileChecker(limits)
     studio = Studio(
         store,
@@ -58,5 +63,5 @@ def run_page(service: PageService, host: str, port: int) -> None:
             port=port,
             save_seconds=service.save_seconds,
             keep_seconds=service.keep_seconds,
-            most_message=limits.upload_bytes,
+            most_message=2**20,
         )

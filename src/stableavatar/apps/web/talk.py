@@ -15,7 +15,7 @@ from stableavatar.apps.web.texts import Texts
 from stableavatar.choices import Fit
 from stableavatar.errors import InputError
 from stableavatar.jobs.asking import ask, copied
-from stableavatar.jobs.intake import check_options
+from stableavatar.jobs.intake import BusyError, check_options
 from stableavatar.jobs.store import Job, QueueFullError
 from stableavatar.options import SIZE_MULTIPLE
 
@@ -232,7 +232,7 @@ def _ask(studio: Studio, texts: Texts, who: str, values: dict[str, Any]) -> Job:
             options,
             quality,
         )
-    except (InputError, QueueFullError) as error:
+    except (InputError, QueueFullError, BusyError) as error:
         raise gr.Error(str(error), print_exception=False) from error
 
 
