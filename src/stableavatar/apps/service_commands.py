@@ -10,6 +10,22 @@ from stableavatar.errors import InputError
 
 _MODEL, _LIMITS, _PEOPLE = "The model", "What is taken at most", "Who may use it"
 
+ModelOption = Annotated[
+    str,
+    typer.Option(help="tiny, a folder of weights, or a hub id, as for generate.", rich_help_panel=_MODEL),
+]
+VariantOption = Annotated[Variant | None, typer.Option(help="Of published weights.", rich_help_panel=_MODEL)]
+SizeOption = Annotated[ModelSize | None, typer.Option(help="Of published weights.", rich_help_panel=_MODEL)]
+LoraOption = Annotated[
+    list[str] | None,
+    typer.Option(metavar="FILE[:SCALE]", help="A LoRA, as for generate.", rich_help_panel=_MODEL),
+]
+DtypeOption = Annotated[Dtype, typer.Option(help="Of the weights.", rich_help_panel=_MODEL)]
+VerboseOption = Annotated[
+    int,
+    typer.Option("--verbose", "-v", count=True, show_default=False, help="Say what is being done."),
+]
+
 
 def serve(
     folder: Annotated[
@@ -26,24 +42,14 @@ def serve(
             metavar="FILE", help="Who may use it: a name and a key a line.", rich_help_panel=_PEOPLE
         ),
     ] = None,
-    model: Annotated[
-        str,
-        typer.Option(help="tiny, a folder of weights, or a hub id, as for generate.", rich_help_panel=_MODEL),
-    ] = "tiny",
+    model: ModelOption = "tiny",
     name: Annotated[
         str | None,
         typer.Option(help="What the model is called in requests.", rich_help_panel=_MODEL),
     ] = None,
-    variant: Annotated[
-        Variant | None, typer.Option(help="Of published weights.", rich_help_panel=_MODEL)
-    ] = None,
-    model_size: Annotated[
-        ModelSize | None, typer.Option(help="Of published weights.", rich_help_panel=_MODEL)
-    ] = None,
-    lora: Annotated[
-        list[str] | None,
-        typer.Option(metavar="FILE[:SCALE]", help="A LoRA, as for generate.", rich_help_panel=_MODEL),
-    ] = None,
+    variant: VariantOption = None,
+    model_size: SizeOption = None,
+    lora: LoraOption = None,
     device: Annotated[
         list[str] | None,
         typer.Option(
@@ -51,7 +57,7 @@ def serve(
             rich_help_panel=_MODEL,
         ),
     ] = None,
-    dtype: Annotated[Dtype, typer.Option(help="Of the weights.", rich_help_panel=_MODEL)] = "auto",
+    dtype: DtypeOption = "auto",
     most_megabytes: Annotated[
         float, typer.Option(help="Of a request with its files.", rich_help_panel=_LIMITS)
     ] = 200.0,
@@ -71,10 +77,7 @@ def serve(
     checkpoint_every: Annotated[
         float, typer.Option(min=0, help="Seconds after which the state of a video is saved.")
     ] = 10.0,
-    verbose: Annotated[
-        int,
-        typer.Option("--verbose", "-v", count=True, show_default=False, help="Say what is being done."),
-    ] = 0,
+    verbose: VerboseOption = 0,
 ) -> None:
     """Make videos for other programs, by HTTP.
 
@@ -135,22 +138,12 @@ def app(
         typer.Option(help="The address to listen at; 0.0.0.0 lets everybody in the network use the page."),
     ] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="The port to listen at.")] = 7860,
-    model: Annotated[
-        str,
-        typer.Option(help="tiny, a folder of weights, or a hub id, as for generate.", rich_help_panel=_MODEL),
-    ] = "tiny",
-    variant: Annotated[
-        Variant | None, typer.Option(help="Of published weights.", rich_help_panel=_MODEL)
-    ] = None,
-    model_size: Annotated[
-        ModelSize | None, typer.Option(help="Of published weights.", rich_help_panel=_MODEL)
-    ] = None,
-    lora: Annotated[
-        list[str] | None,
-        typer.Option(metavar="FILE[:SCALE]", help="A LoRA, as for generate.", rich_help_panel=_MODEL),
-    ] = None,
+    model: ModelOption = "tiny",
+    variant: VariantOption = None,
+    model_size: SizeOption = None,
+    lora: LoraOption = None,
     device: Annotated[str, typer.Option(help="As for generate.", rich_help_panel=_MODEL)] = "auto",
-    dtype: Annotated[Dtype, typer.Option(help="Of the weights.", rich_help_panel=_MODEL)] = "auto",
+    dtype: DtypeOption = "auto",
     checkpoints: Annotated[
         Path, typer.Option(help="Where the page puts published weights that it downloads.")
     ] = Path("checkpoints"),
@@ -161,10 +154,7 @@ def app(
         ),
     ] = None,
     most_seconds: Annotated[float, typer.Option(help="Of a video.", rich_help_panel=_LIMITS)] = 3600.0,
-    verbose: Annotated[
-        int,
-        typer.Option("--verbose", "-v", count=True, show_default=False, help="Say what is being done."),
-    ] = 0,
+    verbose: VerboseOption = 0,
 ) -> None:
     """Show a web page that makes videos, in English and Chinese.
 

@@ -2,7 +2,6 @@
 
 import html
 import tempfile
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -79,9 +78,7 @@ def gallery_tab(studio: Studio, texts: Texts, tab: gr.Tab, tabs: gr.Tabs, talk: 
 
 
 def _caption(job: Job) -> str:
-    made: Mapping[str, Any] = job.result or {}
-    size = f"{made['width']}×{made['height']} · " if made else ""
-    return f"{size}{job.details['seconds']:.1f} s"
+    return f"{job.details['seconds']:.1f} s"
 
 
 def _settings(job: Job) -> str:
