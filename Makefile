@@ -30,7 +30,7 @@ PORTRAITS ?= $(wildcard $(addprefix ../shared/samples/portraits/,boy.jpg echo_01
 # What `make bench` measures, by default all: transformer peak decode generate first-frame processes training.
 PARTS  ?=
 
-.PHONY: help demo test test-large lint parity tiny evaluate-tiny evaluate-lora bench format clean
+.PHONY: help demo test test-large lint docs parity tiny evaluate-tiny evaluate-lora bench format clean
 help:            ## what can be made
 	@grep -E '^[a-z-]+: .*##|^[a-z-]+:  +##' $(MAKEFILE_LIST) | sed 's/:.*##/:/' | column -t -s:
 
@@ -78,6 +78,9 @@ evaluate-lora: $(STAMP) ## what a LoRA of one unseen person gains, into docs/tra
 	$(BIN)/stableavatar cache-latents recipes/tiny-lora.yaml --passes 4 --output runs/tiny-lora/latents
 	$(BIN)/stableavatar train recipes/tiny-lora.yaml --resume latest
 	$(BIN)/python -m stableavatar.evaluation.lora measure --lora runs/tiny-lora/lora --out docs/training.md
+
+docs: $(STAMP)   ## the pages of docs/ as a site in out/docs, links checked
+	$(BIN)/mkdocs build --quiet
 
 bench: $(STAMP)  ## speed and memory beside diffusers, into docs/performance.md (QUICK=1 prints small sizes)
 	$(BIN)/python -m benchmarks.run $(if $(QUICK),--quick) $(PARTS)

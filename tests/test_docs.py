@@ -5,6 +5,7 @@ import os
 import re
 import shlex
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -100,3 +101,15 @@ def test_a_quick_pass_leaves_the_package_as_it_is() -> None:
 
 def test_make_takes_numbers_of_the_environment_too() -> None:
     assert re.search(r"--clips 77$", made("tiny", CLIPS="77"), re.MULTILINE)
+
+
+def test_the_site_is_built_and_its_links_lead_somewhere(tmp_path: Path) -> None:
+    """Strictly: a link within that leads nowhere, or a docstring that cannot be read, is an error."""
+    done = subprocess.run(
+        [sys.executable, "-m", "mkdocs", "build", "--quiet", "--site-dir", str(tmp_path)],
+        cwd=ROOT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    page = (tmp_path / "api" / "index.html").read_text(encoding="utf-8")
+    for name in ("AvatarPipeline", "GenerateOptions", "audio_scale", "LiveRecording", "StoppedError"):
+        assert name in page, name

@@ -68,8 +68,11 @@ class AvatarStream(Iterator[Frame]):
     """Frames of a video, uint8 `[height, width, 3]`, made as they are asked for.
 
     Attributes:
-        frame_count (None where the speech is still arriving, and in causal order, where a file is read as it
-            is needed), frame_rate (frames a second), width, height: of the video.
+        frame_count: of the video; None where the speech is still arriving, and in causal order, where a file
+            is read as it is needed.
+        frame_rate: frames a second.
+        width: of a frame, in pixels.
+        height: of a frame, in pixels.
         options: the options with every default filled in; with them the video can be repeated.
     """
 
@@ -387,7 +390,8 @@ class AvatarPipeline(DiffusionPipeline, WanLoraLoaderMixin):
                 begins anew; None refuses where something was begun.
             stop: asked between cells; when it says so, the state is saved and what is finished is put beside
                 the output as `NAME.unfinished.mp4`.
-            portrait, speech, latents, progress, processes, options: see `stream`.
+
+        Everything else is as for `stream`.
 
         Raises:
             InputError: a file or an option that cannot be used, an output that cannot be written, another
