@@ -417,7 +417,11 @@ class TestFolder:
             sys.executable, "-m", "stableavatar", "prepare", str(raw), str(tmp_path / "data"), "--workers", "2",
             "--least-seconds", "0.5",
         ]  # fmt: skip
-        started = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        # A test run in the background has SIGINT ignored, and so would what it starts.
+        started = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        )  # fmt: skip
         state = tmp_path / "data" / "prepare.json"
         while not state.exists():
             assert started.poll() is None
