@@ -122,6 +122,22 @@ class Run:
             self.close()
             self.pipeline.maybe_free_model_hooks()
 
+    def latents(self) -> Generator[torch.Tensor, None, None]:
+        """The video's latents, normalised, `[C, n, height/8, width/8]`, as the order makes them final;
+        nothing is decoded.
+
+        Raises:
+            SamplingError: latents became NaN or infinite.
+        """
+        try:
+            pace = _Pace()
+            sampler = self._parts(pace, None, decode=False).sampler
+            pace.begin()
+            yield from sampler
+        finally:
+            self.close()
+            self.pipeline.maybe_free_model_hooks()
+
     def close(self) -> None:
         """Let go of the recording; `frames` does so at its end."""
         if self.speech is not None:
@@ -162,10 +178,10 @@ class Run:
                             f"frame {parts.frames} came out of the autoencoder without finite numbers: try "
                             "--dtype float32"
                         )
-                    pixels = ((frame + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+                    pixels = as_pixels(frame)
                     pace.frame()
                     self._report(pace)
-                    yield pixels.permute(1, 2, 0).cpu().numpy()
+                    yield pixels
 
     def _total(self) -> int | None:
         """Frames of the video, None while its speech is arriving."""
@@ -223,7 +239,7 @@ class Run:
         chosen = decoder_device(self.pipeline.vae, self.options.decoder_device)
         return chosen or self.pipeline._execution_device
 
-    def _parts(self, pace: "_Pace", keeper: Keeper | None) -> "RunParts":
+    def _parts(self, pace: "_Pace", keeper: Keeper | None, *, decode: bool = True) -> "RunParts":
         pipeline, options = self.pipeline, self.options
         device = pipeline._execution_device
         conditions = self._conditions()
@@ -287,7 +303,7 @@ class Run:
             boundary=boundary,
         )
         decoder = None
-        if sampler.sharing.leads:
+        if sampler.sharing.leads and decode:
             decoder = StreamDecoder(pipeline.vae, self._decoder_device, tiling=options.decoder_tiling)
         parts = RunParts(sampler, decoder, step_cache)
         return parts
@@ -409,6 +425,12 @@ class _Pace:
         done = self._cell_seconds + self._frame_seconds
         self._share = max(self._share, min(done / max(done + left, 1e-9), 0.99))
         return self._share
+
+
+def as_pixels(frame: torch.Tensor) -> Frame:
+    """A decoded frame [3, H, W] in -1..1 as uint8 [H, W, 3]."""
+    pixels = ((frame + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+    return pixels.permute(1, 2, 0).cpu().numpy()
 
 
 def _no_speech(_window: Window) -> None:

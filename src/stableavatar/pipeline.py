@@ -13,6 +13,7 @@ import secrets
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, fields, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -28,7 +29,7 @@ from stableavatar.checkpoints.own import check_own
 from stableavatar.checkpoints.published import load_published
 from stableavatar.conditioning.image import picture_tensor
 from stableavatar.errors import CheckpointError, InputError
-from stableavatar.generation import ProgressCallback, Run
+from stableavatar.generation import ProgressCallback, Run, as_pixels
 from stableavatar.inputs import (
     Portrait,
     SpeechInput,
@@ -49,12 +50,14 @@ from stableavatar.media.reading import Frame
 from stableavatar.media.video import STANDARD_OUTPUT
 from stableavatar.models.transformer import StableAvatarTransformer3DModel
 from stableavatar.options import GenerateOptions, OutputOptions, SamplingDefaults, Settings
-from stableavatar.placement.autoencoder import decoder_device
+from stableavatar.placement.autoencoder import bring_autoencoder, decoder_device
 from stableavatar.placement.device import choose_device, choose_dtype
 from stableavatar.placement.processes import Processes
 from stableavatar.placement.slow_kernels import avoid_slow_kernels
+from stableavatar.sampling.decoding import StreamDecoder
 from stableavatar.sampling.noise import GivenNoise, Noise, PositionalNoise
 from stableavatar.sampling.windows import WindowPlan
+from stableavatar.streams import AvatarLatents, AvatarStream
 from stableavatar.writing import GeneratedVideo, write_live, write_video
 
 LoraChoice = str | Path | tuple[str | Path, float]
@@ -62,36 +65,6 @@ LoraChoice = str | Path | tuple[str | Path, float]
 HUB_ARGUMENTS = ("revision", "token", "cache_dir")
 
 TINY = Path(__file__).parent / "assets" / "tiny"
-
-
-class AvatarStream(Iterator[Frame]):
-    """Frames of a video, uint8 `[height, width, 3]`, made as they are asked for.
-
-    Attributes:
-        frame_count: of the video; None where the speech is still arriving, and in causal order, where a file
-            is read as it is needed.
-        frame_rate: frames a second.
-        width: of a frame, in pixels.
-        height: of a frame, in pixels.
-        options: the options with every default filled in; with them the video can be repeated.
-    """
-
-    def __init__(self, run: Run) -> None:
-        self._run = run
-        self._frames = run.frames()
-        self.frame_count = run.frame_count
-        self.frame_rate = run.frame_rate
-        self.options = run.options
-        self.width = run.options.width
-        self.height = run.options.height
-
-    def __next__(self) -> Frame:
-        return next(self._frames)
-
-    def close(self) -> None:
-        """Stop, and give up the decoded recording; needed only where the frames are not taken to the end."""
-        self._frames.close()
-        self._run.close()
 
 
 class AvatarPipeline(DiffusionPipeline, WanLoraLoaderMixin):
@@ -281,6 +254,42 @@ class AvatarPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         if isinstance(live, LiveRecording) and live is not speech:
             live.sound.wanted = False  # frames alone are asked for
         return AvatarStream(self._open(portrait, live, given, latents, progress, processes, follow=True))
+
+    def sample_latents(
+        self,
+        portrait: Portrait,
+        speech: SpeechInput | None,
+        *,
+        progress: ProgressCallback | None = None,
+        **options: Any,
+    ) -> AvatarLatents:
+        """The latents of a whole video, for programs that decode apart from sampling, such as node editors;
+        they grow with its length, which `stream` and `generate` do not.
+
+        Args:
+            portrait: see `stream`. speech: a recording that is there as a whole. progress, options: as there.
+
+        Raises:
+            InputError: see `stream`; or speech that is still arriving.
+        """
+        given = check_options(options)
+        if isinstance(as_live(speech, given), LiveRecording):
+            raise InputError("latents of a whole video need speech that is there as a whole: use stream")
+        run = self._open(portrait, speech, given, None, progress, None)
+        assert run.frame_count is not None
+        pieces = list(run.latents())
+        return AvatarLatents(torch.cat(pieces, dim=1), run.frame_count, run.frame_rate, run.options)
+
+    def decode_latents(self, made: AvatarLatents) -> Iterator[Frame]:
+        """The frames of latents that `sample_latents` has made, uint8 `[height, width, 3]`, one after the
+        other: those that `stream` gives."""
+        device = decoder_device(self.vae, made.options.decoder_device) or self._execution_device
+        bring_autoencoder(self.vae, device)
+        decoder = StreamDecoder(self.vae, device, tiling=made.options.decoder_tiling)
+        frames = (frame for latent in made.latents.unbind(1) for frame in decoder.decode(latent))
+        for frame in islice(frames, made.frame_count):
+            yield as_pixels(frame)
+        self.maybe_free_model_hooks()
 
     def assist(self, portrait: Portrait, speech: SpeechInput | None, processes: Processes) -> None:
         """Share the windows of a video that the first of several processes makes, by `generate` or `stream`
