@@ -25,12 +25,7 @@ _TEXTS: dict[str, tuple[str, str]] = {
     "tab_models": ("Models", "模型"),
     # Talk.
     "portrait": ("Portrait", "肖像"),
-    "portrait_help": (
-        "One face from the front that fills a good part of the picture.",
-        "正面的一张脸，占画面较大部分。",
-    ),
     "speech": ("Speech", "语音"),
-    "speech_help": ("Upload a recording, or speak.", "上传录音，或直接录制。"),
     "prompt": ("What is to be seen", "画面描述"),
     "prompt_help": (
         "First frame – behaviour – background, in a sentence or two.",
@@ -40,7 +35,6 @@ _TEXTS: dict[str, tuple[str, str]] = {
         "A woman with short hair in a blue jacket – she is talking and smiling – a wall of books",
         "一位短发女子穿着蓝色外套 – 她微笑着说话 – 一面书墙",
     ),
-    "prompt_default": ("The protagonist is talking", "The protagonist is talking"),
     "shape": ("Shape", "画面形状"),
     "shape_auto": ("as the picture", "与图片一致"),
     "shape_square": ("square", "方形"),
@@ -180,7 +174,6 @@ _TEXTS: dict[str, tuple[str, str]] = {
         "--model and the folder.",
         "1.3B 约 19 GB。中断后可续传。完成后请用 --model 加文件夹重新启动。",
     ),
-    "folder": ("Folder", "文件夹"),
     "variant": ("Variant", "变体"),
     "with_vocals": ("With the vocal separator", "包含人声分离网络"),
     "download_done": ("Complete: {folder}", "完成：{folder}"),
