@@ -83,6 +83,22 @@ def test_smiling_and_serious_are_told_apart(meter: MouthMeter) -> None:
     for index in (2, 6):
         for expression in ("smiling", "serious"):
             clip = make_clip(EVALUATION_SEED + index, 2.0, expression=expression)
-            assert read_expression(meter.measure(clip.frames)) == expression
+            at_rest = float(meter.measure(clip.portrait[None]).smile[0])
+            assert read_expression(meter.measure(clip.frames), at_rest) == expression
+
+
+def test_corners_are_held_against_their_place_at_rest(meter: MouthMeter) -> None:
+    """Where the middle between a person's smile and frown lies depends less on the person."""
+    plain, above_rest = [], []
+    for seed in range(940_000, 940_008):
+        clips = [make_clip(seed, 2.0, expression=expression) for expression in ("smiling", "serious")]
+        at_rest = float(meter.measure(clips[0].portrait[None]).smile[0])
+        mouths = [meter.measure(clip.frames) for clip in clips]
+        plain.append(np.mean([corner_lift(mouth) for mouth in mouths]))
+        above_rest.append(np.mean([corner_lift(mouth, at_rest) for mouth in mouths]))
+    assert np.std(above_rest) < 0.85 * np.std(plain)
+
+
+def test_a_neutral_face_neither_smiles_nor_frowns(meter: MouthMeter) -> None:
     neutral = make_clip(EVALUATION_SEED + 2, 2.0, expression="neutral")
     assert abs(corner_lift(meter.measure(neutral.frames))) < 0.35

@@ -6,7 +6,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -164,7 +164,6 @@ class Evaluation:
         reference: Frames,
         called: Track,
         regions: Regions,
-        expression: str | None = None,
         faces: FaceTrack | None = None,
     ) -> Observation:
         """The first frames that all have, as an observation; `faces` are of all frames."""
@@ -176,7 +175,6 @@ class Evaluation:
             mouth=self.meter.measure(frames[:count]),
             surroundings=regions.surroundings,
             outside=regions.outside,
-            expression=expression,
             fps=FPS,
             faces=None if faces is None else FaceTrack(faces.likeness[:count], faces.opening[:count]),
         )
@@ -252,8 +250,13 @@ class Evaluation:
             "true": truth.frames,
         }
         opening = truth.articulation.opening
+        at_rest = float(self.meter.measure(truth.portrait[None]).smile[0])
         clips = {
-            variant: self._observe(frames, truth.frames, opening, regions, truth.expression)
+            variant: replace(
+                self._observe(frames, truth.frames, opening, regions),
+                expression=truth.expression,
+                smile_at_rest=at_rest,
+            )
             for variant, frames in variants.items()
         }
         for variant, clip in clips.items():

@@ -69,6 +69,7 @@ class Observation:
         surroundings: pixels outside mouth and eyes [H, W].
         outside: pixels outside the face [H, W].
         expression: the expression that the prompt asked for, where it did.
+        smile_at_rest: lift of the mouth's corners that the meter reads in the portrait, where it was read.
         fps: frames a second.
         faces: what was read by networks that know people's faces, where it was.
     """
@@ -80,6 +81,7 @@ class Observation:
     surroundings: Mask
     outside: Mask
     expression: str | None = None
+    smile_at_rest: float = 0.0
     fps: float = 25.0
     faces: FaceTrack | None = None
 
