@@ -18,7 +18,7 @@ def corner_lift(mouth: MouthTrack, at_rest: float = 0.0) -> float:
 
     Args:
         at_rest: what the meter reads in the person's portrait. People's corners lie differently at rest:
-            over 24 true puppets the middle between smile and frown spreads by 0.19 without it, by 0.14 with it.
+            over 24 true puppets the middle between smile and frown spreads by 0.19 without it, 0.14 with it.
     """
     settled = mouth.smile[_SETTLING:] if len(mouth) > 2 * _SETTLING else mouth.smile
     return float(np.mean(settled)) - at_rest
