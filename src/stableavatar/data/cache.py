@@ -10,7 +10,7 @@ of every finished one, which the first process takes over into the manifest.
 import hashlib
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import groupby
 from pathlib import Path
@@ -36,6 +36,8 @@ NOTES = "block-*.json"
 TENSORS = ("latents", "reference", "portrait", "speech", "face_mask", "lip_mask", "portrait_embeddings")
 # Kept as they are: a picture of bytes.
 _BYTES = ("portrait",)
+# Passes of a clip that are read at once, to share the encoding of its portrait: their frames are in memory.
+_TOGETHER = 4
 
 
 @dataclass
@@ -111,7 +113,7 @@ class CacheWriter:
     def write(self, keys: Sequence[ClipKey]) -> None:
         """Encode the samples of `keys`, in blocks of `shard_samples`, of which every process takes its share;
         those that the manifest has are left out, so that the same call finishes an interrupted one, and
-        another one adds passes. Neighbouring keys of one clip share the encoding of its portrait."""
+        another one adds passes. A few neighbouring keys of one clip share the encoding of its portrait."""
         there = {tuple(key) for shard in self.manifest["shards"] for key in shard["keys"]}
         missing = [key for key in keys if key not in there]
         first, self._before, self._missing = self.manifest["blocks"], len(there), len(missing)
@@ -123,9 +125,10 @@ class CacheWriter:
                 continue
             samples: list[tuple[ClipKey, EncodedSample]] = []
             for _, same_clip in groupby(missing[start : start + self.shard_samples], key=lambda key: key[0]):
-                of_clip = list(same_clip)
-                read = [self.dataset[key] for key in of_clip]
-                samples += zip(of_clip, self.encoders.encode_samples(read, self.window_frames), strict=True)
+                for some in _parts(list(same_clip), _TOGETHER):
+                    read = [self.dataset[key] for key in some]
+                    encoded = self.encoders.encode_samples(read, self.window_frames)
+                    samples += zip(some, encoded, strict=True)
             samples.sort(key=lambda pair: _shapes(pair[1]))
             block = first + number
             shards = [
@@ -208,6 +211,11 @@ class CacheWriter:
         partial = self.folder / f".{name}.{self.process}.partial"
         save_file(tensors, partial)
         partial.replace(self.folder / name)
+
+
+def _parts(keys: Sequence[ClipKey], size: int) -> Iterator[Sequence[ClipKey]]:
+    for start in range(0, len(keys), size):
+        yield keys[start : start + size]
 
 
 def _shapes(sample: EncodedSample) -> tuple[int, ...]:
