@@ -1,8 +1,6 @@
 """Raw videos into clips: what is kept, what is not and why, and that nothing is lost or done twice."""
 
-import base64
 import fcntl
-import io
 import json
 import multiprocessing
 import shutil
@@ -32,7 +30,7 @@ from stableavatar.data.prepare_state import PrepareState
 from stableavatar.data.puppets import make_clip
 from stableavatar.data.stretches import PrepareSettings, Stretch, find_stretches, judge
 from stableavatar.errors import InputError, StorageError
-from stableavatar.media.audio import Speech
+from stableavatar.media.audio import SPEECH_RATE, SoundTape, Speech
 from stableavatar.media.reading import probe, read_frames, read_frames_at
 
 pytestmark = pytest.mark.skipif(
@@ -67,7 +65,8 @@ def landmarker() -> FaceLandmarker:
 
 
 def stretches(path: Path, landmarker: FaceLandmarker, settings: PrepareSettings = SHORT) -> list[Stretch]:
-    return [judge(it, path, settings) for it in find_stretches(path, landmarker, settings)]
+    heard = SoundTape(path, SPEECH_RATE)
+    return [judge(it, heard, settings) for it in find_stretches(path, landmarker, settings)]
 
 
 def spans(found: list[Stretch]) -> list[tuple[int, int, str | None]]:
@@ -186,12 +185,12 @@ class TestFolder:
     def test_the_report_shows_what_was_dropped_too(self, tmp_path: Path) -> None:
         video(tmp_path / "raw" / "a.mp4", [puppet(951_000, 0.8), empty(0.8), puppet(951_001, 0.8)])
         assert prepare(tmp_path / "raw", tmp_path / "data", SHORT, tell=lambda _: None)["dropped"] == 1
-        (entry,) = json.loads((tmp_path / "data" / "prepare.json").read_text())["videos"].values()
+        (entry,) = states(tmp_path / "data").values()
         wall, person = [], []
         for stretch in entry["stretches"]:
             assert len(stretch["thumbnails"]) == (3 if stretch["reason"] is None else 1)
             for picture in stretch["thumbnails"]:
-                pixels = np.asarray(Image.open(io.BytesIO(base64.b64decode(picture))))
+                pixels = np.asarray(Image.open(tmp_path / "data" / "thumbnails" / picture))
                 (person if stretch["reason"] is None else wall).append(float(pixels.std()))
         assert max(wall) < 5 < min(person)
 
@@ -228,12 +227,13 @@ class TestFolder:
         """The state names the clips' places before they are taken."""
         data = tmp_path / "data"
         prepare(raw, data, SHORT, tell=lambda _: None)
-        state = json.loads((data / "prepare.json").read_text())
-        kept = [it for it in state["videos"][str(raw / "one.mp4")]["stretches"] if it["reason"] is None]
+        entry = states(data)[str(raw / "one.mp4")]
+        kept = [it for it in entry["stretches"] if it["reason"] is None]
         work = data / ".prepare" / "somewhere"
         work.parent.mkdir(parents=True)
         kept[1]["work"] = str(work)
-        (data / "prepare.json").write_text(json.dumps(state))
+        with (data / "prepare.jsonl").open("a") as journal:
+            journal.write(f'{json.dumps(entry)}\n{{"video": "torn')
         (data / kept[1]["clip"]).replace(work)
         counts = prepare(raw, data, SHORT, tell=lambda _: None)
         assert counts["kept"] == 3
@@ -334,11 +334,9 @@ class TestFolder:
         def full(*_: object, **__: object) -> None:
             raise StorageError("no room")
 
-        for place in ("stableavatar.data.stretches.Speech.open", "stableavatar.data.prepare.write_clip"):
-            with monkeypatch.context() as patch:
-                patch.setattr(place, full)
-                with pytest.raises(StorageError):
-                    prepare_video(raw / "one.mp4", tmp_path / "work", SHORT)
+        monkeypatch.setattr("stableavatar.data.prepare.write_clip", full)
+        with pytest.raises(StorageError):
+            prepare_video(raw / "one.mp4", tmp_path / "work", SHORT)
 
     def test_what_is_not_the_videos_doing_is_tried_again(self, raw: Path, tmp_path: Path) -> None:
         one = raw / "one.mp4"
@@ -405,7 +403,7 @@ class TestFolder:
         clip = FolderClip.open(folder)
         assert clip.length == pytest.approx(25, abs=1)
         clip.read_speech(0, clip.length)
-        assert "s of sound" in (data / "prepare.json").read_text()
+        assert "s of sound" in (data / "prepare.jsonl").read_text()
 
     @pytest.mark.parametrize("how", ["SIGKILL", "SIGTERM", "SIGINT"])
     def test_a_run_that_is_ended_leaves_no_worker_and_goes_on(
@@ -422,8 +420,8 @@ class TestFolder:
             command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )  # fmt: skip
-        state = tmp_path / "data" / "prepare.json"
-        while not state.exists():
+        state = tmp_path / "data" / "prepare.jsonl"
+        while not state.exists() or state.read_text().count("\n") < 2:
             assert started.poll() is None
             time.sleep(0.02)
         workers = set(children(started.pid))
@@ -434,11 +432,10 @@ class TestFolder:
         while any(Path(f"/proc/{worker}/fd").exists() and alive(worker) for worker in workers):
             assert time.monotonic() < deadline, "workers go on"
             time.sleep(0.05)
-        before = json.loads(state.read_text())["videos"]
-        assert 0 < len(before) < 6
+        assert 0 < len(states(state.parent)) < 6
         done = subprocess.run(command, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr
-        assert len(json.loads(state.read_text())["videos"]) == 6
+        assert len(states(state.parent)) == 6
 
 
 def test_settings_that_cannot_be() -> None:
@@ -446,6 +443,12 @@ def test_settings_that_cannot_be() -> None:
         PrepareSettings(kind="whispering")
     with pytest.raises(InputError, match="not possible"):
         PrepareSettings(least_seconds=3, most_seconds=2)
+
+
+def states(data: Path) -> dict[str, dict[str, Any]]:
+    """What the journal says of every video."""
+    lines = (data / "prepare.jsonl").read_bytes().rpartition(b"\n")[0].split(b"\n")[1:]
+    return {entry["video"]: entry for entry in map(json.loads, lines)}
 
 
 def children(parent: int) -> list[int]:
@@ -475,10 +478,39 @@ def test_values_that_cannot_be(values: dict[str, Any], what: str) -> None:
         PrepareSettings(**values)
 
 
+def test_a_video_costs_the_same_however_many_there_were(tmp_path: Path) -> None:
+    """Its lines are added to the state; nothing that was there is written again."""
+    videos = [tmp_path / f"{number}.mp4" for number in range(40)]
+    for number, path in enumerate(videos):
+        path.write_bytes(bytes([number]))
+    state = PrepareState.open(tmp_path, SHORT)
+    assert state.take(videos) == videos
+    file, sizes = tmp_path / "prepare.jsonl", []
+    before = file.stat()
+    for number, path in enumerate(videos):
+        state.add(path, [{"start": 0, "stop": 30, "reason": "no face", "thumbnails": [bytes([number])]}])
+        sizes.append(file.stat().st_size)
+    assert file.stat().st_ino == before.st_ino
+    assert max(np.diff(sizes)) <= min(np.diff(sizes)) + 2  # digits of the number
+    assert len(PrepareState.open(tmp_path, SHORT).videos) == 40
+
+
+def test_pictures_of_what_is_no_longer_there_go(tmp_path: Path) -> None:
+    path = tmp_path / "a.mp4"
+    for content in (b"first", b"second"):
+        path.write_bytes(content)
+        state = PrepareState.open(tmp_path, SHORT)
+        (again,) = state.take([path])
+        state.add(again, [{"start": 0, "stop": 30, "reason": "no face", "thumbnails": [content]}])
+        state.write_lists()
+        (picture,) = (tmp_path / "thumbnails").iterdir()
+        assert picture.read_bytes() == content
+
+
 @pytest.mark.parametrize("content", ["{}", "[]", "{", '{"settings": 3}'])
 def test_a_damaged_state_is_named(tmp_path: Path, content: str) -> None:
-    (tmp_path / "prepare.json").write_text(content)
-    with pytest.raises(InputError, match=r"prepare\.json is damaged"):
+    (tmp_path / "prepare.jsonl").write_text(f"{content}\n")
+    with pytest.raises(InputError, match=r"prepare\.jsonl is damaged"):
         PrepareState.open(tmp_path, SHORT)
 
 

@@ -17,8 +17,9 @@ from hypothesis import strategies as st
 
 from media_files import click, tone, write_sound, write_video, write_wav
 from stableavatar.errors import InputError
-from stableavatar.media.audio import Samples, Sound, Speech
-from stableavatar.media.decoding import Resampler, mix_gains
+from stableavatar.media import audio
+from stableavatar.media.audio import Samples, Sound, SoundTape, Speech
+from stableavatar.media.decoding import Resampler, mix_gains, stream_sound
 
 BLACK = np.zeros((32, 32, 3), dtype=np.uint8)
 SHARED = Path(__file__).parents[2] / "shared" / "samples"
@@ -180,6 +181,42 @@ def test_start_and_duration(tmp_path: Path) -> None:
     sound = np.concatenate(list(Sound(path, start=0.7, duration=0.6).blocks()))
     assert len(sound) == round(0.6 * 44100)
     assert loudest(sound[:, 0], 44100) == pytest.approx(0.5, abs=1.01 / 44100)
+
+
+def test_a_tape_gives_stretches_in_one_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same samples as one decoding a stretch, which reads all that lies before it again."""
+    path = write_wav(tmp_path / "a.wav", tone(3.0, 32_000, 300), 32_000)
+    spans = [(0.0, 0.5), (0.5, 0.25), (1.3, 0.4), (2.8, 0.5), (3.5, 0.1)]
+    wanted = [Sound(path, start, seconds) for start, seconds in spans[:-1]]
+    wholes = [np.concatenate(list(sound.blocks())) for sound in wanted]
+    opened = []
+    monkeypatch.setattr(audio, "stream_sound", lambda *given: opened.append(given) or stream_sound(*given))
+    tape = SoundTape(path, 32_000, "mono")
+    parts = [list(tape.stretch(start, seconds)) for start, seconds in spans]
+    assert len(opened) == 1
+    for whole, part in zip(wholes, parts[:-1], strict=True):
+        np.testing.assert_array_equal(np.concatenate(part), whole)
+    assert sum(map(len, parts[-2])) == 6400
+    assert parts[-1] == []
+    with pytest.raises(ValueError, match="the tape is at"):
+        next(tape.stretch(1.0, 0.1))
+
+
+def test_a_tape_of_speech_is_mixed_as_speech(tmp_path: Path) -> None:
+    left = tone(1.0, 16_000, 300)
+    path = write_wav(tmp_path / "a.wav", np.stack([left, -left], axis=1), 16_000)
+    (heard,) = SoundTape(path, 16_000).stretch(0.0, 1.0)
+    with Speech.open(path) as speech:
+        np.testing.assert_array_equal(heard[:, 0], speech.samples(0, 16_000))
+    assert np.abs(heard).max() > 0.1
+
+
+def test_a_tape_that_cannot_be_read_says_so_every_time(tmp_path: Path) -> None:
+    (tmp_path / "a.wav").write_bytes(b"no sound")
+    tape = SoundTape(tmp_path / "a.wav", 16_000)
+    for start in (0.0, 1.0):
+        with pytest.raises(InputError, match="not a sound or video file"):
+            list(tape.stretch(start, 0.5))
 
 
 @pytest.mark.parametrize(

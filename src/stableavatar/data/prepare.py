@@ -4,7 +4,7 @@
               -> clips: cut to a trained shape, with sound, masks and prompt -> path lists and a report
 
 Every video is looked at in one pass and written in a second one, frame by frame. What became of it is kept
-in `prepare.json`, so that a run that was stopped goes on with the next video, and another run does only what
+in `prepare.jsonl`, so that a run that was stopped goes on with the next video, and another run does only what
 is new.
 """
 
@@ -15,7 +15,7 @@ import shutil
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from itertools import islice
 from multiprocessing import active_children, get_context
 from pathlib import Path
@@ -27,11 +27,11 @@ from PIL import Image
 from stableavatar.data.clips import PROMPTS, SHAPES, Shape
 from stableavatar.data.landmarks import FaceLandmarker, face_mask, lip_mask
 from stableavatar.data.prepare_report import places, report, thumbnail
-from stableavatar.data.prepare_state import PrepareState
+from stableavatar.data.prepare_state import THUMBNAILS, PrepareState
 from stableavatar.data.stretches import FPS, Last, PrepareSettings, Stretch, find_stretches, judge
 from stableavatar.errors import InputError, StorageError
 from stableavatar.lifetimes import end_with_parent
-from stableavatar.media.audio import SPEECH_RATE, Sound, Speech
+from stableavatar.media.audio import SPEECH_RATE, Sound, SoundTape
 from stableavatar.media.files import cannot_write, locked, write_file
 from stableavatar.media.image import fit_picture
 from stableavatar.media.reading import Frame, read_frames_at
@@ -56,18 +56,40 @@ def shape_of(width: int, height: int) -> Shape:
     return min(SHAPES, key=misfit)
 
 
+@dataclass(frozen=True)
+class Sounds:
+    """A video's sound as a file holds it, and as the model hears it; each in one pass."""
+
+    tape: SoundTape
+    channels: int
+    speech: SoundTape
+
+    @classmethod
+    def open(cls, video: Path) -> "Sounds":
+        """Raises InputError: there is no sound."""
+        plain = Sound(video)
+        tape = SoundTape(video, plain.sample_rate, "mono" if plain.channels == 1 else "stereo")
+        return cls(tape, plain.channels, SoundTape(video, SPEECH_RATE))
+
+    def sound(self, start: float, seconds: float) -> Sound:
+        """A stretch for a file."""
+        return Sound.from_blocks(
+            lambda: self.tape.stretch(start, seconds), self.tape.sample_rate, self.channels
+        )
+
+
 def write_clip(
-    video: Path,
     stretch: Stretch,
     frames: Iterator[Frame],
     folder: Path,
     landmarker: FaceLandmarker,
+    sounds: "Sounds",
     settings: PrepareSettings,
 ) -> Shape:
     """Write a stretch as a clip folder.
 
     Args:
-        frames: those of the stretch.
+        frames, sounds: those of the stretch come next.
 
     Raises:
         InputError: in the cut picture a frame shows no face; or it cannot be written.
@@ -80,7 +102,7 @@ def write_clip(
     focus = _focus(stretch.centre, first.shape[1], first.shape[0], *size)
     start, seconds = float(stretch.start / FPS), stretch.seconds
     cut = Last(_cut(first, frames, size, focus))
-    with VideoWriter(folder / "sub_clip.mp4", *size, FPS, sound=Sound(video, start, seconds)) as writer:
+    with VideoWriter(folder / "sub_clip.mp4", *size, FPS, sound=sounds.sound(start, seconds)) as writer:
         for number, points in enumerate(landmarker.track(cut)):
             if points is None:
                 raise InputError(f"no face in the cut picture at {start + float(number / FPS):.1f} s")
@@ -89,8 +111,7 @@ def write_clip(
             Image.fromarray(cut.item).save(folder / "images" / name, compress_level=3)
             Image.fromarray(face_mask(points, size)).save(folder / "face_masks" / name)
             Image.fromarray(lip_mask(points, size)).save(folder / "lip_masks" / name)
-    with Speech.open(video, start=start, duration=seconds) as speech:
-        write_wav(folder / "audio.wav", (block[:, None] for block in speech.blocks(1 << 16)), SPEECH_RATE, 1)
+    write_wav(folder / "audio.wav", sounds.speech.stretch(start, seconds), SPEECH_RATE, 1)
     (folder / "prompt.txt").write_text(settings.prompt or PROMPTS[settings.kind], encoding="utf-8")
     return shape
 
@@ -107,17 +128,19 @@ def prepare_video(video: Path, work: Path, settings: PrepareSettings) -> list[di
     work.mkdir(parents=True)
     landmarker = FaceLandmarker()
     try:
-        stretches = [judge(it, video, settings) for it in find_stretches(video, landmarker, settings)]
+        heard = SoundTape(video, SPEECH_RATE)
+        stretches = [judge(it, heard, settings) for it in find_stretches(video, landmarker, settings)]
         results: dict[int, dict[str, Any]] = {}
+        sounds = Sounds.open(video) if any(it.reason is None for it in stretches) else None
         frames = read_frames_at(video, FPS)
         for number, stretch in enumerate(stretches):
             folder = work / str(number)
             part = _between(frames, stretch)
-            if stretch.reason is not None:
+            if stretch.reason is not None or sounds is None:
                 results[stretch.start] = _dropped(part, stretch)
                 continue
             try:
-                shape = write_clip(video, stretch, part, folder, landmarker, settings)
+                shape = write_clip(stretch, part, folder, landmarker, sounds, settings)
                 results[stretch.start] = {
                     "work": str(folder),
                     "shape": shape,
@@ -158,7 +181,7 @@ def prepare(
 
     Args:
         raw: searched for videos, sub-folders included. data: gets the layout of `data.clips`, the lists
-            `video_SHAPE_path.txt`, `report.html` and `prepare.json`.
+            `video_SHAPE_path.txt`, `report.html` with its `thumbnails`, and `prepare.jsonl`.
         workers: processes, a video each. tell: gets a line a video.
 
     Raises:
@@ -213,7 +236,7 @@ def _prepare(
             tell(f"{number}/{len(waiting)} {video}: {kept} clips, {len(entry) - kept} stretches dropped")
     shutil.rmtree(work, ignore_errors=True)
     state.write_lists()
-    write_file(data / REPORT, report(state.videos, FPS).encode())
+    write_file(data / REPORT, report(state.videos, FPS, THUMBNAILS).encode())
     return state.counts()
 
 

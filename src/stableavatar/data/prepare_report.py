@@ -1,6 +1,5 @@
 """The page that `data.prepare` leaves: every stretch of every video, and what became of it."""
 
-import base64
 import html
 import io
 from collections.abc import Mapping
@@ -19,29 +18,30 @@ def places(count: int) -> list[int]:
     return np.linspace(0, count - 1, _THUMBNAILS).round().astype(int).tolist()
 
 
-def thumbnail(frame: NDArray[np.uint8], size: int = 160) -> str:
-    """A small picture as text for a page; kept with the state, as clips may be moved."""
+def thumbnail(frame: NDArray[np.uint8], size: int = 160) -> bytes:
+    """A small picture, a JPEG file; kept beside the state, as clips may be moved."""
     picture = Image.fromarray(frame)
     picture.thumbnail((size, size))
     content = io.BytesIO()
     picture.save(content, "JPEG", quality=80)
-    return base64.b64encode(content.getvalue()).decode()
+    return content.getvalue()
 
 
-def report(videos: Mapping[str, Any], fps: Fraction) -> str:
-    """A page that says of every stretch of every video what became of it."""
+def report(videos: Mapping[str, Any], fps: Fraction, pictures: str) -> str:
+    """A page that says of every stretch of every video what became of it; `pictures` is the thumbnails'
+    folder, as the page names it."""
     rows = []
     for video, entry in sorted(videos.items()):
         for it in entry["stretches"]:
             start, stop = float(it["start"] / fps), float(it["stop"] / fps)
-            pictures = "".join(
-                f'<img alt="" src="data:image/jpeg;base64,{picture}">' for picture in it.get("thumbnails", [])
+            shown = "".join(
+                f'<img alt="" loading="lazy" src="{pictures}/{name}">' for name in it.get("thumbnails", [])
             )
             fate = html.escape(it.get("clip") or f"dropped: {it['reason']}")
             kind = "kept" if it["reason"] is None else "dropped"
             rows.append(
                 f'<tr class="{kind}"><td>{html.escape(video)}</td><td>{start:.2f} to {stop:.2f} s</td>'
-                f"<td>{fate}</td><td>{pictures}</td></tr>"
+                f"<td>{fate}</td><td>{shown}</td></tr>"
             )
     kept = sum(row.startswith('<tr class="kept"') for row in rows)
     return "\n".join(

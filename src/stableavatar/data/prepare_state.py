@@ -1,6 +1,8 @@
 """What became of every video, kept beside the clips, so that a run that was stopped goes on."""
 
+import hashlib
 import json
+import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -12,11 +14,15 @@ from stableavatar.data.stretches import PrepareSettings
 from stableavatar.errors import InputError
 from stableavatar.media.files import file_fingerprint, write_file
 
-STATE = "prepare.json"
+STATE = "prepare.jsonl"
+THUMBNAILS = "thumbnails"
 
 
 class PrepareState:
     """What became of every video, on disk after each of them.
+
+    The file is a journal: a line of settings, and a line a video, of which the last counts; so that a video
+    costs the same however many there were before. `write_lists` puts it in order.
 
     Args:
         videos: by their place; each entry has the file's fingerprint, by which it is known again elsewhere.
@@ -29,17 +35,22 @@ class PrepareState:
         self.data, self.settings, self.videos = data, settings, videos
         self.listed = set(listed)
         self._prints: dict[str, str] = {}
+        self._numbers: dict[Shape, int] = {}
 
     @classmethod
     def open(cls, data: Path, settings: PrepareSettings) -> "PrepareState":
         """That of a data folder, or a new one. Raises InputError: damaged, or of other settings."""
         file = data / STATE
         if not file.exists():
-            return cls(data, settings, {})
+            state = cls(data, settings, {})
+            state._write()
+            return state
         try:
-            stored = json.loads(file.read_text(encoding="utf-8"))
-            before = stored["settings"]
-            state = cls(data, settings, stored["videos"], stored["listed"])
+            whole, _, torn = file.read_bytes().rpartition(b"\n")  # what was being written by a killed run
+            first, *lines = map(json.loads, whole.split(b"\n"))
+            before = {**first["settings"]}
+            videos = {it["video"]: {"file": it["file"], "stretches": it["stretches"]} for it in lines}
+            state = cls(data, settings, videos, first["listed"])
         except (ValueError, KeyError, TypeError) as error:
             raise InputError(f"{file} is damaged ({error}): remove it, and the clips beside it") from error
         different = [
@@ -52,8 +63,10 @@ class PrepareState:
             raise InputError(
                 f"{data} was prepared with other settings ({told}): give those, or choose another folder"
             )
-        for entry in state.videos.values():
-            state._move(entry["stretches"])  # a run may have been stopped in the middle of it
+        if torn:
+            state._write()
+        for place in state.videos:
+            state._move(place)  # a run may have been stopped in the middle of it
         return state
 
     def take(self, videos: Sequence[Path]) -> list[Path]:
@@ -79,25 +92,23 @@ class PrepareState:
             video: of those that `take` gave. settled: False: what became of it is not its own doing, and
                 another run tries again.
         """
-        taken: dict[str, int] = {}
         for it in stretches:
             if it["reason"] is None:
-                shape = it["shape"]
-                taken[shape] = taken.get(shape, self._last(shape)) + 1
-                it["clip"] = f"{shape}/{self.settings.kind}/{taken[shape]:05d}"
+                it["clip"] = f"{it['shape']}/{self.settings.kind}/{self._next(it['shape']):05d}"
+            it["thumbnails"] = [self._keep_picture(picture) for picture in it.get("thumbnails", [])]
         place = _place(video)
         before = self.videos.get(place)
         self.videos[place] = {"file": self._prints[place] if settled else "", "stretches": stretches}
-        self._write()
+        self._append(place)
         if before is not None:  # the file was another one then
             for it in before["stretches"]:
                 if it["reason"] is None:
                     shutil.rmtree(self.data / it["clip"], ignore_errors=True)
-        self._move(stretches)
+        self._move(place)
         return stretches
 
-    def _move(self, stretches: Sequence[dict[str, Any]]) -> None:
-        waiting = [it for it in stretches if "work" in it]
+    def _move(self, place: str) -> None:
+        waiting = [it for it in self.videos[place]["stretches"] if "work" in it]
         for it in waiting:
             target = self.data / it["clip"]
             if Path(it["work"]).exists() and not target.exists():
@@ -105,10 +116,14 @@ class PrepareState:
                 Path(it["work"]).replace(target)
             del it["work"]  # another run may use that place
         if waiting:
-            self._write()
+            self._append(place)
+
+    def _next(self, shape: Shape) -> int:
+        """A number that no clip ever had, also none of those on disk that are in no state."""
+        self._numbers[shape] = self._numbers.get(shape, self._last(shape)) + 1
+        return self._numbers[shape]
 
     def _last(self, shape: Shape) -> int:
-        """The highest number that a clip ever had, also of those on disk that are in no state."""
         folder = self.data / shape / self.settings.kind
         on_disk = [int(path.name) for path in folder.glob("*") if path.name.isdigit()]
         clips = {*self._clips(), *self.listed}
@@ -140,6 +155,15 @@ class PrepareState:
                 write_file(file, "".join(f"{line}\n" for line in lines).encode())
         self.listed.update(self._clips())
         self._write()
+        shown = {
+            name
+            for entry in self.videos.values()
+            for it in entry["stretches"]
+            for name in it.get("thumbnails", [])
+        }
+        for picture in (self.data / THUMBNAILS).glob("*.jpg"):
+            if picture.name not in shown:
+                picture.unlink()
 
     def counts(self) -> dict[str, int]:
         """Clips that are there, stretches that are not kept, videos."""
@@ -147,11 +171,27 @@ class PrepareState:
         kept = sum(it["reason"] is None for it in stretches)
         return {"kept": kept, "dropped": len(stretches) - kept, "videos": len(self.videos)}
 
+    def _keep_picture(self, picture: bytes) -> str:
+        """A thumbnail's name: those that look the same are one."""
+        name = f"{hashlib.sha256(picture).hexdigest()[:16]}.jpg"
+        (self.data / THUMBNAILS).mkdir(exist_ok=True)
+        write_file(self.data / THUMBNAILS / name, picture)
+        return name
+
+    def _append(self, place: str) -> None:
+        with (self.data / STATE).open("ab") as file:
+            file.write(_line({"video": place, **self.videos[place]}))
+            file.flush()
+            os.fsync(file.fileno())
+
     def _write(self) -> None:
-        content = {
-            "settings": asdict(self.settings), "videos": self.videos, "listed": sorted(self.listed)
-        }  # fmt: skip
-        write_file(self.data / STATE, json.dumps(content, indent=1, ensure_ascii=False).encode())
+        first = {"settings": asdict(self.settings), "listed": sorted(self.listed)}
+        lines = [first, *({"video": place, **entry} for place, entry in self.videos.items())]
+        write_file(self.data / STATE, b"".join(map(_line, lines)))
+
+
+def _line(content: dict[str, Any]) -> bytes:
+    return json.dumps(content, ensure_ascii=False).encode() + b"\n"
 
 
 def _place(video: Path) -> str:

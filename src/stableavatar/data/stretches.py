@@ -16,8 +16,8 @@ from PIL import Image
 
 from stableavatar.data.clips import PROMPTS
 from stableavatar.data.landmarks import FaceLandmarker, Points
-from stableavatar.errors import InputError, StorageError
-from stableavatar.media.audio import SPEECH_RATE, Speech
+from stableavatar.errors import InputError
+from stableavatar.media.audio import SoundTape
 from stableavatar.media.reading import Frame, read_frames_at
 
 Kind = Literal["speech", "singing", "dancing"]
@@ -159,12 +159,12 @@ def find_stretches(video: Path, landmarker: FaceLandmarker, settings: PrepareSet
         yield replace(bad, stop=number + 1)
 
 
-def judge(stretch: Stretch, video: Path, settings: PrepareSettings) -> Stretch:
+def judge(stretch: Stretch, speech: SoundTape, settings: PrepareSettings) -> Stretch:
     """With the reason why it is not kept, where there is one that only the whole stretch tells; where its
     sound ends before it, it ends with the sound.
 
-    Raises:
-        StorageError: there is no room for its sound.
+    Args:
+        speech: of the video, not read beyond the stretch's start.
     """
     if stretch.reason is not None:
         return stretch
@@ -173,15 +173,17 @@ def judge(stretch: Stretch, video: Path, settings: PrepareSettings) -> Stretch:
     if stretch.face < settings.least_face:
         return replace(stretch, reason=f"the face is small ({stretch.face:.0%} of the height)")
     try:
-        with Speech.open(video, start=float(stretch.start / FPS), duration=stretch.seconds) as speech:
-            samples = speech.samples(0, len(speech))
-    except StorageError:
-        raise
+        length, energy = 0, 0.0
+        for block in speech.stretch(float(stretch.start / FPS), stretch.seconds):
+            length += len(block)
+            energy += float(np.square(block, dtype=np.float64).sum())
     except InputError as error:
         return replace(stretch, reason=f"no sound ({error})")
-    if not len(samples) or float(np.sqrt(np.square(samples).mean())) < _SILENT:
+    if not length:
+        return replace(stretch, reason="no sound (it ends before)")
+    if math.sqrt(energy / length) < _SILENT:
         return replace(stretch, reason="silent")
-    frames = math.ceil(len(samples) * FPS / SPEECH_RATE)
+    frames = math.ceil(length * FPS / speech.sample_rate)
     if frames < stretch.stop - stretch.start:
         stretch = replace(stretch, stop=stretch.start + frames)
         if stretch.seconds < settings.least_seconds:

@@ -3,7 +3,8 @@
 import logging
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from fractions import Fraction
 from pathlib import Path
 from types import TracebackType
 from typing import IO
@@ -162,11 +163,12 @@ class Sound:
         """
         check_span(start, duration)
         found = sound_format(path)
-        self._path, self._start, self._duration = path, start, duration
-        self._array: Samples | None = None
-        self._array_rate = found.sample_rate
         self.sample_rate = output_rate(found.sample_rate)
         self.channels = min(found.channels, 2)
+        mix: Mix = "mono" if self.channels == 1 else "stereo"
+        self._read: Callable[[], Iterator[Samples]] = lambda: stream_sound(
+            path, self.sample_rate, mix, start, duration
+        )
 
     @classmethod
     def from_array(cls, samples: ArrayLike, sample_rate: int) -> "Sound":
@@ -174,14 +176,17 @@ class Sound:
 
         Raises InputError for NaN, infinity or another shape.
         """
-        sound = cls.__new__(cls)
         array = _as_channels(samples)
         if array.shape[1] > 2:
             raise InputError(f"sound of {array.shape[1]} channels: give one or two")
-        sound._path, sound._start, sound._duration = "", 0.0, None
-        sound._array, sound._array_rate = array, sample_rate
-        sound.sample_rate = output_rate(sample_rate)
-        sound.channels = array.shape[1]
+        rate = output_rate(sample_rate)
+        return cls.from_blocks(lambda: _resample_array(array, sample_rate, rate), rate, array.shape[1])
+
+    @classmethod
+    def from_blocks(cls, read: Callable[[], Iterator[Samples]], sample_rate: int, channels: int) -> "Sound":
+        """Sound as `read` gives it, in blocks [n, channels] at one of `SOUND_RATES`."""
+        sound = cls.__new__(cls)
+        sound.sample_rate, sound.channels, sound._read = sample_rate, channels, read
         return sound
 
     def blocks(self) -> Iterator[Samples]:
@@ -189,13 +194,60 @@ class Sound:
 
         Raises InputError where the file turns out to be cut off, damaged, or to hold NaN or infinite samples.
         """
-        if self._array is not None:
-            source = _resample_array(self._array, self._array_rate, self.sample_rate)
-        else:
-            mix: Mix = "mono" if self.channels == 1 else "stereo"
-            source = stream_sound(self._path, self.sample_rate, mix, self._start, self._duration)
-        for block in source:
+        for block in self._read():
             yield np.clip(block, -1.0, 1.0)
+
+
+class SoundTape:
+    """The sound of a file in one pass: stretches of it, one after the other, however many they are.
+
+    Each stretch is what `stream_sound` gives for it, without decoding again what lies before.
+
+    Args:
+        path, sample_rate, mix: as `stream_sound` takes them; without a mix, that of speech.
+    """
+
+    def __init__(self, path: str | Path, sample_rate: int, mix: Mix | None = None) -> None:
+        self.sample_rate = sample_rate
+        self._blocks = self._decode(path, mix)
+        self._waiting: Samples | None = None
+        self._at = 0  # of the first sample that waits
+        self._error: InputError | None = None
+
+    def stretch(self, start: float, duration: float) -> Iterator[Samples]:
+        """Blocks [n, 1 or 2] of `duration` seconds from `start`; less, or none, where the sound ends before.
+
+        Raises:
+            InputError: as `stream_sound`, where the sound cannot be read so far; then all later ones do.
+            ValueError: a stretch before one that was read.
+        """
+        first = round(Fraction(start) * self.sample_rate)
+        stop = first + round(Fraction(duration) * self.sample_rate)
+        if first < self._at:
+            raise ValueError(f"a stretch from {start:g} s: the tape is at {self._at / self.sample_rate:g} s")
+        while self._at < stop:
+            block = self._next()
+            if block is None:
+                return
+            part, self._waiting = block[: stop - self._at], block[stop - self._at :]
+            begin = max(first - self._at, 0)
+            self._at += len(part)
+            if begin < len(part):
+                yield part[begin:]
+
+    def _decode(self, path: str | Path, mix: Mix | None) -> Iterator[Samples]:
+        yield from stream_sound(path, self.sample_rate, mix or speech_mix(path))
+
+    def _next(self) -> Samples | None:
+        if self._error is not None:
+            raise self._error
+        if self._waiting is not None and len(self._waiting):
+            return self._waiting
+        try:
+            return next(self._blocks, None)
+        except InputError as error:
+            self._error = error
+            raise
 
 
 def speech_mix(path: str | Path, start: float = 0.0, duration: float | None = None) -> Mix:
