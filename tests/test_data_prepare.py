@@ -514,6 +514,15 @@ def test_a_damaged_state_is_named(tmp_path: Path, content: str) -> None:
         PrepareState.open(tmp_path, SHORT)
 
 
+def test_no_clip_at_all_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "raw").mkdir()
+    (tmp_path / "raw" / "broken.mp4").write_bytes(b"no video")
+    done = run("prepare", tmp_path / "raw", tmp_path / "data")
+    assert done.exit_code == 2
+    assert "no clip of 1 videos" in done.stderr
+    assert "broken.mp4" in (tmp_path / "data" / "report.html").read_text()
+
+
 def test_folders_that_are_not_there_or_files(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="there is no such folder"):
         prepare(tmp_path / "nowhere", tmp_path / "data", SHORT)
