@@ -51,9 +51,7 @@ def prepare(
         raw, data, settings, workers=workers, tell=lambda line: typer.echo(line, err=True)
     )
     if not counts["kept"]:
-        raise InputError(
-            f"{data}: no clip of {counts['videos']} videos: {data / preparing.REPORT} says why of every stretch"
-        )
+        raise InputError(f"{data}: no clip of {counts['videos']} videos: {data / preparing.REPORT} says why")
     typer.echo(
         f"{data}: {counts['kept']} clips of {counts['videos']} videos, {counts['dropped']} stretches "
         f"dropped; see {data / preparing.REPORT}"
