@@ -11,7 +11,8 @@ from fastapi.responses import FileResponse, Response, StreamingResponse
 from PIL import Image
 
 from stableavatar.errors import InputError
-from stableavatar.jobs.store import Job, JobStore
+from stableavatar.jobs.job import Job
+from stableavatar.jobs.store import JobStore
 from stableavatar.journal import journal_folder
 from stableavatar.media.audio import Sound
 from stableavatar.media.following import follow

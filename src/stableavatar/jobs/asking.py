@@ -6,7 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from stableavatar.jobs.intake import OPTIONS, FileChecker
-from stableavatar.jobs.store import PORTRAIT, SPEECH, Job, JobStore
+from stableavatar.jobs.job import PORTRAIT, SPEECH, Job
+from stableavatar.jobs.store import JobStore
 from stableavatar.options import GenerateOptions
 
 Bring = Callable[[Path], None]

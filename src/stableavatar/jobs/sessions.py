@@ -99,7 +99,7 @@ class SessionLine:
         session_id = folder.name
         here, arrived = threading.Event(), list[Connection]()
         self._waiting[session_id] = (here, arrived)
-        self._store.call(
+        self._store.calls.call(
             session_id,
             {
                 "address": self._listener.address,
@@ -112,7 +112,7 @@ class SessionLine:
         )
 
         def hang_up() -> None:
-            self._store.hang_up(session_id)
+            self._store.calls.hang_up(session_id)
             shutil.rmtree(folder, ignore_errors=True)
 
         if here.wait(patience):

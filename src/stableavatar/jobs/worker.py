@@ -11,15 +11,16 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from stableavatar.errors import StableAvatarError, StoppedError, is_out_of_memory
 from stableavatar.jobs.intake import without_folder
+from stableavatar.jobs.job import Job
 from stableavatar.jobs.sessions import speak
-from stableavatar.jobs.store import Job, JobStore, describe
+from stableavatar.jobs.store import JobStore
 from stableavatar.journal import JournalError, journal_folder
 from stableavatar.lifetimes import end_with_parent
 from stableavatar.logs import log_to_stderr, quieten_libraries
@@ -122,13 +123,13 @@ def run_worker(name: str, folder: Path, model: ModelChoice, verbosity: int = 0) 
     spoke = float("-inf")  # when the last session ended
 
     def put_aside() -> bool:
-        return ending.is_set() or (time.monotonic() - spoke > _TURN_SECONDS and store.claim_call(name))
+        return ending.is_set() or (time.monotonic() - spoke > _TURN_SECONDS and store.calls.claim(name))
 
     while not ending.is_set():
         # Who speaks one time after the other leaves time for videos between.
         turn = time.monotonic() - spoke <= _TURN_SECONDS
         job = store.take(name) if turn else None
-        if job is None and (request := store.answer(name)) is not None:
+        if job is None and (request := store.calls.answer(name)) is not None:
             speak(request, pipeline, ending.is_set)
             spoke = time.monotonic()
         elif (job := job or store.take(name)) is None:
@@ -200,7 +201,7 @@ def _generate(
         if now - reported >= _REPORT_SECONDS:
             reported = now
             with suppress(sqlite3.Error):  # the disk may be full: the video is not lost for that
-                store.report(job.id, describe(progress))
+                store.report(job.id, asdict(progress))
 
     def generate(resume: bool) -> "GeneratedVideo":
         return pipeline.generate(

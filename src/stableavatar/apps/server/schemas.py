@@ -8,7 +8,8 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field, create_model
 
 from stableavatar.jobs.intake import OPTIONS, ORDERS
-from stableavatar.jobs.store import Job, JobStore, State
+from stableavatar.jobs.job import Job, State
+from stableavatar.jobs.store import JobStore
 from stableavatar.options import GenerateOptions, OutputOptions
 
 if TYPE_CHECKING:

@@ -22,8 +22,9 @@ from stableavatar.apps.server.access import bearer_of, owner_of_key, refuse_fore
 from stableavatar.apps.server.schemas import VIDEO_ID, ApiError, SessionOptions
 from stableavatar.errors import InputError
 from stableavatar.jobs.intake import OPTIONS, BusyError, Limits, check_options, check_quality
+from stableavatar.jobs.job import PORTRAIT
 from stableavatar.jobs.sessions import DONE, END, ERROR, SPEECH, VIDEO, Session
-from stableavatar.jobs.store import PORTRAIT, JobStore
+from stableavatar.jobs.store import JobStore
 from stableavatar.options import GenerateOptions
 
 # Without a word, or without taking what is sent, a session ends.

@@ -29,7 +29,8 @@ from stableavatar.apps.watching import live_response, thumbnail_response, video_
 from stableavatar.errors import InputError
 from stableavatar.jobs.asking import Bring, ask, copied
 from stableavatar.jobs.intake import OPTIONS, BusyError, FileChecker, Limits, check_options, check_quality
-from stableavatar.jobs.store import Job, JobStore, QueueFullError
+from stableavatar.jobs.job import Job
+from stableavatar.jobs.store import JobStore, QueueFullError
 from stableavatar.media.files import reason_of
 from stableavatar.options import GenerateOptions
 

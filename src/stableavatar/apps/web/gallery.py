@@ -11,7 +11,7 @@ from stableavatar.apps.watching import thumbnail
 from stableavatar.apps.web.studio import Studio, owner, player
 from stableavatar.apps.web.talk import TalkTab
 from stableavatar.apps.web.texts import Texts
-from stableavatar.jobs.store import Job
+from stableavatar.jobs.job import Job
 
 _MOST = 60
 

@@ -13,7 +13,7 @@ from stableavatar.apps.web.studio import NamedBrowsers, Studio, owner_of
 from stableavatar.apps.web.talk import talk_tab
 from stableavatar.apps.web.texts import LANGUAGES, Language, Texts, preferred
 from stableavatar.apps.web.tools import audio_tab, vocals_tab
-from stableavatar.jobs.store import Job
+from stableavatar.jobs.job import Job
 
 _DAY = 86400
 _STYLE = Path(__file__).with_name("style.css")

@@ -16,7 +16,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 import stableavatar
 from stableavatar.apps.web.texts import Texts
 from stableavatar.jobs.intake import FileChecker, Limits
-from stableavatar.jobs.store import Job, JobStore
+from stableavatar.jobs.job import Job
+from stableavatar.jobs.store import JobStore
 from stableavatar.options import SamplingDefaults
 
 COOKIE = "stableavatar"

@@ -16,7 +16,8 @@ from stableavatar.choices import Fit
 from stableavatar.errors import InputError
 from stableavatar.jobs.asking import ask, copied
 from stableavatar.jobs.intake import BusyError, check_options
-from stableavatar.jobs.store import Job, QueueFullError
+from stableavatar.jobs.job import Job
+from stableavatar.jobs.store import QueueFullError
 from stableavatar.options import SIZE_MULTIPLE
 
 _LOOK_SECONDS = 0.25

@@ -1,0 +1,218 @@
+"""A worker makes what `generate` makes, also where several took turns at it."""
+
+import json
+import sqlite3
+from collections.abc import Iterator
+from fractions import Fraction
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from command_line import toy_model
+from stableavatar import load
+from stableavatar.errors import InputError
+from stableavatar.jobs.job import Job
+from stableavatar.jobs.store import JobStore
+from stableavatar.jobs.worker import FAULT, TOO_LITTLE_MEMORY, ModelChoice, make
+from stableavatar.journal import Journal, SavedState, journal_folder
+from stableavatar.media.audio import Sound
+from stableavatar.media.following import follow
+from stableavatar.media.video import probe, read_frames, read_metadata
+from stableavatar.options import OutputOptions
+from stableavatar.pipeline import AvatarPipeline
+from stored_jobs import add, found
+
+MODEL = ModelChoice("toy", checkpoint_every=0)
+
+
+@pytest.fixture
+def jobs(tmp_path: Path) -> JobStore:
+    return JobStore(tmp_path / "jobs", most_waiting=8, most_waiting_each=4)
+
+
+@pytest.fixture(scope="module")
+def pipeline() -> AvatarPipeline:
+    return load(toy_model(), device="cpu")
+
+
+def test_a_worker_makes_the_video_that_generate_makes(
+    jobs: JobStore, pipeline: AvatarPipeline, tmp_path: Path
+) -> None:
+    job = add(jobs, prompt="A man")
+    taken = jobs.take("worker-0")
+    assert taken is not None
+    make(jobs, taken, pipeline, MODEL)
+    done = found(jobs, job)
+    assert done.state == "completed"
+    assert done.video == job.output
+    assert done.result is not None
+    assert same_frames(job.output, alone(pipeline, job, tmp_path / "alone.mp4"))
+    assert done.result["frame_count"] == probe(job.output).frames == 15
+    assert done.result["seed"] == 3
+    assert not journal_folder(job.output).exists()
+    assert jobs.totals()["video_seconds"] == pytest.approx(0.6)
+
+
+def test_a_job_goes_on_in_another_worker_and_is_the_same_video(
+    jobs: JobStore, pipeline: AvatarPipeline, tmp_path: Path
+) -> None:
+    job = add(jobs, seconds=3.0)
+    stops = iter([False] * 3 + [True] * 100)
+    taken = jobs.take("worker-0")
+    assert taken is not None
+    make(jobs, taken, pipeline, MODEL, lambda: next(stops))
+    given_back = found(jobs, job)
+    assert given_back.state == "queued"
+    assert given_back.started is not None
+    assert (journal_folder(job.output) / "journal.json").exists()
+    taken = jobs.take("worker-1")
+    assert taken is not None
+    make(jobs, taken, pipeline, MODEL)
+    assert found(jobs, job).state == "completed"
+    assert same_frames(job.output, alone(pipeline, job, tmp_path / "alone.mp4"))
+
+
+def test_a_kill_between_the_videos_end_and_the_stores_costs_nothing(
+    jobs: JobStore, pipeline: AvatarPipeline
+) -> None:
+    job = add(jobs)
+    taken = jobs.take("worker-0")
+    assert taken is not None
+    make(jobs, taken, pipeline, MODEL)
+    before = job.output.stat().st_mtime_ns
+    with sqlite3.connect(jobs.folder / "jobs.sqlite") as database:
+        database.execute("UPDATE jobs SET state = 'queued', result = NULL")
+    taken = jobs.take("worker-1")
+    assert taken is not None
+    make(jobs, taken, pipeline, MODEL)
+    done = found(jobs, job)
+    assert done.state == "completed"
+    assert done.result is not None
+    assert done.result["frame_count"] == 15
+    assert job.output.stat().st_mtime_ns == before
+
+
+def test_what_is_cancelled_keeps_what_is_there(jobs: JobStore, pipeline: AvatarPipeline) -> None:
+    job = add(jobs, seconds=3.0, order="causal")
+    taken = jobs.take("worker-0")
+    assert taken is not None
+
+    def watch() -> bool:  # somebody presses stop when there is something to see
+        if any(journal_folder(job.output).glob("segment-*")):
+            jobs.cancel("ann", job.id)
+        return False
+
+    make(jobs, taken, pipeline, MODEL, watch)
+    stopped = found(jobs, job)
+    assert stopped.state == "cancelled"
+    assert stopped.video is not None
+    frames = probe(stopped.video).frames
+    assert 0 < frames < 75
+    assert not journal_folder(job.output).exists()
+
+
+def test_a_viewer_sees_the_same_video_across_a_kill(
+    jobs: JobStore, pipeline: AvatarPipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed when segments are there that the state that was saved last does not have yet."""
+    job = add(jobs, seconds=3.0, order="causal")
+    saved = 0
+    save = Journal.save
+
+    def save_once(journal: Journal, state: SavedState) -> None:
+        nonlocal saved
+        saved += 1
+        if saved <= 1:
+            save(journal, state)
+
+    def killed(_: Any = None) -> bool:
+        if saved > 2:
+            raise SystemExit
+        return False
+
+    monkeypatch.setattr(Journal, "save", save_once)
+    taken = jobs.take("worker-0")
+    assert taken is not None
+    with pytest.raises(SystemExit):
+        make(jobs, taken, pipeline, MODEL, killed)
+    monkeypatch.undo()
+    segments = journal_folder(job.output)
+    index = json.loads((segments / "journal.json").read_text())
+    assert len(list(segments.glob("segment-*.mp4"))) > index["rest"]["segments"]
+    sound = Sound(job.speech or "")
+    watching = follow(
+        segments, lambda: job.output if found(jobs, job).is_finished else None,
+        lambda: found(jobs, job).is_finished, fps=Fraction(25), sound=sound,
+    )  # fmt: skip
+    seen = b""
+    while piece := next(watching):
+        seen += piece
+    assert seen, "something is there to be seen"
+    jobs.worker_lost("worker-0", crashed=True)
+    taken = jobs.take("worker-1")
+    assert taken is not None
+    make(jobs, taken, pipeline, MODEL)
+    seen += b"".join(watching)
+    (tmp_path / "seen.mp4").write_bytes(seen)
+    assert same_frames(tmp_path / "seen.mp4", job.output)
+    assert probe(tmp_path / "seen.mp4").frames == 75
+
+
+def test_a_state_of_another_release_is_begun_anew(
+    jobs: JobStore, pipeline: AvatarPipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = add(jobs, seconds=3.0)
+    stops = iter([False] * 3 + [True] * 100)
+    taken = jobs.take("worker-0")
+    assert taken is not None
+    make(jobs, taken, pipeline, MODEL, lambda: next(stops))
+    monkeypatch.setattr("stableavatar.writing.__version__", "99")
+    taken = jobs.take("worker-1")
+    assert taken is not None
+    make(jobs, taken, pipeline, MODEL)
+    assert found(jobs, job).state == "completed"
+    assert '"version": "99"' in read_metadata(job.output)["stableavatar"]
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (InputError("portrait FOLDER/portrait: no picture"), "portrait: no picture"),
+        (RuntimeError("CUDA out of memory"), TOO_LITTLE_MEMORY),
+        (ZeroDivisionError("a fault"), FAULT),
+    ],
+)
+def test_what_fails_says_why_and_the_worker_lives(
+    jobs: JobStore, pipeline: AvatarPipeline, monkeypatch: pytest.MonkeyPatch, error: Exception, words: str
+) -> None:
+    job = add(jobs)
+    if isinstance(error, InputError):
+        error = InputError(str(error).replace("FOLDER", str(job.folder)))
+
+    def fail(*_: Any, **__: Any) -> Iterator[None]:
+        raise error
+
+    monkeypatch.setattr(pipeline, "generate", fail)
+    taken = jobs.take("worker-0")
+    assert taken is not None
+    trusted = make(jobs, taken, pipeline, MODEL)
+    assert (found(jobs, job).state, found(jobs, job).error) == ("failed", words)
+    assert trusted == (words != FAULT)
+    assert not journal_folder(job.output).exists()
+
+
+def alone(pipeline: AvatarPipeline, job: Job, output: Path) -> Path:
+    """A job's video without a store."""
+    options = dict(job.options)
+    encoding = OutputOptions(quality=options.pop("quality"))
+    pipeline.generate(job.portrait, job.speech, output, output_options=encoding, **options)
+    return output
+
+
+def same_frames(one: Path, other: Path) -> bool:
+    """Whether two videos show the same."""
+    pairs = zip_longest(read_frames(one), read_frames(other))
+    return all(a is not None and b is not None and np.array_equal(a, b) for a, b in pairs)
