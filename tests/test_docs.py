@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 
 from documents import commands, parse
+from method_figures import FIGURES
+from method_figures import FOLDER as METHOD
 from stableavatar.evaluation import cases
 from stableavatar.training.recipes import load_recipe
 
@@ -113,3 +115,10 @@ def test_the_site_is_built_and_its_links_lead_somewhere(tmp_path: Path) -> None:
     page = (tmp_path / "api" / "index.html").read_text(encoding="utf-8")
     for name in ("AvatarPipeline", "GenerateOptions", "audio_scale", "LiveRecording", "StoppedError"):
         assert name in page, name
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_figures_of_the_method_are_those_of_the_code(name: str) -> None:
+    """Else: python tests/method_figures.py"""
+    assert (METHOD / f"{name}.svg").read_text(encoding="utf-8") == FIGURES[name]()
+    assert f"(method/{name}.svg)" in (ROOT / "docs" / "method.md").read_text(encoding="utf-8")
