@@ -1,16 +1,19 @@
 """Trains the prompt encoder of the embedded model to tell what a prompt asks for.
 
-    python -m stableavatar.training.tiny.text_encoder --out FOLDER
+    python -m stableavatar.training.tiny.text_encoder --out FOLDER [--like ENCODER]
 
-From scratch, on prompts as puppets have them and on the same words in other orders: a linear head on every
-byte's output names the expression. Only the encoder is kept, `FOLDER/final` in transformers' layout, and the
-transformer learns to listen to it (spec/6-embedded-model.md). Where both learned together the prompt was left
-unheard (docs/decisions/0009-prompts-of-tiny.md).
+On prompts as puppets have them, on the same words in other orders, and on prompts as people write them
+(`training.tiny.prompts`): a linear head on every byte's output names the expression. From scratch, or with
+`--like` from an encoder that a transformer listens to already: what it says of puppets' prompts stays. Only
+the encoder is kept, `FOLDER/final` in transformers' layout, and the transformer learns to listen to it
+(spec/6-embedded-model.md). Where both learned together the prompt was left unheard
+(docs/decisions/0009-prompts-of-tiny.md).
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import logging
 from collections.abc import Sequence
@@ -21,25 +24,30 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import ByT5Tokenizer
+from transformers import ByT5Tokenizer, UMT5EncoderModel
 
 from stableavatar.data.puppets import EXPRESSIONS, Identity
 from stableavatar.data.puppets.clip import draw_prompt
+from stableavatar.data.puppets.motion import draw_expression
 from stableavatar.training.tiny.arguments import add_settings, chosen_settings
 from stableavatar.training.tiny.avatar import TEXT_LENGTH, TEXT_WIDTH, build_text_encoder
+from stableavatar.training.tiny.prompts import free_prompt
 
 logger = logging.getLogger(__name__)
 
 _UNSEEN = 10**6
 """Seeds from here on are for measuring."""
 _NEUTRAL = EXPRESSIONS.index("neutral")
+_LIKE_BATCH = 24
 
 
 @dataclass(frozen=True)
 class TextEncoderSettings:
     """Everything a run depends on."""
 
-    steps: int = 800
+    steps: int = 2400
+    head_steps: int = 100  # of the head alone, where the encoder is not from scratch
+    like_weight: float = 1.0
     learning_rate: float = 2e-3
     warmup_steps: int = 50
     batch: int = 48
@@ -52,16 +60,18 @@ class TextEncoderSettings:
 
 
 def prompt_of(seed: int) -> tuple[str, int]:
-    """A prompt, and which of `EXPRESSIONS` it asks for; half of them as puppets have them, half with the
-    expression elsewhere or other letters large."""
+    """A prompt, and which of `EXPRESSIONS` it asks for; a third of them as puppets have them, a sixth with
+    the expression elsewhere, half as people write them; of the latter two some with other letters large."""
     rng = np.random.default_rng([seed, 707])
     expression = int(rng.integers(len(EXPRESSIONS)))
-    identity = Identity.from_seed(seed)
-    prompt = draw_prompt(seed, identity, EXPRESSIONS[expression])
-    if rng.random() < 0.5:
-        return prompt, expression
-    plain = draw_prompt(seed, identity, "neutral")
     word = EXPRESSIONS[expression]
+    kind = rng.random()
+    if kind < 1 / 3:
+        return draw_prompt(seed, Identity.from_seed(seed), word), expression
+    if kind > 1 / 2:
+        return _styled(rng, free_prompt(rng, word)), expression
+    identity = Identity.from_seed(seed)
+    prompt, plain = draw_prompt(seed, identity, word), draw_prompt(seed, identity, "neutral")
     if expression != _NEUTRAL:
         article, rest = plain.split(" ", 1)
         plain = str(
@@ -76,36 +86,49 @@ def prompt_of(seed: int) -> tuple[str, int]:
                 ]
             )
         )
+    return _styled(rng, plain), expression
+
+
+def _styled(rng: np.random.Generator, prompt: str) -> str:
     style = rng.random()
     if style < 0.3:
-        plain = plain.lower()
+        prompt = prompt.lower()
     elif style < 0.4:
-        plain = plain.upper()
-    return plain + ("." if rng.random() < 0.3 else ""), expression
+        prompt = prompt.upper()
+    return prompt + ("." if rng.random() < 0.3 and not prompt.endswith(".") else "")
 
 
 class ExpressionReader(nn.Module):
     """The encoder with the linear head that is dropped after training."""
 
-    def __init__(self) -> None:
+    def __init__(self, encoder: UMT5EncoderModel | None = None) -> None:
         super().__init__()
-        self.encoder = build_text_encoder()
+        self.encoder = encoder or build_text_encoder()
         self.tokenizer = ByT5Tokenizer()
         self.head = nn.Linear(TEXT_WIDTH, len(EXPRESSIONS))
 
     def forward(self, prompts: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
         """What every byte says, [B, n, expressions], and which of them belong to the prompts, [B, n]."""
+        hidden, there = self.encode(self.encoder, prompts)
+        return self.head(hidden), there
+
+    def encode(self, encoder: UMT5EncoderModel, prompts: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
+        """An encoder's outputs [B, n, D], and which of them belong to the prompts, [B, n]."""
         tokens = self.tokenizer(
             list(prompts), padding="longest", truncation=True, max_length=TEXT_LENGTH, return_tensors="pt"
         )
-        hidden = self.encoder(tokens.input_ids, attention_mask=tokens.attention_mask).last_hidden_state
-        return self.head(hidden), tokens.attention_mask.bool()
+        hidden = encoder(tokens.input_ids, attention_mask=tokens.attention_mask).last_hidden_state
+        return hidden, tokens.attention_mask.bool()
 
 
-def train(settings: TextEncoderSettings, out: Path) -> ExpressionReader:
-    """Trains for the settings' steps with a rate that falls to zero; writes `out/curve.jsonl`."""
+def train(settings: TextEncoderSettings, out: Path, like: UMT5EncoderModel | None = None) -> ExpressionReader:
+    """Trains for the settings' steps with a rate that falls to zero; writes `out/curve.jsonl`.
+
+    Args:
+        like: to begin with, and to stay like in what it says of puppets' prompts.
+    """
     torch.manual_seed(settings.seed)
-    model = ExpressionReader().train()
+    model = ExpressionReader(copy.deepcopy(like)).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=settings.learning_rate, betas=(0.9, 0.98))
     recent: list[float] = []
     for step in range(settings.steps):
@@ -116,9 +139,12 @@ def train(settings: TextEncoderSettings, out: Path) -> ExpressionReader:
         prompts, expressions = zip(
             *(prompt_of(seed % _UNSEEN) for seed in range(first, first + settings.batch)), strict=True
         )
+        model.encoder.requires_grad_(like is None or step >= settings.head_steps)
         said, there = model(prompts)
         wanted = torch.tensor(expressions)[:, None].expand(there.shape)
         loss = F.cross_entropy(said[there], wanted[there])
+        if like is not None:
+            loss = loss + settings.like_weight * _strayed(model, like, first)
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -133,12 +159,36 @@ def train(settings: TextEncoderSettings, out: Path) -> ExpressionReader:
     return model.eval()
 
 
+def _strayed(model: ExpressionReader, like: UMT5EncoderModel, first: int) -> torch.Tensor:
+    """How far outputs for puppets' prompts lie from another encoder's, against how large they are."""
+    prompts = [_puppet_prompt(seed) for seed in range(first, first + _LIKE_BATCH)]
+    now, there = model.encode(model.encoder, prompts)
+    with torch.no_grad():
+        before, _ = model.encode(like, prompts)
+    return (now - before)[there].square().mean() / before[there].square().mean()
+
+
+def _puppet_prompt(seed: int) -> str:
+    return draw_prompt(seed, Identity.from_seed(seed), draw_expression(seed))
+
+
 @torch.no_grad()
 def accuracy(model: ExpressionReader, count: int = 500) -> float:
     """The share of bytes of unseen prompts that name what their prompt asks for."""
+    return _share_named(model, [prompt_of(seed) for seed in range(_UNSEEN, _UNSEEN + count)])
+
+
+@torch.no_grad()
+def free_accuracy(model: ExpressionReader, count: int = 500) -> float:
+    """The same of prompts as people write them alone."""
+    rng = np.random.default_rng(_UNSEEN)
+    words = rng.integers(len(EXPRESSIONS), size=count)
+    return _share_named(model, [(free_prompt(rng, EXPRESSIONS[word]), int(word)) for word in words])
+
+
+def _share_named(model: ExpressionReader, prompts: Sequence[tuple[str, int]]) -> float:
     right = total = 0
-    for seed in range(_UNSEEN, _UNSEEN + count):
-        prompt, expression = prompt_of(seed)
+    for prompt, expression in prompts:
         said, there = model([prompt])
         right += int((said[there].argmax(dim=-1) == expression).sum())
         total += int(there.sum())
@@ -149,14 +199,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """The command line; see the module's first lines."""
     parser = argparse.ArgumentParser(description="Trains the prompt encoder of the embedded model.")
     parser.add_argument("--out", type=Path, required=True, help="folder for curve, figures and model")
+    parser.add_argument("--like", type=Path, help="an encoder's folder to begin with and to stay like")
     add_settings(parser, TextEncoderSettings)
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     settings = chosen_settings(TextEncoderSettings, options)
     torch.set_num_threads(settings.threads)
     options.out.mkdir(parents=True, exist_ok=True)
-    model = train(settings, options.out)
-    figures = {"accuracy": accuracy(model)}
+    like = None if options.like is None else UMT5EncoderModel.from_pretrained(options.like).float().eval()
+    model = train(settings, options.out, like)
+    figures = {"accuracy": accuracy(model), "free_accuracy": free_accuracy(model)}
+    if like is not None:
+        with torch.no_grad():
+            figures["strayed"] = float(_strayed(model, like, _UNSEEN))
     logger.info("of unseen prompts, %.1f %% of the bytes say what is asked for", 100 * figures["accuracy"])
     (options.out / "figures.json").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
     model.encoder.save_pretrained(options.out / "final")
