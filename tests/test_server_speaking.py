@@ -1,0 +1,153 @@
+"""Somebody speaks to a real server, and it answers with video."""
+
+import base64
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+from fastapi.testclient import TestClient
+from websockets.sync.client import connect
+
+import stableavatar
+from serving import QUICK, Server, files_to_send, servers_of, states, until
+from stableavatar.apps.server.app import Service, create_app
+from stableavatar.jobs.worker import ModelChoice
+from stableavatar.media.audio import Speech
+from stableavatar.media.video import probe
+
+
+@pytest.fixture
+def servers(tmp_path: Path) -> Iterator[Callable[..., Server]]:
+    with servers_of(tmp_path / "jobs") as start:
+        yield start
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> dict[str, bytes]:
+    return files_to_send(tmp_path)
+
+
+def test_what_is_spoken_comes_back_as_video_in_step(
+    servers: Callable[..., Server], files: dict[str, bytes], tmp_path: Path
+) -> None:
+    """By `tiny`, in pieces of 100 ms: the first frames come after the speech of one window, and the sound of the
+    video is what was said."""
+    samples = articulated_speech(seconds=4.0)
+    server = servers(model="tiny").wait_ready()
+    pieces = [samples[start : start + 1600].tobytes() for start in range(0, len(samples), 1600)]
+    with connect(f"ws://127.0.0.1:{server.port}/v1/sessions", max_size=None) as line:
+        start = {
+            "type": "start",
+            "portrait": base64.b64encode(files["portrait"]).decode(),
+            "options": {"seed": 1},
+        }
+        line.send(json.dumps(start))
+        assert json.loads(line.recv(60)) == {"type": "ready"}
+        for piece in pieces[:14]:  # 1.4 s; a window has 33 frames, 1.32 s
+            line.send(piece)
+        video = b""
+        while b"mdat" not in video:
+            message = line.recv(60)
+            video += message if isinstance(message, bytes) else b""
+        for piece in pieces[14:]:
+            line.send(piece)
+        line.send(json.dumps({"type": "end"}))
+        for message in line:
+            if isinstance(message, bytes):
+                video += message
+            else:
+                last = json.loads(message)
+    assert last == {"type": "done", "frames": 100}
+    (tmp_path / "spoken.mp4").write_bytes(video)
+    info = probe(tmp_path / "spoken.mp4")
+    assert (info.frames, info.width) == (100, 128)
+    heard = Speech.open(tmp_path / "spoken.mp4")
+    said = samples.astype(np.float32) / 32768
+    got = heard.samples(0, len(said))
+    lags = {
+        lag: float(np.dot(said[1600:-1600], got[1600 + lag : len(got) - 1600 + lag]))
+        for lag in range(-800, 801, 8)
+    }
+    assert abs(max(lags, key=lambda lag: lags[lag])) <= 16  # samples: a millisecond
+    assert list((server.folder / "incoming").iterdir()) == []
+
+
+def test_who_speaks_goes_before_videos_and_those_go_on_after(
+    servers: Callable[..., Server], files: dict[str, bytes]
+) -> None:
+    server = servers().wait_ready()
+    video = httpx.post(
+        f"{server.url}/v1/videos", files=files, data={**QUICK, "steps": "30"}, timeout=60
+    ).json()["id"]
+    until(lambda: bool((states(server)[video]["step"] or {}).get("step")))
+    with connect(f"ws://127.0.0.1:{server.port}/v1/sessions", max_size=None) as line:
+        line.send(json.dumps(spoken(files)))
+        assert json.loads(line.recv(60)) == {"type": "ready"}
+        assert states(server)[video]["status"] == "queued"
+        with connect(f"ws://127.0.0.1:{server.port}/v1/sessions") as other:
+            other.send(json.dumps(spoken(files)))
+            assert json.loads(other.recv(60))["error"]["code"] == "one_session"
+        line.send(bytes(32_000))
+        # The client goes away in the middle.
+    until(lambda: states(server)[video]["status"] == "completed", 120)
+    with connect(f"ws://127.0.0.1:{server.port}/v1/sessions", max_size=None) as line:
+        line.send(json.dumps(spoken(files)))
+        assert json.loads(line.recv(60)) == {"type": "ready"}
+    assert not [text for text in server.said if "Traceback" in text], server.said
+
+
+@pytest.mark.parametrize(
+    ("first", "words"),
+    [
+        ("not JSON", "Invalid JSON"),
+        ({"type": "begin"}, "type"),
+        ({"type": "start"}, "give either portrait"),
+        ({"type": "start", "portrait": "%%%"}, "no base64"),
+        ({"type": "start", "portrait": "aGVsbG8="}, "not a picture"),
+        ({"type": "start", "portrait_from": "../../etc/passwd"}, "portrait_from"),
+        ({"type": "start", "portrait_from": "video_" + "0" * 24}, "no such video"),
+        ({"type": "start", "sample_rate": 10**9, "portrait": "aGVsbG8="}, "sample_rate"),
+        (
+            {"type": "start", "portrait": "aGVsbG8=", "options": {"order": "wavefront"}},
+            "order",
+        ),
+        ({"type": "start", "portrait": "aGVsbG8=", "options": {"steps": 10**6}}, "100 at most"),
+        ({"type": "start", "portrait": "aGVsbG8=", "options": {"steps": "many"}}, "steps"),
+        ({"type": "start", "portrait": "aGVsbG8=", "options": {"device": "cuda"}}, "device"),
+        ({"type": "start", "portrait": "aGVsbG8=", "options": {"quality": 99}}, "quality"),
+        ({"type": "start", "portrait": "aGVsbG8=", "options": {"size": "9x"}}, "size"),
+        ({"type": "start", "portrait": "aGVsbG8=", "options": {"size": "9" * 5000 + "x16"}}, "size"),
+        ({"type": "start", "portrait": "aGVsbG8=", "options": {"fps": None}}, "fps"),
+        ({"type": "start", "portrait": "aGVsbG8=", "options": {"seed": 2**70}}, "seed"),
+    ],
+)
+def test_a_session_that_cannot_be_is_refused(tmp_path: Path, first: Any, words: str) -> None:
+    service = Service(tmp_path / "jobs", [ModelChoice("toy")])
+    with TestClient(create_app(service, service.store()), base_url="http://127.0.0.1") as client:
+        with client.websocket_connect("ws://127.0.0.1/v1/sessions") as line:
+            line.send_text(first if isinstance(first, str) else json.dumps(first))
+            answer = line.receive_json()
+        assert answer["type"] == "error"
+        assert words in answer["error"]["message"]
+        with client.websocket_connect(
+            "ws://127.0.0.1/v1/sessions", headers={"Origin": "https://evil.example"}
+        ) as line:
+            assert line.receive_json()["error"]["code"] == "wrong_origin"
+    assert list((tmp_path / "jobs" / "incoming").iterdir()) == []
+
+
+def spoken(files: dict[str, bytes]) -> dict[str, Any]:
+    """How a session of the toy model begins."""
+    options = {"steps": 1, "text_scale": 1.0, "audio_scale": 1.0, "size": "48x48"}
+    return {"type": "start", "portrait": base64.b64encode(files["portrait"]).decode(), "options": options}
+
+
+def articulated_speech(seconds: float) -> Any:
+    """The demo's sentence, 16-bit samples at 16 kHz."""
+    demo = Path(stableavatar.__file__).parent / "assets" / "demo" / "speech.flac"
+    samples = Speech.open(demo).samples(0, round(seconds * 16000))
+    return (np.clip(samples, -1, 1) * 32767).astype("<i2")
