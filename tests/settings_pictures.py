@@ -48,8 +48,8 @@ def main(names: list[str]) -> None:
         for label, options in SHEETS[name].items():
             stream = pipeline.stream(portrait, recording, duration=SECONDS, **{"seed": 1, **options})
             rows[label] = np.stack(list(stream))
-        contact_sheet(rows, moments).save(FOLDER / f"{name}.png")
-        print(FOLDER / f"{name}.png")
+        contact_sheet(rows, moments).save(FOLDER / f"{name}.jpg", quality=85)
+        print(FOLDER / f"{name}.jpg")
 
 
 if __name__ == "__main__":
