@@ -190,7 +190,7 @@ class TestFolder:
         for stretch in entry["stretches"]:
             assert len(stretch["thumbnails"]) == (3 if stretch["reason"] is None else 1)
             for picture in stretch["thumbnails"]:
-                pixels = np.asarray(Image.open(tmp_path / "data" / "thumbnails" / picture))
+                pixels = np.asarray(Image.open(tmp_path / "data" / "report_pictures" / picture))
                 (person if stretch["reason"] is None else wall).append(float(pixels.std()))
         assert max(wall) < 5 < min(person)
 
@@ -476,42 +476,6 @@ def alive(process: int) -> bool:
 def test_values_that_cannot_be(values: dict[str, Any], what: str) -> None:
     with pytest.raises(InputError, match=what):
         PrepareSettings(**values)
-
-
-def test_a_video_costs_the_same_however_many_there_were(tmp_path: Path) -> None:
-    """Its lines are added to the state; nothing that was there is written again."""
-    videos = [tmp_path / f"{number}.mp4" for number in range(40)]
-    for number, path in enumerate(videos):
-        path.write_bytes(bytes([number]))
-    state = PrepareState.open(tmp_path, SHORT)
-    assert state.take(videos) == videos
-    file, sizes = tmp_path / "prepare.jsonl", []
-    before = file.stat()
-    for number, path in enumerate(videos):
-        state.add(path, [{"start": 0, "stop": 30, "reason": "no face", "thumbnails": [bytes([number])]}])
-        sizes.append(file.stat().st_size)
-    assert file.stat().st_ino == before.st_ino
-    assert max(np.diff(sizes)) <= min(np.diff(sizes)) + 2  # digits of the number
-    assert len(PrepareState.open(tmp_path, SHORT).videos) == 40
-
-
-def test_pictures_of_what_is_no_longer_there_go(tmp_path: Path) -> None:
-    path = tmp_path / "a.mp4"
-    for content in (b"first", b"second"):
-        path.write_bytes(content)
-        state = PrepareState.open(tmp_path, SHORT)
-        (again,) = state.take([path])
-        state.add(again, [{"start": 0, "stop": 30, "reason": "no face", "thumbnails": [content]}])
-        state.write_lists()
-        (picture,) = (tmp_path / "thumbnails").iterdir()
-        assert picture.read_bytes() == content
-
-
-@pytest.mark.parametrize("content", ["{}", "[]", "{", '{"settings": 3}'])
-def test_a_damaged_state_is_named(tmp_path: Path, content: str) -> None:
-    (tmp_path / "prepare.jsonl").write_text(f"{content}\n")
-    with pytest.raises(InputError, match=r"prepare\.jsonl is damaged"):
-        PrepareState.open(tmp_path, SHORT)
 
 
 def test_no_clip_at_all_is_an_error(tmp_path: Path) -> None:

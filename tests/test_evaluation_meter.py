@@ -94,11 +94,12 @@ def test_corners_are_held_against_their_place_at_rest(meter: MouthMeter) -> None
         clips = [make_clip(seed, 2.0, expression=expression) for expression in ("smiling", "serious")]
         at_rest = float(meter.measure(clips[0].portrait[None]).smile[0])
         mouths = [meter.measure(clip.frames) for clip in clips]
-        plain.append(np.mean([corner_lift(mouth) for mouth in mouths]))
+        plain.append(np.mean([corner_lift(mouth, 0.0) for mouth in mouths]))
         above_rest.append(np.mean([corner_lift(mouth, at_rest) for mouth in mouths]))
     assert np.std(above_rest) < 0.85 * np.std(plain)
 
 
 def test_a_neutral_face_neither_smiles_nor_frowns(meter: MouthMeter) -> None:
     neutral = make_clip(EVALUATION_SEED + 2, 2.0, expression="neutral")
-    assert abs(corner_lift(meter.measure(neutral.frames))) < 0.35
+    at_rest = float(meter.measure(neutral.portrait[None]).smile[0])
+    assert abs(corner_lift(meter.measure(neutral.frames), at_rest)) < 0.35

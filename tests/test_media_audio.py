@@ -211,6 +211,19 @@ def test_a_tape_of_speech_is_mixed_as_speech(tmp_path: Path) -> None:
     assert np.abs(heard).max() > 0.1
 
 
+def test_a_tape_of_a_file_that_is_cut_off_gives_what_lies_before(tmp_path: Path) -> None:
+    sound = np.stack([tone(4.0, 48_000, 300)] * 2, axis=1)
+    whole = write_sound(tmp_path / "whole.mka", sound, 48_000, "pcm_s16le")
+    cut = tmp_path / "cut.mka"
+    cut.write_bytes(whole.read_bytes()[: whole.stat().st_size * 3 // 4])
+    with pytest.raises(InputError):
+        Speech.open(cut)
+    tape = SoundTape(cut, 16_000)
+    assert sum(map(len, tape.stretch(0.0, 1.0))) == 16_000
+    with pytest.raises(InputError):
+        list(tape.stretch(2.0, 2.0))
+
+
 def test_a_tape_that_cannot_be_read_says_so_every_time(tmp_path: Path) -> None:
     (tmp_path / "a.wav").write_bytes(b"no sound")
     tape = SoundTape(tmp_path / "a.wav", 16_000)

@@ -11,7 +11,8 @@ import pytest
 import torch
 from transformers import UMT5EncoderModel, Wav2Vec2Model
 
-from stableavatar.data.puppets import EXPRESSIONS
+from stableavatar.data.puppets import EXPRESSIONS, Identity
+from stableavatar.data.puppets.clip import draw_prompt
 from stableavatar.training.tiny import speech_encoder, text_encoder
 from stableavatar.training.tiny.avatar import TEXT_LENGTH
 from stableavatar.training.tiny.prompts import free_prompt
@@ -84,6 +85,10 @@ def test_prompts_ask_for_every_expression_in_many_places() -> None:
     for prompt, expression in drawn:
         named = {word for word in EXPRESSIONS if word in prompt.lower()}
         assert named <= {EXPRESSIONS[expression]}, prompt
+        puppets = draw_prompt(expression, Identity.from_seed(7), EXPRESSIONS[expression])
+        assert (EXPRESSIONS[expression] in puppets) == (EXPRESSIONS[expression] != "neutral")
+    shares = [EXPRESSIONS[expression] in prompt.lower() for prompt, expression in drawn]
+    assert 0.5 < np.mean(shares) < 0.9
     assert np.mean([len(prompt) < TEXT_LENGTH for prompt, _ in drawn]) > 0.98
     assert any(prompt.lower().startswith("smiling") for prompt, _ in drawn)
     assert any(prompt.endswith("smiling") for prompt, _ in drawn)
@@ -99,6 +104,7 @@ def test_prompts_as_people_write_them(expression: str) -> None:
         assert "HIS" not in prompt
         assert not re.search(r"\b[Aa] [aeiou]", prompt)
         assert prompt[0].isupper()
+        assert not re.search(r"\. [a-z]", prompt)
     assert sum(expression in prompt.lower() for prompt in drawn) < 180, "it is said in other words too"
     with pytest.raises(ValueError, match="is none of"):
         free_prompt(rng, "whistling")
@@ -140,3 +146,5 @@ def test_the_prompt_encoder_learns_and_is_written(tmp_path: Path) -> None:
     UMT5EncoderModel.from_pretrained(tmp_path / "final")
     with pytest.raises(ValueError, match="at least 1"):
         text_encoder.TextEncoderSettings(steps=0)
+    with pytest.raises(SystemExit):
+        text_encoder.main(["--out", str(tmp_path), "--like-weight", "3"])

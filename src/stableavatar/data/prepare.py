@@ -83,7 +83,7 @@ def write_clip(
     frames: Iterator[Frame],
     folder: Path,
     landmarker: FaceLandmarker,
-    sounds: "Sounds",
+    sounds: Sounds,
     settings: PrepareSettings,
 ) -> Shape:
     """Write a stretch as a clip folder.
@@ -181,7 +181,7 @@ def prepare(
 
     Args:
         raw: searched for videos, sub-folders included. data: gets the layout of `data.clips`, the lists
-            `video_SHAPE_path.txt`, `report.html` with its `thumbnails`, and `prepare.jsonl`.
+            `video_SHAPE_path.txt`, `report.html` with `report_pictures`, and `prepare.jsonl`.
         workers: processes, a video each. tell: gets a line a video.
 
     Raises:

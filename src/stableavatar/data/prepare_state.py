@@ -15,7 +15,8 @@ from stableavatar.errors import InputError
 from stableavatar.media.files import file_fingerprint, write_file
 
 STATE = "prepare.jsonl"
-THUMBNAILS = "thumbnails"
+THUMBNAILS = "report_pictures"
+_EARLIER = "prepare.json"
 
 
 class PrepareState:
@@ -42,6 +43,11 @@ class PrepareState:
         """That of a data folder, or a new one. Raises InputError: damaged, or of other settings."""
         file = data / STATE
         if not file.exists():
+            if (data / _EARLIER).exists():
+                raise InputError(
+                    f"{data / _EARLIER} is of an earlier version: choose another folder, or remove it "
+                    "and the clips beside it"
+                )
             state = cls(data, settings, {})
             state._write()
             return state
@@ -51,6 +57,7 @@ class PrepareState:
             before = {**first["settings"]}
             videos = {it["video"]: {"file": it["file"], "stretches": it["stretches"]} for it in lines}
             state = cls(data, settings, videos, first["listed"])
+            left = {clip for it in lines for clip in _clips_of(it)} - set(state._clips())
         except (ValueError, KeyError, TypeError) as error:
             raise InputError(f"{file} is damaged ({error}): remove it, and the clips beside it") from error
         different = [
@@ -58,13 +65,15 @@ class PrepareState:
             for name, value in asdict(settings).items()
             if before.get(name) != value and name not in ("kind", "prompt")  # of each video
         ]
-        if different:
+        if different and videos:
             told = ", ".join(f"{name} {before.get(name)}" for name in different)
             raise InputError(
                 f"{data} was prepared with other settings ({told}): give those, or choose another folder"
             )
-        if torn:
+        if torn or different:
             state._write()
+        for clip in left:  # of a file that another one has replaced
+            shutil.rmtree(data / clip, ignore_errors=True)
         for place in state.videos:
             state._move(place)  # a run may have been stopped in the middle of it
         return state
@@ -76,10 +85,13 @@ class PrepareState:
         for place, fingerprint in self._prints.items():
             if fingerprint:
                 places.setdefault(fingerprint, []).append(place)
-        for place, entry in list(self.videos.items()):
+        before = list(self.videos.items())
+        for place, entry in before:
             found = places.get(entry["file"], [])
             if found and place not in found and found[0] not in self.videos:
                 self.videos[found[0]] = self.videos.pop(place)
+        if list(self.videos) != [place for place, _ in before]:
+            self._write()  # another video may take that place
         known = {entry["file"] for entry in self.videos.values()}
         return [video for video in videos if self._prints[_place(video)] not in known - {""}]
 
@@ -89,6 +101,7 @@ class PrepareState:
         """Give a video's clips their places. They are written down before they are taken.
 
         Args:
+            stretches: what `prepare_video` gave; thumbnails become names of files.
             video: of those that `take` gave. settled: False: what became of it is not its own doing, and
                 another run tries again.
         """
@@ -101,9 +114,8 @@ class PrepareState:
         self.videos[place] = {"file": self._prints[place] if settled else "", "stretches": stretches}
         self._append(place)
         if before is not None:  # the file was another one then
-            for it in before["stretches"]:
-                if it["reason"] is None:
-                    shutil.rmtree(self.data / it["clip"], ignore_errors=True)
+            for clip in _clips_of(before):
+                shutil.rmtree(self.data / clip, ignore_errors=True)
         self._move(place)
         return stretches
 
@@ -132,9 +144,7 @@ class PrepareState:
         return max([*on_disk, *known], default=0)
 
     def _clips(self) -> list[str]:
-        return [
-            it["clip"] for entry in self.videos.values() for it in entry["stretches"] if it["reason"] is None
-        ]
+        return [clip for entry in self.videos.values() for clip in _clips_of(entry)]
 
     def write_lists(self) -> None:
         """A path list a shape, with the clips of every run.
@@ -188,6 +198,10 @@ class PrepareState:
         first = {"settings": asdict(self.settings), "listed": sorted(self.listed)}
         lines = [first, *({"video": place, **entry} for place, entry in self.videos.items())]
         write_file(self.data / STATE, b"".join(map(_line, lines)))
+
+
+def _clips_of(entry: dict[str, Any]) -> list[str]:
+    return [it["clip"] for it in entry["stretches"] if it["reason"] is None]
 
 
 def _line(content: dict[str, Any]) -> bytes:

@@ -13,7 +13,7 @@ _SETTLING = 20
 """Frames at the start in which the expression is still rising from the portrait's."""
 
 
-def corner_lift(mouth: MouthTrack, at_rest: float = 0.0) -> float:
+def corner_lift(mouth: MouthTrack, at_rest: float) -> float:
     """Mean lift of the mouth's corners once the expression has settled, above where they are at rest.
 
     Args:
@@ -24,7 +24,7 @@ def corner_lift(mouth: MouthTrack, at_rest: float = 0.0) -> float:
     return float(np.mean(settled)) - at_rest
 
 
-def read_expression(mouth: MouthTrack, at_rest: float = 0.0) -> str:
+def read_expression(mouth: MouthTrack, at_rest: float) -> str:
     """ "smiling" or "serious", whichever is nearer to the corners' lift; see :func:`corner_lift`."""
     return "smiling" if corner_lift(mouth, at_rest) > _HALFWAY else "serious"
 
@@ -32,6 +32,8 @@ def read_expression(mouth: MouthTrack, at_rest: float = 0.0) -> str:
 def _told(clip: Observation) -> float:
     if clip.expression not in ("smiling", "serious"):
         raise ValueError(f"a clip of expression {clip.expression!r}: only smiling and serious are told apart")
+    if clip.smile_at_rest is None:
+        raise ValueError("the portrait's smile was not read: a lift is told from it")
     return float(read_expression(clip.mouth, clip.smile_at_rest) == clip.expression)
 
 

@@ -81,7 +81,7 @@ class Observation:
     surroundings: Mask
     outside: Mask
     expression: str | None = None
-    smile_at_rest: float = 0.0
+    smile_at_rest: float | None = None
     fps: float = 25.0
     faces: FaceTrack | None = None
 

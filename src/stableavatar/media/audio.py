@@ -236,7 +236,13 @@ class SoundTape:
                 yield part[begin:]
 
     def _decode(self, path: str | Path, mix: Mix | None) -> Iterator[Samples]:
-        yield from stream_sound(path, self.sample_rate, mix or speech_mix(path))
+        if mix is None:
+            try:
+                mix = speech_mix(path)
+            except InputError as error:
+                logger.debug("%s: mixed as it is, for %s", path, error)
+                mix = "mono"  # what can be read is read, up to where that error lies
+        yield from stream_sound(path, self.sample_rate, mix)
 
     def _next(self) -> Samples | None:
         if self._error is not None:

@@ -203,4 +203,4 @@ def free_prompt(rng: np.random.Generator, expression: str) -> str:
         he=he,
     ).replace("HIS", {"she": "her", "he": "his", "it": "the"}[he])
     prompt = re.sub(r"\b([Aa]) (?=[aeiou])", r"\1n ", prompt)
-    return prompt[0].upper() + prompt[1:]
+    return re.sub(r"(^|\. )([a-z])", lambda found: found[1] + found[2].upper(), prompt)

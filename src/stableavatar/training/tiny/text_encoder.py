@@ -57,6 +57,8 @@ class TextEncoderSettings:
     def __post_init__(self) -> None:
         if min(self.steps, self.batch, self.threads) < 1:
             raise ValueError("steps, batch and threads must be at least 1")
+        if min(self.head_steps, self.like_weight) < 0:
+            raise ValueError("head_steps and like_weight must be at least 0")
 
 
 def prompt_of(seed: int) -> tuple[str, int]:
@@ -127,6 +129,10 @@ def train(settings: TextEncoderSettings, out: Path, like: UMT5EncoderModel | Non
     Args:
         like: to begin with, and to stay like in what it says of puppets' prompts.
     """
+    if like is not None and settings.head_steps >= settings.steps:
+        raise ValueError(
+            f"head_steps must be below the {settings.steps} steps, else the encoder learns nothing"
+        )
     torch.manual_seed(settings.seed)
     model = ExpressionReader(copy.deepcopy(like)).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=settings.learning_rate, betas=(0.9, 0.98))
@@ -144,7 +150,7 @@ def train(settings: TextEncoderSettings, out: Path, like: UMT5EncoderModel | Non
         wanted = torch.tensor(expressions)[:, None].expand(there.shape)
         loss = F.cross_entropy(said[there], wanted[there])
         if like is not None:
-            loss = loss + settings.like_weight * _strayed(model, like, first)
+            loss = loss + settings.like_weight * _strayed(model, like, first % _UNSEEN)
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -204,6 +210,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     settings = chosen_settings(TextEncoderSettings, options)
+    plain = TextEncoderSettings()
+    if options.like is None and (settings.head_steps, settings.like_weight) != (
+        plain.head_steps,
+        plain.like_weight,
+    ):
+        parser.error("--head-steps and --like-weight do nothing without --like")
     torch.set_num_threads(settings.threads)
     options.out.mkdir(parents=True, exist_ok=True)
     like = None if options.like is None else UMT5EncoderModel.from_pretrained(options.like).float().eval()
