@@ -144,7 +144,7 @@ def test_a_video_plays_while_it_is_made_and_is_downloaded(page: Page, speech: Pa
 
 @needs_browser
 def test_stop_stops_and_keeps_what_is_there(page: Page, speech: Path, tmp_path: Path) -> None:
-    fill_in(page, speech, steps=30)
+    fill_in(page, speech, steps=100)
     page.locator("#first-frames input").check()
     page.locator("#make").click()
     page.wait_for_function("document.querySelector('#screen video')?.videoWidth > 0", timeout=60 * SECONDS)
@@ -179,7 +179,7 @@ def test_two_people_queue_and_neither_sees_the_others_video(
 
 @needs_browser
 def test_a_page_opened_anew_shows_what_is_in_the_making(page: Page, speech: Path) -> None:
-    fill_in(page, speech, steps=30)
+    fill_in(page, speech, steps=100)
     page.locator("#make").click()
     expect(page.locator("#status")).to_contain_text("Window", timeout=60 * SECONDS)
     page.reload()
