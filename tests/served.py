@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from fastapi import FastAPI
 from fastapi.testclient import TestClient
 
 from command_line import portrait, speech
@@ -39,7 +40,8 @@ def served(folder: Path) -> Iterator[TestClient]:
 
 
 def store_of(client: TestClient) -> JobStore:
-    store: JobStore = client.app.state.store  # type: ignore[attr-defined]
+    assert isinstance(client.app, FastAPI)
+    store: JobStore = client.app.state.store
     return store
 
 

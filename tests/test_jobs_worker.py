@@ -59,11 +59,7 @@ def test_a_worker_makes_the_video_that_generate_makes(
 def test_a_job_goes_on_in_another_worker_and_is_the_same_video(
     jobs: JobStore, pipeline: AvatarPipeline, tmp_path: Path
 ) -> None:
-    job = add(jobs, seconds=3.0)
-    stops = iter([False] * 3 + [True] * 100)
-    taken = jobs.take("worker-0")
-    assert taken is not None
-    make(jobs, taken, pipeline, MODEL, lambda: next(stops))
+    job = interrupted(jobs, pipeline)
     given_back = found(jobs, job)
     assert given_back.state == "queued"
     assert given_back.started is not None
@@ -164,11 +160,7 @@ def test_a_viewer_sees_the_same_video_across_a_kill(
 def test_a_state_of_another_release_is_begun_anew(
     jobs: JobStore, pipeline: AvatarPipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    job = add(jobs, seconds=3.0)
-    stops = iter([False] * 3 + [True] * 100)
-    taken = jobs.take("worker-0")
-    assert taken is not None
-    make(jobs, taken, pipeline, MODEL, lambda: next(stops))
+    job = interrupted(jobs, pipeline)
     monkeypatch.setattr("stableavatar.writing.__version__", "99")
     taken = jobs.take("worker-1")
     assert taken is not None
@@ -202,6 +194,16 @@ def test_what_fails_says_why_and_the_worker_lives(
     assert (found(jobs, job).state, found(jobs, job).error) == ("failed", words)
     assert trusted == (words != FAULT)
     assert not journal_folder(job.output).exists()
+
+
+def interrupted(jobs: JobStore, pipeline: AvatarPipeline) -> Job:
+    """A job of three seconds that its worker put aside after a few steps."""
+    job = add(jobs, seconds=3.0)
+    stops = iter([False] * 3 + [True] * 100)
+    taken = jobs.take("worker-0")
+    assert taken is not None
+    make(jobs, taken, pipeline, MODEL, lambda: next(stops))
+    return job
 
 
 def alone(pipeline: AvatarPipeline, job: Job, output: Path) -> Path:

@@ -88,6 +88,7 @@ class Database:
 
     @contextmanager
     def reading(self) -> Iterator[sqlite3.Connection]:
+        """To read alone: no transaction, so it waits for nobody."""
         yield self._connection
 
     @contextmanager

@@ -210,7 +210,7 @@ class SoundTape:
     def __init__(self, path: str | Path, sample_rate: int, mix: Mix | None = None) -> None:
         self.sample_rate = sample_rate
         self._blocks = self._decode(path, mix)
-        self._waiting: Samples | None = None
+        self._waiting: Samples = np.zeros((0, 1), np.float32)
         self._at = 0  # of the first sample that waits
         self._error: InputError | None = None
 
@@ -247,7 +247,7 @@ class SoundTape:
     def _next(self) -> Samples | None:
         if self._error is not None:
             raise self._error
-        if self._waiting is not None and len(self._waiting):
+        if len(self._waiting):
             return self._waiting
         try:
             return next(self._blocks, None)
