@@ -3,6 +3,7 @@
 import copy
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from stableavatar.conditioning.image import picture_tensor, reference_condition
 from stableavatar.conditioning.speech import speech_features
 from stableavatar.data.cache import CachedWindows, CacheWriter, LatentCache, read_manifest
 from stableavatar.data.clips import normalized_speech
-from stableavatar.data.dataset import ClipDataset, ClipDatasetSettings
+from stableavatar.data.dataset import ClipDataset, ClipDatasetSettings, ClipSample
 from stableavatar.data.encoding import Encoders, stack_samples
 from stableavatar.errors import InputError
 from toy_encoders import toy_encoder_pair
@@ -73,6 +74,24 @@ def test_the_cache_gives_what_the_encoders_give(
         np.testing.assert_array_equal(cached.portrait.numpy(), sample.reference)
         assert sample.face_mask is not None
         torch.testing.assert_close(cached.face_mask, sample.face_mask)
+
+
+def test_passes_of_a_clip_are_read_a_few_at_a_time(
+    root: Path, encoders: tuple[AutoencoderKLWan, Wav2Vec2Model], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many are asked for: their frames are in memory."""
+    together: list[int] = []
+    encode = Encoders.encode_samples
+
+    def counted(self: Encoders, samples: Sequence[ClipSample], window: int | None = None) -> object:
+        together.append(len(samples))
+        return encode(self, samples, window)
+
+    monkeypatch.setattr(Encoders, "encode_samples", counted)
+    keys = [(0, number) for number in range(9)]
+    fill(CacheWriter(three_clips(root), root / "cache", Encoders(*encoders), shard_samples=9), keys)
+    assert together == [4, 4, 1]
+    assert sum(len(shard["keys"]) for shard in read_manifest(root / "cache")["shards"]) == 9
 
 
 def test_processes_share_a_cache_and_a_note_left_behind_is_not_lost(
