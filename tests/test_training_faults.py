@@ -200,6 +200,7 @@ def say(line):
 class Other(Points):
     fingerprint = "six points" if os.environ["RANK"] == "1" and sys.argv[1] == "clips" else Points.fingerprint
 
+trainer = None
 try:
     trainer = Trainer(Fit(), Other(), torch.stack, settings(), Path(sys.argv[2]))
     if sys.argv[1] == "random":
@@ -215,13 +216,18 @@ try:
         if os.environ["RANK"] == "1":  # to which shared storage still shows an older state
             import stableavatar.training.trainer as module
             module.list_checkpoints = lambda folder: []
-        again = Trainer(Fit(), Other(), torch.stack, settings(steps=14), Path(sys.argv[2]))
-        again.resume("latest")
-        assert again.step == 12, again.step
-        again.train()
-        say(f"went on to {{again.step}}")
+        trainer = Trainer(Fit(), Other(), torch.stack, settings(steps=14), Path(sys.argv[2]))
+        trainer.resume("latest")
+        assert trainer.step == 12, trainer.step
+        trainer.train()
+        say(f"went on to {{trainer.step}}")
 except InputError as error:
     say(f"refused: {{error}}")
+finally:  # a process that leaves its group to the interpreter's end is now and then ended by an abort
+    if trainer is None:
+        torch.distributed.destroy_process_group()
+    else:
+        trainer.close()
 """
 
 
