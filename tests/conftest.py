@@ -7,11 +7,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from accelerate.state import AcceleratorState
 
 from published_toy import write_published
 from stableavatar.data.puppets import EVALUATION_SEED, PuppetClip, make_clip
 from stableavatar.evaluation.meter import MouthMeter, shipped_meter
+
+# As the processes that tests start: on some processors another number of threads rounds otherwise.
+torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

@@ -14,7 +14,7 @@ from typing import Any
 import httpx
 import psutil
 
-from command_line import free_port, portrait, speech, toy_model
+from command_line import portrait, speech, toy_model
 
 QUICK = {"steps": "2", "text_scale": "1", "audio_scale": "1", "size": "48x48"}
 
@@ -24,11 +24,9 @@ class Server:
 
     def __init__(self, folder: Path, *arguments: str, model: str | Path | None = None) -> None:
         self.folder = folder
-        self.port = free_port()
-        self.url = f"http://127.0.0.1:{self.port}"
         self.process = subprocess.Popen(
             [
-                sys.executable, "-m", "stableavatar", "serve", "--folder", str(folder), "--port", str(self.port),
+                sys.executable, "-m", "stableavatar", "serve", "--folder", str(folder), "--port", "0",
                 "--model", str(model or toy_model()), "--name", "toy", "--device", "cpu", "--checkpoint-every", "0", *arguments,
             ],
             stderr=subprocess.PIPE,
@@ -44,9 +42,21 @@ class Server:
         assert self.process.stderr is not None
         self.said.extend(self.process.stderr)
 
+    @property
+    def url(self) -> str:
+        """Where it says that it listens."""
+        said = next(line for line in self.said if line.startswith("http://"))
+        return said[: said.index("/docs")]
+
+    @property
+    def port(self) -> int:
+        return int(self.url.rpartition(":")[2])
+
     def wait_ready(self) -> "Server":
         def ready() -> bool:
             assert self.process.poll() is None, self.said
+            if not self.said:
+                return False
             try:
                 return httpx.get(f"{self.url}/ready", timeout=5).status_code == 200
             except httpx.TransportError:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from stableavatar.errors import InputError
-from stableavatar.jobs.store import MOST_CRASHES, JobStore, QueueFullError
+from stableavatar.jobs.store import MOST_CRASHES, MOST_KILLS, JobStore, QueueFullError
 from stored_jobs import add, found
 
 
@@ -187,6 +187,30 @@ def test_a_lost_worker_loses_no_job_but_one_that_kills_workers_is_given_up(jobs:
     assert "broke off" in (found(jobs, job).error or "")
 
 
+def test_a_job_that_gets_further_is_not_given_up(jobs: JobStore) -> None:
+    job = add(jobs)
+    for share in (0.1, 0.2, 0.3, 0.3, 0.2):  # the last two begin where others have begun
+        jobs.take("worker-0")
+        jobs.report(job.id, {"share": share}, begins=True)
+        jobs.report(job.id, {"share": 0.9})  # as far as it came, of which nothing more was saved
+        assert found(jobs, job).state == "in_progress"
+        jobs.worker_lost("worker-0", crashed=True)
+    assert found(jobs, job).state == "failed"
+
+
+def test_a_job_that_servers_are_lost_at_is_given_up(jobs: JobStore) -> None:
+    """Such as one that takes the whole container down, which is then started again for ever."""
+    job, waiting = add(jobs), add(jobs)
+    for _ in range(MOST_KILLS):
+        assert found(jobs, job).state == "queued"
+        jobs.take("worker-0")
+        jobs.own().close()
+    assert found(jobs, job).state == "failed"
+    assert "10 times" in (found(jobs, job).error or "")
+    assert found(jobs, waiting).state == "queued"
+    assert jobs.totals() == {"videos_failed": 1.0}
+
+
 def test_a_new_server_goes_on_with_what_was_there_and_sweeps_the_rest(jobs: JobStore) -> None:
     begun, waiting, gone = add(jobs), add(jobs), add(jobs)
     jobs.take("worker-0")
@@ -304,3 +328,17 @@ def test_a_folder_of_a_later_release_is_left_alone(tmp_path: Path) -> None:
         database.execute("PRAGMA user_version = 99")
     with pytest.raises(InputError, match="later release"):
         JobStore(tmp_path)
+
+
+def test_a_folder_of_an_earlier_release_is_used_on(tmp_path: Path) -> None:
+    job = add(JobStore(tmp_path))
+    with sqlite3.connect(tmp_path / "jobs.sqlite") as database:  # what version 1 was
+        database.execute("ALTER TABLE jobs DROP COLUMN kills")
+        database.execute("ALTER TABLE jobs DROP COLUMN begun_at")
+        database.execute("PRAGMA user_version = 1")
+    jobs = JobStore(tmp_path)
+    assert found(jobs, job) == job
+    jobs.take("worker-0")
+    jobs.report(job.id, {"share": 0.5}, begins=True)
+    jobs.own().close()
+    assert found(JobStore(tmp_path), job).state == "queued"

@@ -15,7 +15,7 @@ import pytest
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 import stableavatar
-from command_line import free_port, toy_model
+from command_line import toy_model
 from media_files import tone, write_wav
 from stableavatar.apps.web.studio import own_defaults
 from stableavatar.apps.web.texts import _TEXTS, Texts, preferred
@@ -41,13 +41,13 @@ def browser() -> Iterator[Browser]:
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, JobStore]]:
     """The page with the toy model: its address, and its jobs."""
     folder = tmp_path_factory.mktemp("page")
-    port = free_port()
     process = subprocess.Popen(
-        [sys.executable, "-m", "stableavatar", "app", "--folder", str(folder / "videos"), "--port", str(port),
+        [sys.executable, "-m", "stableavatar", "app", "--folder", str(folder / "videos"), "--port", "0",
          "--model", str(toy_model()), "--device", "cpu", "--checkpoints", str(folder / "checkpoints")],
         stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, start_new_session=True,
     )  # fmt: skip
-    address = f"http://127.0.0.1:{port}"
+    assert process.stderr is not None
+    address = process.stderr.readline().removeprefix("Open ").split("/ in a browser")[0]
     wait(lambda: process.poll() is None and answers(f"{address}/health"), 120)
     store = JobStore(folder / "videos")
     wait(lambda: store.workers_ready() > 0, 120)
@@ -56,7 +56,6 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, JobS
     process.terminate()
     assert process.wait(60) in (0, 143)
     assert not psutil.wait_procs(family, timeout=20)[1]
-    assert process.stderr is not None
     said = process.stderr.read()
     assert "Traceback" not in said, said
 

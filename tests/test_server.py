@@ -8,13 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fastapi import Response
 from fastapi.testclient import TestClient
 from PIL import Image
 
 from command_line import toy_model
 from served import ANN, MODEL, QUICK, ask, asked, files_to_send, served, store_of, work
 from stableavatar import load
+from stableavatar.apps import watching
+from stableavatar.apps.server import videos
 from stableavatar.apps.server.app import Service, create_app
+from stableavatar.jobs.job import Job
 from stableavatar.media.video import probe, read_frames, read_metadata
 from stableavatar.pipeline import AvatarPipeline
 
@@ -210,6 +214,22 @@ def test_finished_videos_say_when_they_expire(
         work(client, pipeline)
         done = client.get(f"/v1/videos/{video}").json()
         assert done["expires_at"] == pytest.approx(done["completed_at"] + 3600, abs=1)
+
+
+def test_a_video_that_is_deleted_as_it_is_fetched_is_not_found(
+    client: TestClient, files: dict[str, bytes], pipeline: AvatarPipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    video = asked(client, files)
+    work(client, pipeline)
+    response = watching.video_response
+
+    def late(job: Job, path: Path) -> Response:
+        answer = response(job, path)
+        assert store_of(client).delete("ann", job.id)
+        return answer
+
+    monkeypatch.setattr(videos, "video_response", late)
+    assert client.get(f"/v1/videos/{video}/content").status_code == 404
 
 
 def test_the_description_is_whole(client: TestClient) -> None:

@@ -22,7 +22,7 @@ import schemathesis
 from hypothesis import HealthCheck, Phase, given, settings
 from schemathesis.specs.openapi.checks import positive_data_acceptance
 
-from command_line import free_port, portrait, speech, toy_model
+from command_line import portrait, speech, toy_model
 from media_files import write_video
 from serving import QUICK, Server, files_to_send, servers_of, states, until
 from stableavatar import load
@@ -226,7 +226,7 @@ def test_what_cannot_be_served_is_said_with_status_2(tmp_path: Path, servers: Ca
     def fails(*arguments: str) -> str:
         done = subprocess.run(
             [sys.executable, "-m", "stableavatar", "serve", "--folder", str(tmp_path / "other"),
-             "--port", str(free_port()), *arguments],
+             "--port", "0", *arguments],
             capture_output=True, text=True, timeout=120, check=False,
         )  # fmt: skip
         assert done.returncode == 2, done.stderr
@@ -237,10 +237,12 @@ def test_what_cannot_be_served_is_said_with_status_2(tmp_path: Path, servers: Ca
     assert "no-such-folder" in fails("--model", str(tmp_path / "no-such-folder"))
     assert "cannot be read" in fails("--api-keys", str(tmp_path / "none"))
     assert "seconds 0.0: give a number above 0" in fails("--most-seconds", "0")
+    assert "--keep-days inf: give at most" in fails("--keep-days", "inf")
     server = servers().wait_ready()
+    assert "Choose another --port" in fails("--port", str(server.port))
     (tmp_path / "other").rename(tmp_path / "unused")
     done = subprocess.run(
-        [sys.executable, "-m", "stableavatar", "serve", "--folder", str(server.folder), "--port", str(free_port())],
+        [sys.executable, "-m", "stableavatar", "serve", "--folder", str(server.folder), "--port", "0"],
         capture_output=True, text=True, timeout=120, check=False,
     )  # fmt: skip
     assert done.returncode == 2

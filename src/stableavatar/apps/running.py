@@ -1,14 +1,16 @@
 """Running a web application together with the workers that make its videos."""
 
 import logging
+import socket
 import sqlite3
 import threading
 
 import uvicorn
 from starlette.types import ASGIApp
 
-from stableavatar.errors import CheckpointError
+from stableavatar.errors import CheckpointError, InputError
 from stableavatar.jobs.workers import Workers
+from stableavatar.media.files import reason_of
 
 logger = logging.getLogger(__name__)
 
@@ -17,12 +19,33 @@ _EXPIRE_SECONDS = 60.0
 _LOOK_SECONDS = 0.1
 
 
+def listen(host: str, port: int) -> tuple[socket.socket, str]:
+    """Have a port, 0 for any that is free, and its URL for a browser on this machine.
+
+    Raises:
+        InputError: it is another program's, or there is no such address.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+    except OSError as error:
+        listener.close()
+        raise InputError(
+            f"{host}, port {port}: cannot be listened at ({reason_of(error)}). "
+            "Choose another --port or --host."
+        ) from error
+    near = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    shown = f"[{near}]" if family == socket.AF_INET6 else near
+    return listener, f"http://{shown}:{listener.getsockname()[1]}"
+
+
 def run_with_workers(
     app: ASGIApp,
     workers: Workers,
     *,
-    host: str,
-    port: int,
+    listener: socket.socket,
     save_seconds: float,
     keep_seconds: float | None,
     most_message: int,
@@ -30,6 +53,7 @@ def run_with_workers(
     """Serve until told to end (SIGTERM, Ctrl-C); workers then save what they are making.
 
     Args:
+        listener: of `listen`; closed at the end.
         save_seconds: what they have for it. keep_seconds: finished videos are removed after so long; None:
             never.
         most_message: bytes of a message to a WebSocket.
@@ -40,8 +64,6 @@ def run_with_workers(
     server = uvicorn.Server(
         uvicorn.Config(
             app,
-            host=host,
-            port=port,
             log_level="info" if workers.verbosity else "warning",
             timeout_graceful_shutdown=_CLOSE_SECONDS,
             server_header=False,
@@ -78,8 +100,9 @@ def run_with_workers(
         workers.start()
         for task in (wait_for_model, expire, end_workers_too):
             threading.Thread(target=task, daemon=True).start()
-        server.run()
+        server.run([listener])
     finally:
+        listener.close()
         ended.set()
         workers.stop(save_seconds)
     if failed:

@@ -94,6 +94,8 @@ def serve(
     from stableavatar.jobs.worker import ModelChoice
     from stableavatar.logs import log_to_stderr
 
+    if not keep_days <= 36500:
+        raise InputError(f"--keep-days {keep_days}: give at most 36500; 0 keeps videos for ever")
     log_to_stderr(verbose)
     limits = Limits(
         upload_bytes=int(most_megabytes * 1e6),
@@ -125,8 +127,7 @@ def serve(
         keep_seconds=keep_days * 86400 or None,
         verbosity=verbose,
     )
-    typer.echo(f"http://{host}:{port}/docs describes the server; Ctrl-C ends it.", err=True)
-    server.serve(service, host, port)
+    server.serve(service, host, port, lambda url: _say(f"{url}/docs describes the server; Ctrl-C ends it."))
 
 
 def app(
@@ -181,6 +182,8 @@ def app(
         checkpoints=checkpoints,
         verbosity=verbose,
     )
-    shown = "127.0.0.1" if host in ("0.0.0.0", "::") else host
-    typer.echo(f"Open http://{shown}:{port}/ in a browser. Ctrl-C ends the page.", err=True)
-    web.run_page(service, host, port)
+    web.run_page(service, host, port, lambda url: _say(f"Open {url}/ in a browser. Ctrl-C ends the page."))
+
+
+def _say(sentence: str) -> None:
+    typer.echo(sentence, err=True)

@@ -9,6 +9,7 @@ from pathlib import Path
 import anyio.to_thread
 from fastapi.responses import FileResponse, Response, StreamingResponse
 from PIL import Image
+from starlette.types import Receive, Scope, Send
 
 from stableavatar.errors import InputError
 from stableavatar.jobs.job import Job
@@ -32,7 +33,7 @@ def live_response(store: JobStore, job: Job) -> Response:
 
 def video_response(job: Job, path: Path) -> Response:
     """The file of the video, or the bytes that the browser asks for."""
-    return FileResponse(path, media_type="video/mp4", filename=f"{job.id}.mp4")
+    return _VideoFile(path, media_type="video/mp4", filename=f"{job.id}.mp4")
 
 
 def thumbnail(path: Path) -> Image.Image:
@@ -48,6 +49,18 @@ def thumbnail_response(path: Path) -> Response:
     file = io.BytesIO()
     thumbnail(path).save(file, "JPEG", quality=90)
     return Response(file.getvalue(), media_type="image/jpeg")
+
+
+class _VideoFile(FileResponse):
+    """A file that may be deleted before its first byte is sent."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        except RuntimeError:
+            if Path(self.path).exists():
+                raise
+            await Response("This video was deleted.\n", 404, media_type="text/plain")(scope, receive, send)
 
 
 async def _live_bytes(store: JobStore, job: Job) -> AsyncIterator[bytes]:

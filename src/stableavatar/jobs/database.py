@@ -15,7 +15,7 @@ from typing import Any
 from stableavatar.errors import InputError
 
 _BUSY_SECONDS = 30.0
-_SCHEMA_VERSION = 1
+_SCHEMA_VERSION = 2
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS jobs (
     number INTEGER PRIMARY KEY AUTOINCREMENT,
@@ -32,6 +32,8 @@ CREATE TABLE IF NOT EXISTS jobs (
     error TEXT,
     worker TEXT,
     crashes INTEGER NOT NULL DEFAULT 0,
+    kills INTEGER NOT NULL DEFAULT 0,
+    begun_at REAL NOT NULL DEFAULT -1,
     stop INTEGER NOT NULL DEFAULT 0,
     deleted INTEGER NOT NULL DEFAULT 0
 );
@@ -49,6 +51,13 @@ CREATE TABLE IF NOT EXISTS sessions (
     worker TEXT
 );
 """
+# What a file of a version lacks of the next one.
+_CHANGES = {
+    1: (
+        "ALTER TABLE jobs ADD COLUMN kills INTEGER NOT NULL DEFAULT 0",
+        "ALTER TABLE jobs ADD COLUMN begun_at REAL NOT NULL DEFAULT -1",
+    ),
+}
 
 
 class Database:
@@ -70,6 +79,9 @@ class Database:
                     )
                 for statement in _SCHEMA.split(";"):
                     database.execute(statement)
+                for older in range(version, _SCHEMA_VERSION) if version else ():
+                    for change in _CHANGES[older]:
+                        database.execute(change)
                 database.execute(f"PRAGMA user_version = {_SCHEMA_VERSION}")
             file.chmod(0o600)
         except sqlite3.Error as error:

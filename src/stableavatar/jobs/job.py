@@ -27,7 +27,7 @@ class Job:
         result: of a completed one, the settings that repeat it, and its `frame_count`.
         error: a sentence, of a failed one.
         stopping: it was asked to stop.
-        crashes: how many workers were lost while they made it.
+        crashes: how many workers were lost at it since one saved more of it.
     """
 
     number: int

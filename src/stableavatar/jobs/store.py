@@ -23,8 +23,10 @@ from stableavatar.jobs.database import Database, as_json
 from stableavatar.jobs.job import STATES, Job, State
 from stableavatar.media.files import check_folder, locked, reason_of, to_disk
 
-# A job that so many workers died of is the cause.
+# A job that so many workers died of, without getting any further, is the cause.
 MOST_CRASHES = 3
+# The same of whole servers, which end for more reasons than a job.
+MOST_KILLS = 10
 
 _ID = re.compile(r"video_[0-9a-f]{24}")
 
@@ -254,10 +256,20 @@ class JobStore:
             row = database.execute("SELECT stop FROM jobs WHERE id = ?", (job_id,)).fetchone()
         return row is None or bool(row["stop"])
 
-    def report(self, job_id: str, progress: Mapping[str, Any]) -> None:
-        """Say how far a job is."""
+    def report(self, job_id: str, progress: Mapping[str, Any], *, begins: bool = False) -> None:
+        """Say how far a job is.
+
+        Args:
+            begins: it is a worker's first report of the job. One that begins further on than the one before
+                it has what that one saved, so what went wrong until then was survived.
+        """
         with self._database.transaction(durable=False) as database:
             database.execute("UPDATE jobs SET progress = ? WHERE id = ?", (as_json(progress), job_id))
+            if begins:
+                database.execute(
+                    "UPDATE jobs SET begun_at = ?1, crashes = 0, kills = 0 WHERE id = ?2 AND begun_at < ?1",
+                    (progress["share"], job_id),
+                )
 
     def finish(
         self,
@@ -309,17 +321,7 @@ class JobStore:
                 (int(crashed), name),
             )
             gone = database.execute("SELECT id FROM jobs WHERE deleted AND state = 'queued'").fetchall()
-            lost = database.execute(
-                "UPDATE jobs SET state = 'failed', finished = ?, error = ? "
-                "WHERE state = 'queued' AND crashes >= ?",
-                (
-                    time.time(),
-                    f"The program that makes videos broke off {MOST_CRASHES} times at this one, perhaps for "
-                    "want of memory.",
-                    MOST_CRASHES,
-                ),
-            )
-            _add_totals(database, {"videos_failed": float(lost.rowcount)})
+            _give_up(database)
         for row in gone:
             self._purge(row["id"])
 
@@ -342,8 +344,10 @@ class JobStore:
             database.execute("DELETE FROM workers")
             database.execute("DELETE FROM sessions")
             database.execute(
-                "UPDATE jobs SET state = 'queued', worker = NULL WHERE state = 'in_progress' AND NOT deleted"
+                "UPDATE jobs SET state = 'queued', worker = NULL, kills = kills + 1 "
+                "WHERE state = 'in_progress' AND NOT deleted"
             )
+            _give_up(database)
             rows = database.execute("SELECT id FROM jobs WHERE deleted").fetchall()
         for row in rows:
             self._purge(row["id"], running=True)
@@ -424,6 +428,18 @@ def _in_turn(rows: Sequence[sqlite3.Row], turns: Mapping[str, float]) -> Iterato
         last[owner] = now
         if jobs_of[owner]:
             heapq.heappush(owners, place(owner))
+
+
+def _give_up(database: sqlite3.Connection) -> None:
+    """Fail the jobs that workers or servers are lost at, again and again."""
+    lost = database.execute(
+        "UPDATE jobs SET state = 'failed', finished = ?, "
+        "error = 'The program that makes videos broke off ' || "
+        "MAX(crashes, kills) || ' times at this one, perhaps for want of memory.' "
+        "WHERE state = 'queued' AND (crashes >= ? OR kills >= ?)",
+        (time.time(), MOST_CRASHES, MOST_KILLS),
+    )
+    _add_totals(database, {"videos_failed": float(lost.rowcount)})
 
 
 def _add_totals(database: sqlite3.Connection, values: Mapping[str, float]) -> None:

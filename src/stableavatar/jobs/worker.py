@@ -193,15 +193,16 @@ def _generate(
         return {**settings, "frame_count": probe(job.output).frames}
     options = dict(job.options)
     quality = options.pop("quality")
-    reported = 0.0
+    reported: float | None = None
 
     def report(progress: "Progress") -> None:
         nonlocal reported
         now = time.monotonic()
-        if now - reported >= _REPORT_SECONDS:
+        begins = reported is None
+        if reported is None or now - reported >= _REPORT_SECONDS:
             reported = now
             with suppress(sqlite3.Error):  # the disk may be full: the video is not lost for that
-                store.report(job.id, asdict(progress))
+                store.report(job.id, asdict(progress), begins=begins)
 
     def generate(resume: bool) -> "GeneratedVideo":
         return pipeline.generate(

@@ -3,7 +3,7 @@
 import contextlib
 import logging
 import sqlite3
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from stableavatar import __version__
-from stableavatar.apps.running import run_with_workers
+from stableavatar.apps.running import listen, run_with_workers
 from stableavatar.apps.server import health, speaking, videos
 from stableavatar.apps.server.access import Gate, Keys, check_host
 from stableavatar.apps.server.health import Counted, Metrics
@@ -113,22 +113,26 @@ def create_app(service: Service, store: JobStore) -> FastAPI:
     return app
 
 
-def serve(service: Service, host: str = "127.0.0.1", port: int = 8000) -> None:
+def serve(service: Service, host: str, port: int, announce: Callable[[str], None]) -> None:
     """Run the server until it is told to end.
 
+    Args:
+        announce: told its URL.
+
     Raises:
-        InputError: the folder is another server's, or anybody could use the server.
+        InputError: the folder is another server's, or the port, or anybody could use the server.
         CheckpointError: the model cannot be loaded.
     """
     check_host(host, service.keys)
     store = service.store()
     with contextlib.closing(store.own()):
+        listener, url = listen(host, port)
+        announce(url)
         workers = Workers(store, service.models, verbosity=service.verbosity)
         run_with_workers(
             create_app(service, store),
             workers,
-            host=host,
-            port=port,
+            listener=listener,
             save_seconds=service.save_seconds,
             keep_seconds=service.keep_seconds,
             most_message=speaking.MOST_MESSAGE,

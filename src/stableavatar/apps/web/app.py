@@ -2,13 +2,14 @@
 
 import contextlib
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 # Before Gradio is imported: it would ask elsewhere for its latest version, and count its starts.
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
 
-from stableavatar.apps.running import run_with_workers
+from stableavatar.apps.running import listen, run_with_workers
 from stableavatar.apps.web.page import create_page
 from stableavatar.apps.web.studio import Studio, own_defaults
 from stableavatar.jobs.intake import FileChecker, Limits
@@ -31,11 +32,14 @@ class PageService:
     verbosity: int = 0
 
 
-def run_page(service: PageService, host: str, port: int) -> None:
+def run_page(service: PageService, host: str, port: int, announce: Callable[[str], None]) -> None:
     """Run the page until it is told to end.
 
+    Args:
+        announce: told its URL.
+
     Raises:
-        InputError: the folder is another server's.
+        InputError: the folder is another server's, or the port.
         CheckpointError: the model cannot be loaded.
     """
     limits = service.limits
@@ -56,11 +60,12 @@ def run_page(service: PageService, host: str, port: int) -> None:
         service.checkpoints,
     )
     with contextlib.closing(store.own()), contextlib.closing(checker):
+        listener, url = listen(host, port)
+        announce(url)
         run_with_workers(
             create_page(studio),
             Workers(store, [service.model], verbosity=service.verbosity),
-            host=host,
-            port=port,
+            listener=listener,
             save_seconds=service.save_seconds,
             keep_seconds=service.keep_seconds,
             most_message=2**20,
