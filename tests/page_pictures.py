@@ -11,7 +11,7 @@ from pathlib import Path
 from playwright.sync_api import Page, expect, sync_playwright
 
 from command_line import free_port
-from test_page import CHROMIUM, DEMO, SECONDS, answers, wait
+from pages import CHROMIUM, DEMO, SECONDS, answers, wait
 
 FOLDER = Path(__file__).parents[1] / "docs" / "page"
 

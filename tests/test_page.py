@@ -1,102 +1,43 @@
 """The web page in a real browser: Debian's Chromium, driven by Playwright."""
 
-import os
-import shutil
-import subprocess
-import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
-import httpx
 import numpy as np
-import psutil
 import pytest
-from playwright.sync_api import Browser, Page, expect, sync_playwright
+from playwright.sync_api import Browser, Page, expect
 
-import stableavatar
-from command_line import toy_model
 from media_files import tone, write_wav
+from pages import DEMO, SECONDS, needs_browser, open_browser, served_page, visited
 from stableavatar.apps.web.studio import own_defaults
 from stableavatar.apps.web.texts import _TEXTS, Texts, preferred
 from stableavatar.jobs.store import JobStore
 from stableavatar.media.video import probe, read_frames
 
-DEMO = Path(stableavatar.__file__).parent / "assets" / "demo"
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-SECONDS = 1000  # milliseconds, as Playwright counts
-
-needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium: apt-get install chromium")
-
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+    with open_browser() as browser:
         yield browser
-        browser.close()
 
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, JobStore]]:
-    """The page with the toy model: its address, and its jobs."""
-    folder = tmp_path_factory.mktemp("page")
-    process = subprocess.Popen(
-        [sys.executable, "-m", "stableavatar", "app", "--folder", str(folder / "videos"), "--port", "0",
-         "--model", str(toy_model()), "--device", "cpu", "--checkpoints", str(folder / "checkpoints")],
-        stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, start_new_session=True,
-    )  # fmt: skip
-    assert process.stderr is not None
-    address = process.stderr.readline().removeprefix("Open ").split("/ in a browser")[0]
-    wait(lambda: process.poll() is None and answers(f"{address}/health"), 120)
-    store = JobStore(folder / "videos")
-    wait(lambda: store.workers_ready() > 0, 120)
-    yield address, store
-    family = psutil.Process(process.pid).children(recursive=True)
-    process.terminate()
-    assert process.wait(60) in (0, 143)
-    assert not psutil.wait_procs(family, timeout=20)[1]
-    said = process.stderr.read()
-    assert "Traceback" not in said, said
-
-
-def answers(address: str) -> bool:
-    try:
-        return httpx.get(address, timeout=5).status_code == 200
-    except httpx.TransportError:
-        return False
-
-
-def wait(condition: Callable[[], bool], seconds: float) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it did not come about"
-        time.sleep(0.05)
+    with served_page(tmp_path_factory.mktemp("page")) as served:
+        yield served
 
 
 @pytest.fixture
 def page(browser: Browser, served: tuple[str, JobStore]) -> Iterator[Page]:
-    yield from visitor(browser, served[0])
+    with visited(browser, served[0]) as page:
+        yield page
 
 
 @pytest.fixture
 def other(browser: Browser, served: tuple[str, JobStore]) -> Iterator[Page]:
-    """Somebody else."""
-    yield from visitor(browser, served[0])
-
-
-def visitor(browser: Browser, address: str) -> Iterator[Page]:
-    context = browser.new_context(
-        viewport={"width": 1280, "height": 900}, locale="en-US", accept_downloads=True
-    )
-    page = context.new_page()
-    faults: list[str] = []
-    page.on("pageerror", lambda error: faults.append(str(error)))
-    page.goto(address)
-    expect(page.locator("#make")).to_be_visible(timeout=30 * SECONDS)
-    yield page
-    context.close()
-    assert not faults
+    """Somebody else's."""
+    with visited(browser, served[0]) as page:
+        yield page
 
 
 @pytest.fixture

@@ -12,7 +12,8 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -59,6 +60,9 @@ _REPOSITORY_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 # The HTTP client's own base error: of httpx, under whichever name the hub's library brings it.
 _HTTP_ERROR: type[Exception] = HfHubHTTPError.__mro__[1]
 _HASHED_AT_ONCE = 1 << 22
+# How the hub's library ends the names of files that are not whole.
+_ON_ITS_WAY = ".incomplete"
+_TELL_SECONDS = 0.5
 
 
 @dataclass(frozen=True)
@@ -102,6 +106,7 @@ def download(
     base_14b_repo_id: str = BASE_14B_REPOSITORY,
     revision: str | None = None,
     vocal_separator: bool = False,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Path:
     """Download what a published model needs into a folder, in the published layout.
 
@@ -113,6 +118,8 @@ def download(
             `base_14b_repo_id`; its transformer with audio was not released.
         repo_id: the repository of the published layout, or a copy of it.
         revision: branch, tag or commit of `repo_id`.
+        progress: told, twice a second and by another thread, how many bytes are there of how many; once all
+            are, they are compared with their SHA-256, which takes a while too.
 
     Returns:
         the target.
@@ -130,8 +137,10 @@ def download(
         commit, files = list_files(repository, patterns, revision=wanted_revision)
         planned.append((repository, commit, folder, files))
     _check_space(target, sum(file.size for _, _, folder, files in planned for file in _absent(folder, files)))
-    for repository, commit, folder, files in planned:
-        _fetch(repository, commit, folder, files)
+    wanted = {folder / file.path: file.size for _, _, folder, files in planned for file in files}
+    with _watched(target, wanted, progress):
+        for repository, commit, folder, files in planned:
+            _fetch(repository, commit, folder, files)
     return target
 
 
@@ -243,6 +252,40 @@ def _fetch(repo_id: str, commit: str, folder: Path, files: list[HubFile]) -> Non
                 " run the download again"
             )
         logger.info("%s: downloaded, %s", path, _readable(file.size))
+
+
+@contextmanager
+def _watched(
+    target: Path, wanted: Mapping[Path, int], progress: Callable[[int, int], None] | None
+) -> Iterator[None]:
+    """Tell `progress` what is there of the wanted files (bytes each), also of those that are on their way."""
+    if progress is None:
+        yield
+        return
+    total = sum(wanted.values())
+    over = threading.Event()
+
+    def watch() -> None:
+        while True:
+            sizes = (min(size, _size(path)) for path, size in wanted.items())
+            progress(min(total, sum(sizes) + sum(map(_size, target.rglob(f"*{_ON_ITS_WAY}")))), total)
+            if over.wait(_TELL_SECONDS):
+                return
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        over.set()
+        watcher.join()
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:  # not there yet, or moved to its place in this moment
+        return 0
 
 
 def _literal(path: str) -> str:

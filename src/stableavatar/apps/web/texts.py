@@ -176,6 +176,9 @@ _TEXTS: dict[str, tuple[str, str]] = {
     ),
     "variant": ("Variant", "变体"),
     "with_vocals": ("With the vocal separator", "包含人声分离网络"),
+    "download_asks": ("Asking which files there are", "正在查询文件列表"),
+    "download_comes": ("{done} of {total} GB", "{done} / {total} GB"),
+    "download_checks": ("Comparing the files with their check sums", "正在校验文件"),
     "download_done": ("Complete: {folder}", "完成：{folder}"),
 }
 

@@ -1,0 +1,86 @@
+"""The web page for a real browser: Debian's Chromium, driven by Playwright."""
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+from playwright.sync_api import Browser, Page, expect, sync_playwright
+
+import stableavatar
+from command_line import toy_model
+from stableavatar.jobs.store import JobStore
+
+DEMO = Path(stableavatar.__file__).parent / "assets" / "demo"
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+SECONDS = 1000  # milliseconds, as Playwright counts
+
+needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium: apt-get install chromium")
+
+
+@contextmanager
+def open_browser() -> Iterator[Browser]:
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@contextmanager
+def served_page(folder: Path, **environment: str) -> Iterator[tuple[str, JobStore]]:
+    """The page with the toy model: its address, and its jobs."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "stableavatar", "app", "--folder", str(folder / "videos"), "--port", "0",
+         "--model", str(toy_model()), "--device", "cpu", "--checkpoints", str(folder / "checkpoints")],
+        stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+        start_new_session=True,
+    )  # fmt: skip
+    assert process.stderr is not None
+    address = process.stderr.readline().removeprefix("Open ").split("/ in a browser")[0]
+    wait(lambda: process.poll() is None and answers(f"{address}/health"), 120)
+    store = JobStore(folder / "videos")
+    wait(lambda: store.workers_ready() > 0, 120)
+    yield address, store
+    family = psutil.Process(process.pid).children(recursive=True)
+    process.terminate()
+    assert process.wait(60) in (0, 143)
+    assert not psutil.wait_procs(family, timeout=20)[1]
+    said = process.stderr.read()
+    assert "Traceback" not in said, said
+
+
+@contextmanager
+def visited(browser: Browser, address: str) -> Iterator[Page]:
+    """The page as somebody sees it who comes for the first time."""
+    context = browser.new_context(
+        viewport={"width": 1280, "height": 900}, locale="en-US", accept_downloads=True
+    )
+    page = context.new_page()
+    faults: list[str] = []
+    page.on("pageerror", lambda error: faults.append(str(error)))
+    page.goto(address)
+    expect(page.locator("#make")).to_be_visible(timeout=30 * SECONDS)
+    yield page
+    context.close()
+    assert not faults
+
+
+def answers(address: str) -> bool:
+    try:
+        return httpx.get(address, timeout=5).status_code == 200
+    except httpx.TransportError:
+        return False
+
+
+def wait(condition: Callable[[], bool], seconds: float) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not come about"
+        time.sleep(0.05)
