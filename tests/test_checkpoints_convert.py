@@ -163,6 +163,10 @@ def test_sizes_are_those_that_the_variant_was_trained_at(published: Path, own: P
     overlay = published / toy.OVERLAYS / "transformer3d-square.pt"
     trained = convert(published, tmp_path / "trained", overlay=overlay, parts=["transformer"])
     assert "sampling_defaults" not in json.loads((trained / "model_index.json").read_text())
+    told = convert(published, tmp_path / "told", overlay=overlay, variant="rec-vec", parts=["transformer"])
+    index = json.loads((told / "model_index.json").read_text())
+    assert SamplingDefaults(**index["sampling_defaults"]).sizes == both
+    assert sampling_defaults(None, "14b") == sampling_defaults("square", "14b")
     made = sampling_defaults("square", "14b")
     assert list(made) == ["step_cache_coefficients"]
     assert SamplingDefaults(**made).sizes == SamplingDefaults().sizes

@@ -129,6 +129,11 @@ def test_what_cannot_be_read_is_named_or_skipped_and_counted(root: Path, what: s
         assert dataset[key].clip.name == str(good)
     assert list(dataset.skipped) == [str(bad)]
     assert named in dataset.skipped[str(bad)]
+    beside = ClipDataset.from_folders(
+        [bad], ClipDatasetSettings(frames=9, on_error="skip"), clips=[FolderClip.open(good)]
+    )
+    assert beside[len(beside) - 1, 0].clip.name == str(good)
+    assert list(beside.skipped) == [str(bad)]
     damage(good, "picture")
     with pytest.raises(InputError):
         ClipDataset.from_folders([bad, good], ClipDatasetSettings(frames=9, on_error="skip"))[0, 0]

@@ -285,6 +285,14 @@ def test_a_truthful_speaker_passes_every_bar(meter: MouthMeter) -> None:
     assert whole.exhibits.photograph is not None
 
 
+def test_a_bar_without_a_figure_is_not_passed() -> None:
+    scores = Scores()
+    metric = next(it for it in GROUPS["people"].metrics if "identity" in it.title and it.bars)
+    line = next(line for line in scores.unmeasured() if line.startswith(metric.title))
+    scores.values["people", metric.name, "made"] = [1.0]
+    assert line not in scores.unmeasured()
+
+
 def test_a_still_picture_and_a_blurring_coder_miss_their_bars(meter: MouthMeter) -> None:
     plan = replace(SMALL, puppets=1, wrong=0, silence=0, prompts=0, moving=0, long=0)
     speaker = TruthfulSpeaker(faithful=False)

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
@@ -28,6 +29,7 @@ from stableavatar.training.log import read_log
 from stableavatar.training.parameters import freeze_others, trained_by_recipe
 from stableavatar.training.recipes import load_recipe
 from stableavatar.training.run import cache_latents, prepare_training
+from stableavatar.training.validation import _by_aspect
 from toy import toy_transformer
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerator")
@@ -228,6 +230,33 @@ def test_validation_that_could_not_be_made_is_refused_at_once(
 ) -> None:
     with pytest.raises(InputError, match=what):
         prepare_training(load_recipe(SQUARE, toy(data, tmp_path, f"validation={json.dumps(change)}")))
+
+
+def test_validation_as_the_documentation_asks_for_it(data: Path, tmp_path: Path) -> None:
+    document = RECIPES[0].parents[1] / "docs" / "training.md"
+    asked = yaml.safe_load(document.read_text().split("```yaml\n")[1].split("```")[0])
+    trainer = [f"trainer.{name}={value}" for name, value in asked["trainer"].items()]
+    recipe = load_recipe(
+        SQUARE, toy(data, tmp_path, f"validation={json.dumps(asked['validation'])}", *trainer)
+    )
+    assert recipe.validation is not None
+    assert recipe.validation.cases[0].seconds == 5
+    assert recipe.trainer.callback_every == 500
+    with pytest.raises(InputError, match=r"no file faces.anna.png"):
+        prepare_training(recipe)
+
+
+def test_validation_videos_have_the_sizes_of_the_clips() -> None:
+    sizes = [(512, 512), (832, 480), (832, 480), (640, 640), (512, 512)]
+    assert _by_aspect(sizes) == {"square": (512, 512), "wide": (832, 480)}
+
+
+def test_a_cache_that_was_drawn_otherwise_is_refused(data: Path, tmp_path: Path) -> None:
+    cache_latents(load_recipe(SQUARE, toy(data, tmp_path)), tmp_path / "cache", passes=1, dtype=torch.float32)
+    AcceleratorState._reset_state(True)
+    more = [f"data.cache={tmp_path / 'cache'}", "data.clips.portrait=0.25"]
+    with pytest.raises(InputError, match=r"made with data.clips.portrait 0.0, and the recipe has 0.25"):
+        prepare_training(load_recipe(SQUARE, toy(data, tmp_path, *more)))
 
 
 @pytest.mark.parametrize("cached", [False, True])

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -29,6 +30,7 @@ from stableavatar.errors import CheckpointError, InputError
 from stableavatar.media.reading import probe
 from stableavatar.models.attention import KernelProcessor
 from stableavatar.pipeline import AvatarPipeline
+from stableavatar.training.avatar import Avatar
 from stableavatar.training.checkpoints import list_checkpoints, load_checkpoint
 from stableavatar.training.efficiency import use_explicit_attention
 from stableavatar.training.log import read_log
@@ -61,7 +63,7 @@ def cache(encoders: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     clips = [
         write_clip(folder / "speech" / str(k), frames=10, prompt=f"A person {k} talks") for k in range(6)
     ]
-    dataset = ClipDataset.from_folders(clips, ClipDatasetSettings(frames=9, portrait=0.5))
+    dataset = ClipDataset.from_folders(clips, ClipDatasetSettings(frames=9, portrait=0.9, any_frame=0.1))
     parts = Encoders(
         AutoencoderKLWan.from_pretrained(encoders / "vae"),
         Wav2Vec2Model.from_pretrained(encoders / "speech_encoder"),
@@ -258,6 +260,18 @@ def test_the_first_latent_frame_is_judged_where_the_clip_starts(cache: Path) -> 
     assert judged[:, 1:].all()
 
 
+def test_so_it_is_by_the_released_models_training(cache: Path) -> None:
+    samples = CachedWindows(LatentCache(cache))
+    windows = [samples[0, epoch] for epoch in range(6)]
+    parts = {name: torch.zeros(1, 1) for name in ("prompt_embeddings", "empty_prompt", "portrait_embeddings")}
+    model = Avatar(avatar().transformer, ObjectiveSettings())
+    mixed = model.inputs(replace(stack_samples(windows), **parts)).judged
+    assert mixed is not None
+    assert mixed[:, 0].bool().tolist() == [window.starts_clip for window in windows]
+    first = [window for window in windows if window.starts_clip]
+    assert model.inputs(replace(stack_samples(first), **parts)).judged is None
+
+
 def test_the_optimizer_is_adamw_outside_of_blocks_and_orthogonal_within() -> None:
     torch.manual_seed(0)
     ours = nn.ParameterDict({"head": nn.Parameter(torch.randn(5, 4)), "gain": nn.Parameter(torch.randn(5))})
@@ -371,7 +385,7 @@ def test_a_store_of_puppets_becomes_a_cache_and_validation_videos(encoders: Path
 SPREADABLE = ("trainer.optimizer.kind=adamw", "objective.audio_output_dropping=0.0")
 
 
-@pytest.mark.parametrize("way", ["ddp", "fsdp2", "zero2", "zero3", "zero3-offload"])
+@pytest.mark.parametrize("way", ["ddp", "fsdp2", "zero2", "zero2-offload", "zero3", "zero3-offload"])
 def test_two_processes_have_the_curve_of_one(encoders: Path, cache: Path, tmp_path: Path, way: str) -> None:
     deepspeed = way.startswith("zero")
     if deepspeed:

@@ -342,7 +342,13 @@ def download(
 def convert(
     source: Annotated[Path, typer.Argument(metavar="SOURCE", help="The folder with the published weights.")],
     target: Annotated[Path, typer.Argument(metavar="TARGET", help="The folder to write.")],
-    variant: VariantOption = "square",
+    variant: Annotated[
+        Variant | None,
+        typer.Option(
+            help="Which transformer, by default square. With --transformer: whose picture sizes it was "
+            "trained at, by default those of both."
+        ),
+    ] = None,
     model_size: ModelSizeOption = "1.3b",
     transformer: Annotated[
         Path | None,

@@ -36,7 +36,9 @@ def train(
     new_data: Annotated[
         bool,
         typer.Option(
-            "--new-data", help="With --resume: data, batch or number of processes may be others than before."
+            "--new-data",
+            help="With --resume: data, batch or number of processes (the last not with DeepSpeed) may be "
+            "others than before.",
         ),
     ] = False,
     verbose: Annotated[

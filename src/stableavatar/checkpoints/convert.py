@@ -39,7 +39,7 @@ def convert(
     source: Path | str,
     target: Path | str,
     *,
-    variant: str = "square",
+    variant: str | None = None,
     size: str = "1.3b",
     overlay: Path | str | None = None,
     parts: Iterable[str] = OWN_PARTS,
@@ -52,7 +52,9 @@ def convert(
     Args:
         source: a folder for `layout.find_published`.
         target: the folder to write.
-        variant, size: which of the published transformers.
+        variant: which of the published transformers, None for ``square``; with an overlay, the one whose
+            picture sizes it was trained at, None where that is not known.
+        size: of the transformer.
         overlay: a transformer file in place of the variant's, such as a checkpoint of a training.
         parts: which of `layout.OWN_PARTS`.
         dtype: of the weights; None keeps the one that each part is stored in.
@@ -70,6 +72,8 @@ def convert(
     if unknown := [part for part in parts if part not in OWN_PARTS] or ([] if parts else ["none"]):
         raise InputError(f"unknown parts {', '.join(unknown)}: choose from {', '.join(OWN_PARTS)}")
     found = find_published(source)
+    if overlay is None:
+        variant = variant or "square"
     found.require(variant if overlay is None else None, size, parts)
     savers = _savers(found, variant, size, overlay, dtype, max_shard_size)
     with _complete_or_nothing(Path(target), overwrite) as folder:
@@ -78,8 +82,7 @@ def convert(
         for part in parts:
             logger.info("converting the %s", part)
             classes[part] = savers[part](folder / part)
-        # The sizes that another transformer was trained at are not known.
-        defaults = sampling_defaults(variant, size) if "transformer" in parts and overlay is None else {}
+        defaults = sampling_defaults(variant, size) if "transformer" in parts else {}
         write_model_index(folder, classes, {"sampling_defaults": defaults} if defaults else None)
     return Path(target)
 
@@ -145,7 +148,7 @@ def export_transformer(
 
 def _savers(
     found: PublishedLayout,
-    variant: str,
+    variant: str | None,
     size: str,
     overlay: Path | str | None,
     dtype: torch.dtype | None,

@@ -18,12 +18,12 @@ TRAINING_STEPS = 1000
 _TRAINED_AT = {("1.3b", "square"): ("square",), ("1.3b", "rec-vec"): ("tall", "wide")}
 
 
-def sampling_defaults(variant: str, size: str) -> dict[str, Any]:
+def sampling_defaults(variant: str | None, size: str) -> dict[str, Any]:
     """What a published transformer's own settings differ in from `SamplingDefaults`: trained sizes, and the
-    step cache's polynomial.
+    step cache's polynomial. Of no variant, such as the outcome of a training, the sizes are not known.
     """
     made: dict[str, Any] = {}
-    if (aspects := _TRAINED_AT.get((size, variant))) is not None:
+    if variant is not None and (aspects := _TRAINED_AT.get((size, variant))) is not None:
         made["sizes"] = {aspect: SamplingDefaults().sizes[aspect] for aspect in aspects}
     if (coefficients := STEP_CACHE_COEFFICIENTS[size]) != SamplingDefaults().step_cache_coefficients:
         made["step_cache_coefficients"] = coefficients

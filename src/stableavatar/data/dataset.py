@@ -170,10 +170,15 @@ class ClipDataset(Dataset[ClipSample]):
         self._require_clips()
 
     @classmethod
-    def from_folders(cls, folders: Iterable[Path], settings: ClipDatasetSettings) -> "ClipDataset":
-        """Open clip folders; those that cannot be opened raise or are skipped as `settings.on_error` says."""
+    def from_folders(
+        cls, folders: Iterable[Path], settings: ClipDatasetSettings, clips: Iterable[TrainingClip] = ()
+    ) -> "ClipDataset":
+        """Open clip folders, behind `clips`; those that cannot be opened raise or are skipped as
+        `settings.on_error` says."""
         dataset = cls.__new__(cls)
         dataset._begin(settings)
+        for clip in clips:
+            dataset._add(clip.name, partial(dataset._checked, clip))
         for folder in folders:
             dataset._add(str(folder), partial(dataset._opened, folder))
         dataset._require_clips()

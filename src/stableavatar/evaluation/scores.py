@@ -53,6 +53,16 @@ class Scores:
                         lines.append(f"{metric.title}{label}: {value:.3g}, the bar is {bar}")
         return lines
 
+    def unmeasured(self) -> list[str]:
+        """A line for every bar that there is no figure for, which nobody can say is passed."""
+        return [
+            f"{metric.title}: not measured ({_HEADINGS[variant]}), the bar is {bar}"
+            for name, group in GROUPS.items()
+            for metric in group.metrics
+            for variant, bar in metric.bars.items()
+            if self.figure(name, metric, variant) is None
+        ]
+
     def rows(self) -> Iterator[list[str]]:
         """The table's rows: figure, result, controls, bar and whether it is passed."""
         for name, group in GROUPS.items():

@@ -38,6 +38,8 @@ from stableavatar.pipeline import load
 
 logger = logging.getLogger(__name__)
 
+_MORE_PHOTOGRAPHS = 4  # beside the astronaut
+
 
 @dataclass(frozen=True)
 class Setup:
@@ -202,6 +204,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         logger.error("%s", error)
         return 2
     missed = measured.scores.missed()
+    if plan is FULL and options.gate is None:
+        missed += measured.scores.unmeasured()
+        if len(options.portrait) < _MORE_PHOTOGRAPHS:
+            missed.append(
+                f"photographs: the bars are for {1 + _MORE_PHOTOGRAPHS}, give {_MORE_PHOTOGRAPHS} beside the "
+                "astronaut with --portrait"
+            )
     for line in missed:
         console.print(f"[bold red]missed[/] {line}")
     return 1 if missed else 0

@@ -32,7 +32,8 @@ class Avatar(nn.Module):
         return False
 
     def inputs(self, batch: EncodedBatch) -> ModelInputs:
-        """What the transformer takes.
+        """What the transformer takes. Of a window in the middle of a clip the first latent frame is not
+        judged; see `judged_frames`.
 
         Raises:
             InputError: the batch has no embeddings of prompts and portraits.
@@ -52,6 +53,7 @@ class Avatar(nn.Module):
             speech=batch.speech,
             face_mask=batch.face_mask,
             lip_mask=batch.lip_mask,
+            judged=None if all(batch.starts_clip) else judged_frames(batch),
         )
 
     def forward(self, batch: EncodedBatch, generator: torch.Generator) -> StepLoss:
@@ -61,3 +63,13 @@ class Avatar(nn.Module):
     def loss(self, batch: EncodedBatch, draws: StepDraws) -> StepLoss:
         """Loss of one step with given draws."""
         return step_loss(self.transformer, self.inputs(batch), draws, self.objective)
+
+
+def judged_frames(batch: EncodedBatch) -> torch.Tensor:
+    """Which latent frames' errors count, 0 or 1, `[B, F]`: all but the first of windows that do not start
+    with their clip. When sampling, what a window says of it is blended away, save in the first window, whose
+    first latent frame is of another kind.
+    """
+    judged = batch.latents.new_ones(batch.latents.shape[0], batch.latents.shape[2])
+    judged[:, 0] = judged.new_tensor(batch.starts_clip)
+    return judged

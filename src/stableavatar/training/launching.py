@@ -67,4 +67,10 @@ def configure_deepspeed(
     config["gradient_accumulation_steps"] = settings.accumulation
     config["train_batch_size"] = settings.batch_size * pieces
     config["gradient_clipping"] = settings.optimizer.clip.norm
-    logger.info("DeepSpeed clips gradients to %g alone", settings.optimizer.clip.norm)
+    clip = settings.optimizer.clip
+    if clip.start_steps or clip.abnormal_ratio is not None:
+        logger.warning(
+            "DeepSpeed clips gradients to %g alone: the recipe's rules for the start and for abnormal norms "
+            "(start_steps, abnormal_ratio) have no effect",
+            clip.norm,
+        )

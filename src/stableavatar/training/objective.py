@@ -30,15 +30,15 @@ class ObjectiveSettings:
         timesteps: how the place among the 1000 shifted sigmas is drawn: `uniform`; `logit-normal` (mean
             `logit_mean`, deviation `logit_std`) and `mode` (`mode_scale`) as in Stable Diffusion 3 (arXiv
             2403.03206, section 3.1).
-        mask_loss: `drawn`: one draw a step chooses between the three weights of `mask_weight`; `expected`:
-            their expectation at every step, the same gradient on average with less noise; `none`: every
-            latent counts the same.
+        mask_loss: `drawn`: one draw a batch (of each process, and each piece of accumulation) chooses between
+            the three weights of `mask_weight`; `expected`: their expectation in every batch, the same
+            gradient on average with less noise; `none`: every latent counts the same.
         motion_ratio: part of the loss that the motion term takes; 0 leaves it out (published recipes with it:
             0.25).
         audio_dropping: probability that a clip's speech features are zeros at the adapter's input.
         audio_output_dropping: probability that a clip gets zeros in place of the adapter's output, which is
             what guidance without audio does by default when sampling (spec 5, fault 16).
-        clip_level_audio: probability that in this step all tokens hear the audio of all latent frames.
+        clip_level_audio: probability that in this batch all tokens hear the audio of all latent frames.
         prompt_dropping: probability that a clip's prompt is the empty one.
     """
 
@@ -104,10 +104,10 @@ def draw_sigmas(
 
 @dataclass(frozen=True)
 class StepDraws:
-    """Everything random about one step, for a batch of B clips.
+    """Everything random about one pass, for a batch of B clips.
 
     `noise` has the latents' shape, `sigma` is `[B]`, `mask_draw` lies in [0, 1) and decides for the whole
-    step, as does `clip_level_audio`; the three others say for each clip what is dropped.
+    batch, as does `clip_level_audio`; the three others say for each clip what is dropped.
     """
 
     sigma: torch.Tensor

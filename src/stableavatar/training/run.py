@@ -147,7 +147,8 @@ def prepare_training(
         prepare = _Encode(encoders)
     callbacks = []
     if recipe.validation is not None:
-        videos = ValidationVideos(recipe, avatar, encoders)
+        sizes = [(int(width), int(height)) for width, height, _ in source.groups]
+        videos = ValidationVideos(recipe, avatar, encoders, sizes)
         videos.check()
         callbacks.append(videos)
     frozen = [frozen_digest(avatar, avatar.never_acts) if leads else ""]
@@ -165,10 +166,10 @@ def prepare_training(
         callbacks=callbacks,
         record=asdict(recipe),
     )
-    if trainer.spread and recipe.objective.audio_output_dropping:
+    if (trainer.spread or trainer.deepspeed) and recipe.objective.audio_output_dropping:
         raise InputError(
             "objective.audio_output_dropping leaves the audio adapter out of some steps on some processes, "
-            "which those that hold its parts would wait for: use audio_dropping where a model is spread"
+            "which the others would wait for: use audio_dropping with DeepSpeed, and where a model is spread"
         )
     for callback in callbacks:
         callback.leads = trainer.accelerator.is_main_process

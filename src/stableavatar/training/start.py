@@ -3,6 +3,7 @@ them."""
 
 import hashlib
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from stableavatar.checkpoints.files import read_json
 from stableavatar.checkpoints.layout import detect_layout, find_published
 from stableavatar.config import SIZES
 from stableavatar.data.cache import CachedWindows, LatentCache
-from stableavatar.data.clips import FolderClip, TrainingClip, find_clips, read_path_list
+from stableavatar.data.clips import find_clips, read_path_list
 from stableavatar.data.dataset import ClipDataset
 from stableavatar.data.encoding import Encoders
 from stableavatar.data.puppets import ClipStore
@@ -72,8 +73,10 @@ def open_cache(recipe: Recipe, encoders: Encoders | None) -> Any:
     if encoders is not None:
         cache.check_encoders(encoders)
     origin = cache.manifest["origin"]
+    clips = asdict(recipe.data.clips)
+    drawn = ("frames", "portrait", "any_frame", "seed")
     for name, stored, wanted in (
-        ("clips.frames", origin["dataset"]["frames"], recipe.data.clips.frames),
+        *((f"clips.{name}", origin["dataset"][name], clips[name]) for name in drawn),
         ("window_frames", origin["window_frames"], recipe.data.window_frames),
     ):
         if stored != wanted:
@@ -201,10 +204,8 @@ def open_clips(choice: DataChoice) -> ClipDataset:
     """The clips of a recipe. Raises InputError for what cannot be read."""
     folders = [folder for path in choice.lists for folder in read_path_list(path)]
     folders += [folder for root in choice.folders for folder in find_clips(root)]
-    if not choice.puppets:
-        return ClipDataset.from_folders(folders, choice.clips)
-    clips: list[TrainingClip] = [clip for store in choice.puppets for clip in ClipStore(store)]
-    return ClipDataset([*clips, *map(FolderClip.open, folders)], choice.clips)
+    puppets = (clip for store in choice.puppets for clip in ClipStore(store))
+    return ClipDataset.from_folders(folders, choice.clips, puppets)
 
 
 def _there(path: Path | None) -> Path:

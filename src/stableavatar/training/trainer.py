@@ -151,20 +151,21 @@ class Trainer(Generic[Sample]):
             )
 
     @property
-    def _deepspeed(self) -> bool:
+    def deepspeed(self) -> bool:
+        """Whether DeepSpeed reduces gradients and takes the optimizer's steps."""
         return self.accelerator.distributed_type == DistributedType.DEEPSPEED
 
     @property
     def spread(self) -> bool:
         """Whether a process has only its part of the parameters."""
-        if self._deepspeed:
+        if self.deepspeed:
             return self.accelerator.deepspeed_plugin.zero_stage == 3
         return self.settings.sharding == "fsdp2" or self.accelerator.distributed_type == DistributedType.FSDP
 
     def _prepare(self, module: nn.Module) -> tuple[nn.Module, torch.optim.Optimizer]:
         """Module and optimizer as this number of processes needs them."""
         settings, accelerator = self.settings, self.accelerator
-        if settings.optimizer.kind == "muon" and (self.spread or self._deepspeed):
+        if settings.optimizer.kind == "muon" and (self.spread or self.deepspeed):
             raise InputError("muon needs whole matrices: use adamw with DeepSpeed, and with sharding")
         if settings.sharding == "fsdp2":
             if accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.FSDP):
@@ -175,14 +176,14 @@ class Trainer(Generic[Sample]):
             return module, make_optimizer(settings.optimizer, trained_parameters(module))
         dtype = torch.bfloat16 if settings.precision == "bf16" else torch.float32
         optimizer = make_optimizer(settings.optimizer, trained_parameters(module), dtype)
-        if self._deepspeed:
+        if self.deepspeed:
             configure_deepspeed(accelerator, settings, pieces=self.sampler.pieces, spread=self.spread)
         prepared: tuple[nn.Module, torch.optim.Optimizer] = accelerator.prepare(module, optimizer)
         return prepared
 
     def _run_state(self) -> RunState:
         leads = self.accelerator.is_main_process
-        if self._deepspeed:
+        if self.deepspeed:
             return DeepSpeedState(self.module, self.ema, leads=leads)
         if self.spread:
             module = self.accelerator.unwrap_model(self.module)
@@ -199,7 +200,8 @@ class Trainer(Generic[Sample]):
 
         Args:
             new_data: the data set, the batch and the number of processes may be others (the seed and the
-                `identity` may not); the order begins anew at the step's number.
+                `identity` may not, nor with DeepSpeed the number of processes); the order begins anew at the
+                step's number.
 
         Raises:
             CheckpointError: there is none, it is damaged, or it belongs to another model.
@@ -219,6 +221,11 @@ class Trainer(Generic[Sample]):
         if different and not (new_data and not {"seed", *self.identity} & set(different)):
             raise InputError(
                 f"{checkpoint} was trained with another {', '.join(different)}; it cannot be resumed exactly"
+            )
+        if self.deepspeed and stored["processes"] != self.accelerator.num_processes:
+            raise InputError(
+                f"{checkpoint} is of {stored['processes']} processes, each of which kept its part: with "
+                "DeepSpeed as many have to go on"
             )
         self._state.load(checkpoint)
         set_constants(self.optimizer, self.settings.optimizer)
@@ -406,7 +413,7 @@ class Trainer(Generic[Sample]):
                 self.accelerator.backward(result.loss * weight)
                 if weight:
                     results.append(result)
-        engine: Any = self.module if self._deepspeed else None
+        engine: Any = self.module if self.deepspeed else None
         taken = engine is not None and engine.was_step_applied()  # by its backward pass, or left out
         if engine is not None:
             norm = torch.tensor(float(engine.get_global_grad_norm() or 0.0) if taken else torch.inf)

@@ -3,7 +3,8 @@
 import contextlib
 import logging
 import tempfile
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -31,12 +32,22 @@ class ValidationVideos:
 
     They go to `validation/step-N/` in the output folder.
 
+    Args:
+        sizes: width and height in pixels of the clips that are trained with.
+
     Attributes:
         leads: whether this process writes; the others only take part, where the model is spread over them.
     """
 
-    def __init__(self, recipe: Recipe, avatar: Avatar, encoders: Encoders | None) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        avatar: Avatar,
+        encoders: Encoders | None,
+        sizes: Iterable[tuple[int, int]] = (),
+    ) -> None:
         self.recipe, self.avatar, self.encoders = recipe, avatar, encoders
+        self.sizes = tuple(sizes)
         self.leads = True
 
     def check(self) -> None:
@@ -90,7 +101,9 @@ class ValidationVideos:
             defaults = AvatarPipeline.load_config(source).get("sampling_defaults")
         else:
             scheduler = FlowMatchEulerDiscreteScheduler(shift=self.recipe.objective.shift)
-            defaults = sampling_defaults(model.variant or "square", model.size)
+            defaults = sampling_defaults(model.variant, model.size)
+            if model.variant is None and self.sizes:
+                defaults["sizes"] = _by_aspect(self.sizes)
         return AvatarPipeline(
             transformer=self.avatar.transformer,
             vae=encoders.vae,
@@ -101,6 +114,16 @@ class ValidationVideos:
             scheduler=scheduler,
             sampling_defaults=defaults,
         )
+
+
+def _by_aspect(sizes: Iterable[tuple[int, int]]) -> dict[str, tuple[int, int]]:
+    """The commonest size of each aspect, which a model that is trained with them knows."""
+    found: dict[str, tuple[int, int]] = {}
+    for (width, height), _ in Counter(sizes).most_common():
+        found.setdefault(
+            "square" if width == height else "tall" if width < height else "wide", (width, height)
+        )
+    return found
 
 
 @contextlib.contextmanager

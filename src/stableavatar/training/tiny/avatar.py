@@ -19,7 +19,7 @@ from stableavatar.conditioning.text import encode_tokens
 from stableavatar.data.encoding import EncodedBatch
 from stableavatar.errors import CheckpointError, InputError
 from stableavatar.models.transformer import StableAvatarTransformer3DModel
-from stableavatar.training.avatar import Avatar
+from stableavatar.training.avatar import Avatar, judged_frames
 from stableavatar.training.objective import ModelInputs, ObjectiveSettings
 
 TEXT_WIDTH = 128
@@ -194,13 +194,7 @@ class TinyAvatar(Avatar):
         return self.image_encoder(pixels, output_hidden_states=True).hidden_states[-2]
 
     def inputs(self, batch: EncodedBatch) -> ModelInputs:
-        """What the transformer takes.
-
-        The first latent frame of a window in the middle of a clip is not judged: when sampling, what a window
-        says of it is blended away, save in the first window, whose first latent frame is of another kind.
-        """
-        judged = batch.latents.new_ones(batch.latents.shape[0], batch.latents.shape[2])
-        judged[:, 0] = judged.new_tensor(batch.starts_clip)
+        """What the transformer takes."""
         prompts = self.encode_prompts(("", *batch.prompts))
         return ModelInputs(
             latents=batch.latents,
@@ -211,5 +205,5 @@ class TinyAvatar(Avatar):
             speech=batch.speech,
             face_mask=batch.face_mask,
             lip_mask=batch.lip_mask,
-            judged=judged,
+            judged=judged_frames(batch),
         )
