@@ -30,6 +30,9 @@ PORTRAITS ?= $(wildcard $(addprefix ../shared/samples/portraits/,boy.jpg echo_01
 # What `make bench` measures, by default all: transformer peak decode generate first-frame processes training.
 PARTS  ?=
 
+# Copies a folder so that it is all there or not: what a kill leaves of a copy does not count as made.
+whole   = rm -rf $(2).part && cp -R $(1) $(2).part && mv $(2).part $(2)
+
 .PHONY: help demo test test-large lint docs parity tiny evaluate-tiny evaluate-lora bench format clean
 help:            ## what can be made
 	@grep -E '^[a-z-]+: .*##|^[a-z-]+:  +##' $(MAKEFILE_LIST) | sed 's/:.*##/:/' | column -t -s:
@@ -100,12 +103,12 @@ tiny: $(STAMP)   ## train the embedded model anew, from puppets to weights (many
 	    $(BIN)/python -m stableavatar.training.tiny.autoencoder --resume --freeze-encoder --out $(WORK)/sharpened \
 	    --start-from $(WORK)/autoencoder/model --puppets $(WORK)/puppets --puppets $(WORK)/varied \
 	    --detail-weight 200 --image-steps 0 --minutes $(SHARPENED) && \
-	    cp -R $(WORK)/sharpened/model $(WORK)/encoders/vae; }
+	    $(call whole,$(WORK)/sharpened/model,$(WORK)/encoders/vae); }
 	test -e $(WORK)/encoders/speech_encoder || { $(BIN)/python -m stableavatar.training.tiny.speech_encoder \
 	    --out $(WORK)/speech_encoder --puppets $(WORK)/puppets $(if $(QUICK),--minutes 0.2) && \
-	    cp -R $(WORK)/speech_encoder/final $(WORK)/encoders/speech_encoder; }
+	    $(call whole,$(WORK)/speech_encoder/final,$(WORK)/encoders/speech_encoder); }
 	test -e $(WORK)/encoders/text_encoder || { $(BIN)/python -m stableavatar.training.tiny.text_encoder \
-	    --out $(WORK)/text_encoder $(if $(QUICK),--steps 20) && cp -R $(WORK)/text_encoder/final $(WORK)/encoders/text_encoder; }
+	    --out $(WORK)/text_encoder $(if $(QUICK),--steps 20) && $(call whole,$(WORK)/text_encoder/final,$(WORK)/encoders/text_encoder); }
 	$(BIN)/stableavatar cache-latents $(RECIPE) --output $(WORK)/latents
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node 2 -m stableavatar train $(RECIPE) --resume latest
 	$(BIN)/python -m stableavatar.training.tiny.meter --autoencoder $(WORK)/encoders/vae \
