@@ -19,6 +19,7 @@ import torch
 from command_line import toy_model
 from media_files import tone
 from stableavatar import load
+from stableavatar.errors import InputError
 
 FOLDER = Path(__file__).parents[1] / "integrations" / "comfyui"
 WORKFLOW = json.loads((FOLDER / "workflow.json").read_text(encoding="utf-8"))
@@ -188,6 +189,11 @@ def test_the_workflow_makes_the_frames_of_the_package(
     )  # fmt: skip
     frames = (images * 255).round().to(torch.uint8).numpy()
     assert np.array_equal(frames, np.stack(list(stream)))
+
+
+def test_a_width_without_a_height_is_said(pack: ModuleType, given: dict[str, tuple[Any, ...]]) -> None:
+    with pytest.raises(InputError, match="height"):
+        run_workflow(pack, given, {**QUICK, "height": 0})
 
 
 @pytest.mark.parametrize("after", [1, 12])

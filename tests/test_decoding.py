@@ -28,6 +28,8 @@ from stableavatar.sampling.decoding import (
     normalise_latents,
     stream_decode,
 )
+from stableavatar.sampling.orders import Cell
+from stableavatar.sampling.windows import Window
 from toy import toy_pipeline, toy_vae
 
 CPU, META = torch.device("cpu"), torch.device("meta")
@@ -352,3 +354,16 @@ def test_the_pipeline_is_where_its_transformer_is() -> None:
     pipeline.vae.to(META)
     pipeline.image_encoder.to(META)
     assert pipeline.device == pipeline._execution_device == CPU
+
+
+def test_what_an_earlier_run_did_counts_as_done() -> None:
+    pace = _Pace()
+    pace.go_on(480, 100)
+    pace.begin()
+    assert pace.share(600, 150) == 0.8
+    pace.cell(Cell(Window(0, 0, 9, 0), 0))
+    assert pace.share(600, 150) == pytest.approx(481 / 600)
+    pace.frame()
+    share = pace.share(600, 150)
+    assert share is not None
+    assert share >= 481 / 600  # it does not fall

@@ -111,6 +111,17 @@ def test_owners_take_turns_at_being_looked_at_too() -> None:
     assert order == ["ann0", "bob0", "ann1", "ann2", "ann3"]
 
 
+def test_one_owner_has_so_many_files_looked_at_and_leaves_room_for_others() -> None:
+    checker = FileChecker(Limits(waiting_each=2))
+    with checker.asking("ann"), checker.asking("ann"):
+        with pytest.raises(BusyError, match="of yours"), checker.asking("ann"):
+            pass
+        with checker.asking("bob"):
+            pass
+    with checker.asking("ann"):
+        assert list(checker._asking) == ["ann"]
+
+
 def test_sound_of_too_few_samples_is_refused(tmp_path: Path) -> None:
     picture, sound = portrait(tmp_path / "portrait.png"), write_wav(tmp_path / "speech", np.zeros(5000), 100)
     with pytest.raises(InputError, match="100 samples a second"):

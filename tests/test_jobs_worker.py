@@ -13,10 +13,11 @@ import pytest
 
 from command_line import toy_model
 from stableavatar import load
-from stableavatar.errors import InputError
+from stableavatar.errors import CheckpointError, InputError, StorageError
 from stableavatar.jobs.job import Job
-from stableavatar.jobs.store import JobStore
-from stableavatar.jobs.worker import FAULT, TOO_LITTLE_MEMORY, ModelChoice, make
+from stableavatar.jobs.store import JobStore, NoRoomError
+from stableavatar.jobs.worker import FAULT, FAULTY, NO_MODEL, TOO_LITTLE_MEMORY, ModelChoice, make
+from stableavatar.jobs.workers import Workers, _Keeper
 from stableavatar.journal import Journal, SavedState, journal_folder
 from stableavatar.media.audio import Sound
 from stableavatar.media.following import follow
@@ -218,3 +219,49 @@ def same_frames(one: Path, other: Path) -> bool:
     """Whether two videos show the same."""
     pairs = zip_longest(read_frames(one), read_frames(other))
     return all(a is not None and b is not None and np.array_equal(a, b) for a, b in pairs)
+
+
+def test_a_full_disk_loses_no_job(
+    jobs: JobStore, pipeline: AvatarPipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise StorageError("there is no room")
+
+    job = add(jobs)
+    monkeypatch.setattr(AvatarPipeline, "generate", full)
+    for free, state in ((10, "queued"), (10**12, "failed")):  # of another fault it fails
+        monkeypatch.setattr(JobStore, "free_bytes", lambda self, free=free: free)
+        taken = jobs.take("worker-0")
+        assert taken is not None
+        make(jobs, taken, pipeline, MODEL)
+        assert found(jobs, job).state == state
+    monkeypatch.setattr(JobStore, "free_bytes", lambda self: 10)
+    with pytest.raises(NoRoomError):
+        jobs.check_room("ann")
+
+
+def test_a_worker_that_cannot_load_its_model_again_is_tried_again(
+    jobs: JobStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ends = iter([FAULTY, NO_MODEL, NO_MODEL, 0])
+
+    def run(keeper: _Keeper) -> int:
+        status = next(ends)
+        if status == FAULTY:
+            jobs.worker_ready("worker-0")
+        if status == 0:
+            workers.ending.set()
+        return status
+
+    monkeypatch.setattr("stableavatar.jobs.workers._PAUSES", (0.0,))
+    monkeypatch.setattr(_Keeper, "_run", run)
+    workers = Workers(jobs, [MODEL])
+    workers.start()
+    assert workers.ending.wait(20)
+    assert workers._keepers[0].no_model.is_set() is False
+
+    ends = iter([NO_MODEL])
+    another = Workers(JobStore(jobs.folder.parent / "other"), [MODEL])
+    another.start()
+    with pytest.raises(CheckpointError):
+        another.wait(20)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 from playwright.sync_api import Browser, Page, expect
 
 from media_files import tone, write_wav
@@ -45,9 +46,9 @@ def speech(tmp_path: Path) -> Path:
     return write_wav(tmp_path / "speech.wav", tone(3.0, 16000), 16000)
 
 
-def fill_in(page: Page, speech: Path, *, steps: int = 1) -> None:
+def fill_in(page: Page, speech: Path, *, steps: int = 1, portrait: Path = DEMO / "portrait.png") -> None:
     """Portrait and speech, and settings with which the toy model is quick."""
-    page.set_input_files("#portrait input[type=file]", DEMO / "portrait.png")
+    page.set_input_files("#portrait input[type=file]", portrait)
     page.set_input_files("#speech input[type=file]", speech)
     expect(page.locator("#portrait img")).to_be_visible(timeout=20 * SECONDS)
     expect(page.locator("#speech").get_by_text("0:03").first).to_be_visible(timeout=20 * SECONDS)
@@ -118,6 +119,43 @@ def test_two_people_queue_and_neither_sees_the_others_video(
 
 
 @needs_browser
+def test_a_second_video_of_one_page_takes_the_place_of_the_first(
+    page: Page, speech: Path, served: tuple[str, JobStore]
+) -> None:
+    fill_in(page, speech, steps=30)
+    page.locator("#make").click()
+    expect(page.locator("#status")).to_contain_text("Window", timeout=60 * SECONDS)
+    first = page.locator("#screen video").get_attribute("data-job")
+    page.locator("#make").click()
+    expect(page.locator(".status.queued")).to_be_visible(timeout=20 * SECONDS)
+    second = page.locator("#screen video").get_attribute("data-job")
+    assert second != first
+    expect(page.locator(".status.completed a.download")).to_have_attribute(
+        "href", f"/video/{second}.mp4", timeout=120 * SECONDS
+    )
+    page.get_by_role("tab", name="Gallery").click()
+    expect(page.locator("#gallery .thumbnail-item")).to_have_count(2, timeout=20 * SECONDS)
+
+
+@needs_browser
+def test_a_portrait_is_used_as_it_was_sent(
+    page: Page, speech: Path, tmp_path: Path, served: tuple[str, JobStore]
+) -> None:
+    cut_out = np.zeros((64, 64, 4), np.uint8)
+    cut_out[16:48, 16:48] = (200, 120, 90, 255)
+    Image.fromarray(cut_out).save(tmp_path / "cut-out.png")
+    fill_in(page, speech, portrait=tmp_path / "cut-out.png")
+    page.locator("#size-of-picture").click()
+    expect(page.locator("#width :is(input, textarea)")).not_to_have_value("48", timeout=20 * SECONDS)
+    page.locator("#make").click()
+    expect(page.locator("#screen video")).to_be_visible(timeout=30 * SECONDS)
+    job = page.locator("#screen video").get_attribute("data-job")
+    kept = served[1].folder / "jobs" / str(job) / "portrait"
+    assert kept.read_bytes() == (tmp_path / "cut-out.png").read_bytes()
+    page.locator("#stop").click()
+
+
+@needs_browser
 def test_a_page_opened_anew_shows_what_is_in_the_making(page: Page, speech: Path) -> None:
     fill_in(page, speech, steps=100)
     page.locator("#make").click()
@@ -174,6 +212,19 @@ def test_what_is_wrong_is_a_sentence(page: Page, speech: Path, tmp_path: Path) -
     page.locator("#width :is(input, textarea)").press("Tab")
     page.locator("#make").click()
     expect(page.get_by_text("width 50 is not a multiple of 16")).to_be_visible(timeout=20 * SECONDS)
+    assert "Traceback" not in page.content()
+
+
+@needs_browser
+def test_what_is_no_picture_is_said(page: Page, speech: Path, tmp_path: Path) -> None:
+    (tmp_path / "broken.png").write_bytes(b"This is not what its name says. " * 9)
+    fill_in(page, speech, portrait=tmp_path / "broken.png")
+    for button in ("#size-of-picture", "#make"):
+        page.locator(button).click()
+        message = page.get_by_text("not a picture").first
+        expect(message).to_be_visible(timeout=20 * SECONDS)
+        assert str(tmp_path) not in message.inner_text()
+        page.locator(".toast-close").first.click()
     assert "Traceback" not in page.content()
 
 

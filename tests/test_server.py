@@ -72,12 +72,22 @@ def test_a_video_is_asked_for_made_and_fetched(
     assert list((store_of(client).folder / "jobs").iterdir()) == []
 
 
-def test_the_same_seed_makes_the_same_video_and_none_is_told(
-    client: TestClient, files: dict[str, bytes]
+def test_a_seed_that_is_told_makes_the_same_video_again(
+    client: TestClient, files: dict[str, bytes], pipeline: AvatarPipeline
 ) -> None:
-    first = ask(client, files).json()["options"]["seed"]
-    second = ask(client, files).json()["options"]["seed"]
-    assert first != second
+    first = ask(client, files).json()
+    second = ask(client, files).json()
+    seed = first["options"]["seed"]
+    assert seed != second["options"]["seed"]
+    again = asked(client, files, seed=str(seed))
+    for _ in range(3):
+        work(client, pipeline)
+    videos = [
+        client.get(f"/v1/videos/{video}/content").content for video in (first["id"], second["id"], again)
+    ]
+    frames = [video[video.index(b"mdat") :] for video in videos]
+    assert frames[0] == frames[2]
+    assert frames[0] != frames[1]
 
 
 def test_openai_names_are_understood(client: TestClient, files: dict[str, bytes]) -> None:
@@ -223,13 +233,15 @@ def test_a_video_that_is_deleted_as_it_is_fetched_is_not_found(
     work(client, pipeline)
     response = watching.video_response
 
-    def late(job: Job, path: Path) -> Response:
-        answer = response(job, path)
+    def late(job: Job, path: Path, gone: Response) -> Response:
+        answer = response(job, path, gone)
         assert store_of(client).delete("ann", job.id)
         return answer
 
     monkeypatch.setattr(videos, "video_response", late)
-    assert client.get(f"/v1/videos/{video}/content").status_code == 404
+    answer = client.get(f"/v1/videos/{video}/content")
+    assert answer.status_code == 404
+    assert answer.json()["error"]["code"] == "not_found"
 
 
 def test_the_description_is_whole(client: TestClient) -> None:

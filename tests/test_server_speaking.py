@@ -1,6 +1,7 @@
 """Somebody speaks to a real server, and it answers with video."""
 
 import base64
+import contextlib
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,7 +15,9 @@ from websockets.sync.client import connect
 
 import stableavatar
 from serving import QUICK, Server, files_to_send, servers_of, states, until
+from stableavatar.apps.server.access import Keys
 from stableavatar.apps.server.app import Service, create_app
+from stableavatar.apps.server.speaking import _MOST_UNKNOWN
 from stableavatar.jobs.worker import ModelChoice
 from stableavatar.media.audio import Speech
 from stableavatar.media.video import probe
@@ -151,3 +154,22 @@ def articulated_speech(seconds: float) -> Any:
     demo = Path(stableavatar.__file__).parent / "assets" / "demo" / "speech.flac"
     samples = Speech.open(demo).samples(0, round(seconds * 16000))
     return (np.clip(samples, -1, 1) * 32767).astype("<i2")
+
+
+def test_of_those_whom_nobody_knows_few_may_begin(tmp_path: Path) -> None:
+    """What they send first is read before their key is."""
+    service = Service(
+        tmp_path / "jobs", [ModelChoice("toy")], keys=Keys({"a-key-of-ann-that-is-long": "ann"})
+    )
+    with (
+        TestClient(create_app(service, service.store()), base_url="http://127.0.0.1") as client,
+        contextlib.ExitStack() as stack,
+    ):
+        for _ in range(_MOST_UNKNOWN):
+            stack.enter_context(client.websocket_connect("ws://127.0.0.1/v1/sessions"))
+        with client.websocket_connect("ws://127.0.0.1/v1/sessions") as line:
+            assert line.receive_json()["error"]["code"] == "busy"
+        known = {"Authorization": "Bearer a-key-of-ann-that-is-long"}
+        with client.websocket_connect("ws://127.0.0.1/v1/sessions", headers=known) as line:
+            line.send_text("{}")
+            assert line.receive_json()["error"]["code"] == "bad_start"

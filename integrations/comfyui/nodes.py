@@ -114,8 +114,8 @@ class StableAvatarConditions:
             with Speech.from_array(np.ascontiguousarray(waveform), int(speech["sample_rate"])) as heard:
                 samples = heard.samples(0, len(heard))
         options: dict[str, Any] = {"prompt": prompt, "fps": fps}
-        if width and height:
-            options |= {"width": width, "height": height}
+        if width or height:  # of one alone the package says what is missing
+            options |= {"width": width or None, "height": height or None}
         if duration:
             options["duration"] = duration
         if negative_prompt.strip():

@@ -410,20 +410,28 @@ class _Pace:
         """Of cells and frames that are to come; frames count once one has been seen."""
         if cells is None or frames is None:
             return None
-        cell = self._cell_seconds / max(self.cells_done - self._earlier_cells, 1)
-        frame = self._frame_seconds / max(self.frames_done - self._earlier_frames, 1)
+        cell, frame = self._paces()
         return cell * max(cells - self.cells_done, 0) + frame * (frames - self.frames_done)
 
+    def _paces(self) -> tuple[float, float]:
+        """Seconds of a cell and of a frame in this run."""
+        return (
+            self._cell_seconds / max(self.cells_done - self._earlier_cells, 1),
+            self._frame_seconds / max(self.frames_done - self._earlier_frames, 1),
+        )
+
     def share(self, cells: int | None, frames: int | None) -> float | None:
-        """Of the work, by time; it does not fall when what is left turns out to take longer, and is 1 at the
-        end alone."""
+        """Of the work, an earlier run's too, by the time it takes; it does not fall when what is left turns
+        out to take longer, and is 1 at the end alone."""
         left = self.seconds_left(cells, frames)
-        if left is None:
+        if cells is None or left is None:
             return None
         if self.frames_done == frames:
             return 1.0
-        done = self._cell_seconds + self._frame_seconds
-        self._share = max(self._share, min(done / max(done + left, 1e-9), 0.99))
+        cell, frame = self._paces()
+        done = cell * self.cells_done + frame * self.frames_done
+        share = done / (done + left) if done else self.cells_done / max(cells, 1)
+        self._share = max(self._share, min(share, 0.99))
         return self._share
 
 

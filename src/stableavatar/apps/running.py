@@ -14,6 +14,7 @@ from stableavatar.media.files import reason_of
 
 logger = logging.getLogger(__name__)
 
+_BACKLOG = 2048
 _CLOSE_SECONDS = 5  # that answers that go on may take after the server is told to end
 _EXPIRE_SECONDS = 60.0
 _LOOK_SECONDS = 0.1
@@ -30,6 +31,7 @@ def listen(host: str, port: int) -> tuple[socket.socket, str]:
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((host, port))
+        listener.listen(_BACKLOG)  # at once: two can bind, one can listen
     except OSError as error:
         listener.close()
         raise InputError(
@@ -68,7 +70,6 @@ def run_with_workers(
             timeout_graceful_shutdown=_CLOSE_SECONDS,
             server_header=False,
             ws_max_size=most_message,
-            ws_max_queue=4,
             ws_per_message_deflate=False,
         )
     )

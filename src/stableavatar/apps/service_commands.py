@@ -1,5 +1,6 @@
 """``stableavatar serve`` and ``stableavatar app``; see `stableavatar.apps.cli`."""
 
+import math
 from pathlib import Path
 from typing import Annotated
 
@@ -8,6 +9,7 @@ import typer
 from stableavatar.choices import Dtype, ModelSize, Variant
 from stableavatar.errors import InputError
 
+_MOST_DAYS = 36500
 _MODEL, _LIMITS, _PEOPLE = "The model", "What is taken at most", "Who may use it"
 
 ModelOption = Annotated[
@@ -21,6 +23,9 @@ LoraOption = Annotated[
     typer.Option(metavar="FILE[:SCALE]", help="A LoRA, as for generate.", rich_help_panel=_MODEL),
 ]
 DtypeOption = Annotated[Dtype, typer.Option(help="Of the weights.", rich_help_panel=_MODEL)]
+KeepDaysOption = Annotated[
+    float, typer.Option(min=0, help="Finished videos are removed after so long; 0: never.")
+]
 VerboseOption = Annotated[
     int,
     typer.Option("--verbose", "-v", count=True, show_default=False, help="Say what is being done."),
@@ -71,9 +76,7 @@ def serve(
     most_waiting_each: Annotated[
         int, typer.Option(help="Videos of one owner that wait.", rich_help_panel=_LIMITS)
     ] = 20,
-    keep_days: Annotated[
-        float, typer.Option(min=0, help="Finished videos are removed after so long; 0: never.")
-    ] = 7.0,
+    keep_days: KeepDaysOption = 7.0,
     checkpoint_every: Annotated[
         float, typer.Option(min=0, help="Seconds after which the state of a video is saved.")
     ] = 10.0,
@@ -94,8 +97,9 @@ def serve(
     from stableavatar.jobs.worker import ModelChoice
     from stableavatar.logs import log_to_stderr
 
-    if not keep_days <= 36500:
-        raise InputError(f"--keep-days {keep_days}: give at most 36500; 0 keeps videos for ever")
+    for option, value in (("--most-megabytes", most_megabytes), ("--most-megapixels", most_megapixels)):
+        if not 0 < value < math.inf:
+            raise InputError(f"{option} {value}: give a number above 0, and finite")
     log_to_stderr(verbose)
     limits = Limits(
         upload_bytes=int(most_megabytes * 1e6),
@@ -124,7 +128,7 @@ def serve(
         models,
         keys=Keys() if api_keys is None else Keys.read(api_keys),
         limits=limits,
-        keep_seconds=keep_days * 86400 or None,
+        keep_seconds=_keep_seconds(keep_days),
         verbosity=verbose,
     )
     server.serve(service, host, port, lambda url: _say(f"{url}/docs describes the server; Ctrl-C ends it."))
@@ -155,6 +159,7 @@ def app(
         ),
     ] = None,
     most_seconds: Annotated[float, typer.Option(help="Of a video.", rich_help_panel=_LIMITS)] = 3600.0,
+    keep_days: KeepDaysOption = 0.0,
     verbose: VerboseOption = 0,
 ) -> None:
     """Show a web page that makes videos, in English and Chinese.
@@ -180,9 +185,16 @@ def app(
         limits=Limits(upload_bytes=2_000_000_000, seconds=most_seconds, check_seconds=300.0),
         vocals=vocals or checkpoints / "Kim_Vocal_2.onnx",
         checkpoints=checkpoints,
+        keep_seconds=_keep_seconds(keep_days),
         verbosity=verbose,
     )
     web.run_page(service, host, port, lambda url: _say(f"Open {url}/ in a browser. Ctrl-C ends the page."))
+
+
+def _keep_seconds(days: float) -> float | None:
+    if not days <= _MOST_DAYS:
+        raise InputError(f"--keep-days {days}: give at most {_MOST_DAYS}; 0 keeps videos for ever")
+    return days * 86400 or None
 
 
 def _say(sentence: str) -> None:

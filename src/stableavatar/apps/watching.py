@@ -5,6 +5,7 @@ import contextlib
 import io
 from collections.abc import AsyncIterator, Generator, Iterator
 from pathlib import Path
+from typing import Any
 
 import anyio.to_thread
 from fastapi.responses import FileResponse, Response, StreamingResponse
@@ -31,9 +32,13 @@ def live_response(store: JobStore, job: Job) -> Response:
     )
 
 
-def video_response(job: Job, path: Path) -> Response:
-    """The file of the video, or the bytes that the browser asks for."""
-    return _VideoFile(path, media_type="video/mp4", filename=f"{job.id}.mp4")
+def video_response(job: Job, path: Path, gone: Response) -> Response:
+    """The file of the video, or the bytes that the browser asks for.
+
+    Args:
+        gone: the answer where it was deleted meanwhile.
+    """
+    return _VideoFile(path, gone, media_type="video/mp4", filename=f"{job.id}.mp4")
 
 
 def thumbnail(path: Path) -> Image.Image:
@@ -54,13 +59,17 @@ def thumbnail_response(path: Path) -> Response:
 class _VideoFile(FileResponse):
     """A file that may be deleted before its first byte is sent."""
 
+    def __init__(self, path: Path, gone: Response, **about: Any) -> None:
+        super().__init__(path, **about)
+        self._gone = gone
+
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             await super().__call__(scope, receive, send)
         except RuntimeError:
             if Path(self.path).exists():
                 raise
-            await Response("This video was deleted.\n", 404, media_type="text/plain")(scope, receive, send)
+            await self._gone(scope, receive, send)
 
 
 async def _live_bytes(store: JobStore, job: Job) -> AsyncIterator[bytes]:

@@ -28,22 +28,25 @@ def ask(
     Raises:
         InputError: a file or an option cannot be used.
         QueueFullError, BusyError: too many videos or files are waiting.
+        NoRoomError: the disk is full.
         OSError: the files cannot be kept.
     """
     store.check_room(owner)
-    folder = store.new_folder()
-    try:
-        portrait(folder / PORTRAIT)
-        if speech is not None:
-            speech(folder / SPEECH)
-        found = checker.check(owner, folder / PORTRAIT, None if speech is None else folder / SPEECH, options)
-        chosen = {name: getattr(options, name) for name in OPTIONS}
-        chosen["quality"] = quality
-        if chosen["seed"] is None:  # of the job, so that it is the same video whatever befalls a worker
-            chosen["seed"] = int.from_bytes(os.urandom(4), "little")
-        return store.add(owner, folder, chosen, {"seconds": found.seconds})
-    finally:
-        store.discard(folder)
+    with checker.asking(owner):
+        folder = store.new_folder()
+        try:
+            portrait(folder / PORTRAIT)
+            if speech is not None:
+                speech(folder / SPEECH)
+            recording = None if speech is None else folder / SPEECH
+            found = checker.check(owner, folder / PORTRAIT, recording, options)
+            chosen = {name: getattr(options, name) for name in OPTIONS}
+            chosen["quality"] = quality
+            if chosen["seed"] is None:  # of the job, so that it is the same video whatever befalls a worker
+                chosen["seed"] = int.from_bytes(os.urandom(4), "little")
+            return store.add(owner, folder, chosen, {"seconds": found.seconds})
+        finally:
+            store.discard(folder)
 
 
 def copied(source: Path) -> Bring:

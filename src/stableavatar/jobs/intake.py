@@ -5,7 +5,9 @@ decoder breaks nothing else. Their names are never used: a job's files have name
 """
 
 import contextlib
+import math
 import threading
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from concurrent.futures import CancelledError, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -64,8 +66,8 @@ class Limits:
     def __post_init__(self) -> None:
         for f in fields(self):
             value = getattr(self, f.name)
-            if not value > 0:
-                raise InputError(f"{f.name.replace('_', '-')} {value}: give a number above 0")
+            if not 0 < value < math.inf:
+                raise InputError(f"{f.name.replace('_', '-')} {value}: give a number above 0, and finite")
 
 
 @dataclass(frozen=True)
@@ -124,8 +126,25 @@ class FileChecker:
     def __init__(self, limits: Limits) -> None:
         self.limits = limits
         self._turns = _Turns(_MOST_CHECKS)
+        self._asking: Counter[str] = Counter()
+        self._lock = threading.Lock()
         self._pool: ProcessPoolExecutor | None = None
         self._closed = False
+
+    @contextlib.contextmanager
+    def asking(self, owner: str) -> Iterator[None]:
+        """A request of an owner, from before its files are copied on. Raises BusyError: he has as many as
+        videos of his may wait."""
+        with self._lock:
+            if self._asking[owner] >= self.limits.waiting_each:
+                raise BusyError("Many files of yours are being looked at. Ask again in a moment.")
+            self._asking[owner] += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._asking[owner] -= 1
+                self._asking += Counter()  # without those that have none
 
     def check(self, owner: str, portrait: Path, speech: Path | None, options: GenerateOptions) -> Found:
         """See that a portrait and a recording can be used; called from any thread.

@@ -27,12 +27,18 @@ from stableavatar.media.files import check_folder, locked, reason_of, to_disk
 MOST_CRASHES = 3
 # The same of whole servers, which end for more reasons than a job.
 MOST_KILLS = 10
+# Bytes that have to be free where jobs are kept: below, none is taken and none is made.
+LEAST_ROOM = 1_000_000_000
 
 _ID = re.compile(r"video_[0-9a-f]{24}")
 
 
 class QueueFullError(StableAvatarError):
     """So many jobs are waiting that another one is not taken."""
+
+
+class NoRoomError(StableAvatarError):
+    """There is too little room on the disk to begin a video."""
 
 
 class JobStore:
@@ -78,8 +84,15 @@ class JobStore:
         """Remove what `new_folder` made."""
         shutil.rmtree(folder, ignore_errors=True)
 
+    def free_bytes(self) -> int:
+        """Room on the disk that jobs are kept on."""
+        return shutil.disk_usage(self.folder).free
+
     def check_room(self, owner: str) -> None:
-        """Raise QueueFullError where `add` would; to be asked before files are copied."""
+        """Raise QueueFullError where `add` would, NoRoomError where the disk is full; to be asked before
+        files are copied."""
+        if self.free_bytes() < LEAST_ROOM:
+            raise NoRoomError("There is no room for more videos on this machine now.")
         with self._database.reading() as database:
             self._check_room(database, owner)
 
@@ -304,6 +317,13 @@ class JobStore:
         """A worker has loaded its model."""
         with self._database.transaction() as database:
             database.execute("INSERT OR REPLACE INTO workers VALUES (?, ?)", (name, time.time()))
+            database.execute("INSERT OR IGNORE INTO loaded VALUES (?)", (name,))
+
+    def has_loaded(self, name: str) -> bool:
+        """Whether a worker of that name has ever loaded its model for this server."""
+        with self._database.reading() as database:
+            row = database.execute("SELECT 1 FROM loaded WHERE name = ?", (name,)).fetchone()
+        return row is not None
 
     def workers_ready(self) -> int:
         """How many workers can take a job."""
@@ -342,6 +362,7 @@ class JobStore:
             raise InputError(f"{self.folder}: cannot be used ({reason_of(error)})") from error
         with self._database.transaction() as database:
             database.execute("DELETE FROM workers")
+            database.execute("DELETE FROM loaded")
             database.execute("DELETE FROM sessions")
             database.execute(
                 "UPDATE jobs SET state = 'queued', worker = NULL, kills = kills + 1 "

@@ -16,11 +16,11 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from stableavatar.errors import StableAvatarError, StoppedError, is_out_of_memory
+from stableavatar.errors import StableAvatarError, StoppedError, StorageError, is_out_of_memory
 from stableavatar.jobs.intake import without_folder
 from stableavatar.jobs.job import Job
 from stableavatar.jobs.sessions import speak
-from stableavatar.jobs.store import JobStore
+from stableavatar.jobs.store import LEAST_ROOM, JobStore
 from stableavatar.journal import JournalError, journal_folder
 from stableavatar.lifetimes import end_with_parent
 from stableavatar.logs import log_to_stderr, quieten_libraries
@@ -125,14 +125,18 @@ def run_worker(name: str, folder: Path, model: ModelChoice, verbosity: int = 0) 
     def put_aside() -> bool:
         return ending.is_set() or (time.monotonic() - spoke > _TURN_SECONDS and store.calls.claim(name))
 
+    def take() -> Job | None:
+        """The next job, none while the disk is full: it would break off at once."""
+        return store.take(name) if store.free_bytes() >= LEAST_ROOM else None
+
     while not ending.is_set():
         # Who speaks one time after the other leaves time for videos between.
         turn = time.monotonic() - spoke <= _TURN_SECONDS
-        job = store.take(name) if turn else None
+        job = take() if turn else None
         if job is None and (request := store.calls.answer(name)) is not None:
             speak(request, pipeline, ending.is_set)
             spoke = time.monotonic()
-        elif (job := job or store.take(name)) is None:
+        elif (job := job or take()) is None:
             ending.wait(_LOOK_SECONDS)
         elif not make(store, job, pipeline, model, put_aside):
             sys.exit(FAULTY)
@@ -162,6 +166,9 @@ def make(
             store.give_back(job.id)
     except StableAvatarError as error:
         logger.warning("%s of %s: %s", job.id, job.owner, error)
+        if isinstance(error, StorageError) and store.free_bytes() < LEAST_ROOM:
+            store.give_back(job.id)  # it goes on where it was once there is room
+            return True
         _forget_state(job)
         store.finish(job.id, "failed", error=without_folder(str(error), job.folder))
     except Exception as error:

@@ -105,10 +105,11 @@ class _Keeper:
         while not ending.wait(_PAUSES[min(losses, len(_PAUSES) - 1)]):
             began = time.monotonic()
             status = self._run()
-            self._settle(crashed=not ending.is_set() and status != FAULTY)
+            self._settle(crashed=not ending.is_set() and status not in (FAULTY, NO_MODEL))
             if ending.is_set():
                 return
-            if status == NO_MODEL:
+            # What could be loaded before can be again, such as when a device has come to itself.
+            if status == NO_MODEL and not self._workers.store.has_loaded(self._name):
                 self.no_model.set()
                 return
             steady = status == FAULTY or time.monotonic() - began > _STEADY_SECONDS

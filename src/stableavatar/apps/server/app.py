@@ -98,6 +98,7 @@ def create_app(service: Service, store: JobStore) -> FastAPI:
     app.state.checker = checker
     app.state.line = line
     app.state.speaking = set()
+    app.state.unknown = 0
     app.state.metrics = Metrics(store)
     app.include_router(videos.router)
     app.include_router(speaking.router)

@@ -1,6 +1,5 @@
 """What operators ask: whether the server lives, whether it can make videos, and figures for Prometheus."""
 
-import shutil
 import time
 from collections.abc import Iterator
 from typing import Annotated, Literal
@@ -13,10 +12,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from stableavatar.apps.server.access import refuse_foreign_pages
 from stableavatar.apps.server.schemas import error_answer
-from stableavatar.jobs.store import JobStore
+from stableavatar.jobs.store import LEAST_ROOM, JobStore
 
 # Less room than this, and videos may fail half-way.
-LEAST_ROOM = 1_000_000_000  # bytes
 _METHODS = {"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"}
 
 router = APIRouter(tags=["operation"])
@@ -48,7 +46,7 @@ def ready(request: Request, response: Response) -> Ready:
     """Whether a video that is asked for would be made: a worker has its model, and there is room."""
     store: JobStore = request.app.state.store
     workers = store.workers_ready()
-    room = shutil.disk_usage(store.folder).free
+    room = store.free_bytes()
     reason = None
     if not workers:
         reason = "no worker has loaded its model yet"

@@ -30,8 +30,11 @@ from stableavatar.options import GenerateOptions
 # Without a word, or without taking what is sent, a session ends.
 _SILENT_SECONDS = 60.0
 _PATIENCE_SECONDS = 60.0  # until a worker is free: one that makes a video has to save it first
-# Of a message: a portrait in base64 at most. It is read before it is known whose it is.
+# Of a message: a portrait in base64 at most. Where the key is in it, it is read before it is known whose it
+# is: of few at a time, and not for long.
 MOST_MESSAGE = 16 * 2**20
+_MOST_UNKNOWN = 16
+_UNKNOWN_SECONDS = 10.0
 # Than the speech that is taken at most, a session may last, whether or not anything is said.
 _LONGER_SECONDS = 120.0
 _POLICY_VIOLATION, _TRY_AGAIN = 1008, 1013
@@ -92,7 +95,7 @@ async def _begin(socket: WebSocket) -> tuple[Session, str]:
     state = socket.app.state
     refuse_foreign_pages(socket)
     try:
-        text = await asyncio.wait_for(socket.receive_text(), _SILENT_SECONDS)
+        text = await _first_message(socket)
         start = await anyio.to_thread.run_sync(Start.model_validate_json, text)
     except (ValidationError, KeyError) as error:
         raise ApiError(400, _first(error), code="bad_start") from error
@@ -131,6 +134,20 @@ async def _begin(socket: WebSocket) -> tuple[Session, str]:
             raise ApiError(507, "the server has no room for this", code="no_room") from error
         raise
     return session, owner
+
+
+async def _first_message(socket: WebSocket) -> str:
+    """What the client says first. Raises ApiError: many whom nobody knows are about to say something."""
+    state = socket.app.state
+    if state.keys.owner(bearer_of(socket)) is not None:
+        return await asyncio.wait_for(socket.receive_text(), _SILENT_SECONDS)
+    if state.unknown >= _MOST_UNKNOWN:
+        raise ApiError(429, "many sessions are beginning: try again in a moment", code="busy")
+    state.unknown += 1
+    try:
+        return await asyncio.wait_for(socket.receive_text(), _UNKNOWN_SECONDS)
+    finally:
+        state.unknown -= 1
 
 
 # Not to be chosen: speech begins when it comes, and in another order all of it would have to be waited for.

@@ -12,7 +12,6 @@ from fastapi.responses import FileResponse, Response, StreamingResponse
 from fastapi.sse import EventSourceResponse, ServerSentEvent
 
 from stableavatar.apps.server.access import Owner
-from stableavatar.apps.server.health import LEAST_ROOM
 from stableavatar.apps.server.schemas import (
     VIDEO_ID,
     ApiError,
@@ -22,6 +21,7 @@ from stableavatar.apps.server.schemas import (
     Video,
     VideoList,
     VideoRequest,
+    answer_error,
     as_video,
     error_answer,
 )
@@ -30,7 +30,7 @@ from stableavatar.errors import InputError
 from stableavatar.jobs.asking import Bring, ask, copied
 from stableavatar.jobs.intake import OPTIONS, BusyError, FileChecker, Limits, check_options, check_quality
 from stableavatar.jobs.job import Job
-from stableavatar.jobs.store import JobStore, QueueFullError
+from stableavatar.jobs.store import JobStore, NoRoomError, QueueFullError
 from stableavatar.media.files import reason_of
 from stableavatar.options import GenerateOptions
 
@@ -99,8 +99,6 @@ def create_video(
     if form.speech is not None and form.speech_from is not None:
         _refuse("give speech or speech_from, not both", "speech")
     options = _options(form, limits)
-    if shutil.disk_usage(store.folder).free < LEAST_ROOM:
-        raise _no_room("there is too little room left")
     speech = None
     if form.speech is not None or form.speech_from is not None:
         speech = _brought(store, owner, form.speech, form.speech_from, "speech")
@@ -122,6 +120,8 @@ def create_video(
         raise ApiError(429, str(error), kind="rate_limit_error", code="busy") from error
     except FileNotFoundError as error:
         raise ApiError(404, "that video was removed meanwhile", code="not_found") from error
+    except NoRoomError as error:
+        raise _no_room("there is too little room left") from error
     except OSError as error:
         raise _no_room(reason_of(error)) from error
     return _answer(request, job)
@@ -203,7 +203,7 @@ def download_video(
             return thumbnail_response(path)
         except InputError as error:
             raise ApiError(409, "this video cannot be read", code="not_there") from error
-    return video_response(job, path)
+    return video_response(job, path, answer_error(_unknown()))
 
 
 @router.get(

@@ -11,7 +11,7 @@ os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
 
 from stableavatar.apps.running import listen, run_with_workers
 from stableavatar.apps.web.page import create_page
-from stableavatar.apps.web.studio import Studio, own_defaults
+from stableavatar.apps.web.studio import Scratch, Studio, own_defaults
 from stableavatar.jobs.intake import FileChecker, Limits
 from stableavatar.jobs.store import JobStore
 from stableavatar.jobs.worker import ModelChoice
@@ -49,7 +49,7 @@ def run_page(service: PageService, host: str, port: int, announce: Callable[[str
         most_waiting_each=limits.waiting_each,
         most_kept_each=limits.kept_each,
     )
-    checker = FileChecker(limits)
+    checker, scratch = FileChecker(limits), Scratch()
     studio = Studio(
         store,
         checker,
@@ -58,8 +58,9 @@ def run_page(service: PageService, host: str, port: int, announce: Callable[[str
         own_defaults(service.model.source),
         service.vocals,
         service.checkpoints,
+        scratch,
     )
-    with contextlib.closing(store.own()), contextlib.closing(checker):
+    with contextlib.closing(store.own()), contextlib.closing(checker), contextlib.closing(scratch):
         listener, url = listen(host, port)
         announce(url)
         run_with_workers(

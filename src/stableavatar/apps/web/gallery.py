@@ -1,7 +1,6 @@
 """The tab of what was made: each video with its settings, to be used again."""
 
 import html
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ from stableavatar.apps.watching import thumbnail
 from stableavatar.apps.web.studio import Studio, owner, player
 from stableavatar.apps.web.talk import TalkTab
 from stableavatar.apps.web.texts import Texts
+from stableavatar.jobs.asking import copied
 from stableavatar.jobs.job import Job
 
 _MOST = 60
@@ -62,7 +62,7 @@ def gallery_tab(studio: Studio, texts: Texts, tab: gr.Tab, tabs: gr.Tabs, talk: 
         if job is None:
             return (gr.skip(),) * (1 + len(talk.fields))
         gr.Info(texts["used_again"])
-        return gr.Tabs(selected="talk"), *_values(job)
+        return gr.Tabs(selected="talk"), *_values(job, studio.scratch.folder())
 
     def remove(request: gr.Request, job_id: str | None) -> None:
         if job_id is not None:
@@ -87,21 +87,20 @@ def _settings(job: Job) -> str:
     rows = "".join(
         f"<tr><th>{html.escape(name.replace('_', ' '))}</th><td>{html.escape(str(value))}</td></tr>"
         for name, value in options.items()
-        if value not in (None, "", [], False) and name not in ("model", "lora")
+        if not (value is None or value is False or value in ("", []))
     )
     return f'<table class="settings">{rows}</table>'
 
 
-def _values(job: Job) -> list[Any]:
-    """What the form is filled in with, in its order; files as copies of one's own."""
+def _values(job: Job, folder: Path) -> list[Any]:
+    """What the form is filled in with, in its order; files as copies of one's own, in a folder."""
     options = {**job.options, **(job.result or {})}
-    folder = Path(tempfile.mkdtemp(prefix="stableavatar-"))
     files = []
     for name, source in (("portrait", job.portrait), ("speech", job.speech)):
         copy = None
         if source is not None:
             copy = folder / (name + _ending(source))
-            copy.write_bytes(source.read_bytes())
+            copied(source)(copy)
         files.append(None if copy is None else str(copy))
     asked = job.options
     return [
@@ -113,11 +112,15 @@ def _values(job: Job) -> list[Any]:
         options["text_scale"],
         options["audio_scale"],
         options["overlap"],
+        options["overlap_weights"],
         options["step_cache"],
+        options["guidance"],
+        asked["negative_prompt"],
         options["seed"],
         asked["width"],
         asked["height"],
         options["fit"],
+        asked["fps"],
         options["start"],
         options["duration"],
         options["quality"],

@@ -1,7 +1,9 @@
 """The tab of models: which are on this machine, and getting the published ones."""
 
+import asyncio
 import html
-from concurrent.futures import ThreadPoolExecutor, wait
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Literal
 
@@ -39,39 +41,57 @@ def models_tab(studio: Studio, texts: Texts, tab: gr.Tab) -> None:
             for section in sorted(survey(studio.checkpoints), key=lambda it: it.title != "Models")
         )
 
-    def get(
+    async def get(
         variant: Literal["square", "rec-vec"],
         size: Literal["1.3b", "14b"],
         vocals: bool,
         progress: gr.Progress = gr.Progress(),  # noqa: B008  (how Gradio hands it over)
     ) -> str:
-        from stableavatar.checkpoints import hub
-
-        there = 0, 0
-
-        def heard(done: int, total: int) -> None:
-            nonlocal there
-            there = done, total
-
-        def fetch() -> Path:
-            return hub.download(studio.checkpoints, variant, size, vocal_separator=vocals, progress=heard)
-
+        # A process of its own, since the library's threads cannot be ended: the page can.
+        here, there = get_context("spawn").Pipe(duplex=False)
+        process = get_context("spawn").Process(
+            target=_download, args=(there, studio.checkpoints, variant, size, vocals), daemon=True
+        )
+        process.start()
+        there.close()
+        told: Any = (0, 0)
         try:
-            # Gradio wants to hear of it in this thread.
-            with ThreadPoolExecutor(1) as pool:
-                running = pool.submit(fetch)
-                while wait([running], timeout=_TELL_SECONDS).not_done:
-                    progress(*_told(texts, *there))
-                folder = running.result()
-        except StableAvatarError as error:
-            raise gr.Error(str(error), print_exception=False) from error
-        return texts("download_done", folder=folder)
+            while isinstance(told, tuple):
+                progress(*_told(texts, *told))
+                await asyncio.sleep(_TELL_SECONDS)
+                while isinstance(told, tuple) and here.poll():
+                    told = here.recv()
+        except EOFError:
+            told = texts["download_lost"]
+        finally:
+            process.kill()
+        if told is not None:
+            raise gr.Error(told, print_exception=False)
+        return texts("download_done", folder=studio.checkpoints)
 
     quiet: dict[str, Any] = {"api_visibility": "private"}
     tab.select(show, None, here, **quiet)
     button.click(get, [variant, size, vocals], said, concurrency_limit=1, **quiet).then(
         show, None, here, **quiet
     )
+
+
+def _download(
+    page: Connection,
+    folder: Path,
+    variant: Literal["square", "rec-vec"],
+    size: Literal["1.3b", "14b"],
+    vocals: bool,
+) -> None:
+    """Tells the page how many bytes of how many are there, at last None, or what went wrong."""
+    from stableavatar.checkpoints import hub
+
+    try:
+        hub.download(folder, variant, size, vocal_separator=vocals, progress=lambda *there: page.send(there))
+    except StableAvatarError as error:
+        page.send(str(error))
+    else:
+        page.send(None)
 
 
 def _told(texts: Texts, done: int, total: int) -> tuple[float, str]:

@@ -46,7 +46,7 @@ def create_page(studio: Studio) -> FastAPI:
         job = job_of(request, job_id)
         if not job.is_finished or job.video is None:
             raise HTTPException(404)
-        return video_response(job, job.video)
+        return video_response(job, job.video, Response(status_code=404))
 
     @app.get("/health")
     async def health() -> dict[str, str]:
@@ -84,7 +84,7 @@ def _build(studio: Studio, language: Language) -> gr.Blocks:
             with gr.Tab(texts["tab_talk"], id="talk", elem_id="tab-talk"):
                 talk = talk_tab(studio, texts, page)
             with gr.Tab(texts["tab_audio"], id="audio"):
-                audio_tab(texts)
+                audio_tab(studio, texts)
             with gr.Tab(texts["tab_vocals"], id="vocals"):
                 vocals_tab(studio, texts)
             with gr.Tab(texts["tab_gallery"], id="gallery") as gallery:

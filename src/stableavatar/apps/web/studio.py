@@ -4,6 +4,10 @@ import hashlib
 import html
 import json
 import secrets
+import shutil
+import tempfile
+import time
+from contextlib import suppress
 from dataclasses import dataclass
 from http.cookies import CookieError, SimpleCookie
 from pathlib import Path
@@ -15,6 +19,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 import stableavatar
 from stableavatar.apps.web.texts import Texts
+from stableavatar.errors import CheckpointError
 from stableavatar.jobs.intake import FileChecker, Limits
 from stableavatar.jobs.job import Job
 from stableavatar.jobs.store import JobStore
@@ -22,6 +27,28 @@ from stableavatar.options import SamplingDefaults
 
 COOKIE = "stableavatar"
 _YEAR = 365 * 86400
+
+
+class Scratch:
+    """Folders for files that Gradio takes copies of; they are gone after a while, at the latest with this."""
+
+    _SECONDS = 3600.0
+
+    def __init__(self) -> None:
+        self._root = tempfile.TemporaryDirectory(prefix="stableavatar-", ignore_cleanup_errors=True)
+
+    def folder(self) -> Path:
+        """An empty one."""
+        root = Path(self._root.name)
+        for old in root.iterdir():
+            with suppress(OSError):
+                if time.time() - old.stat().st_mtime > self._SECONDS:
+                    shutil.rmtree(old, ignore_errors=True)
+        return Path(tempfile.mkdtemp(dir=root))
+
+    def close(self) -> None:
+        """Remove all of them."""
+        self._root.cleanup()
 
 
 @dataclass(frozen=True)
@@ -32,6 +59,7 @@ class Studio:
         model: what the model is called. defaults: its own settings.
         vocals: the network that separates voices, where it is on the disk.
         checkpoints: where published weights are looked for, and downloaded to.
+        scratch: for files that a tab makes.
     """
 
     store: JobStore
@@ -41,17 +69,25 @@ class Studio:
     defaults: SamplingDefaults
     vocals: Path
     checkpoints: Path
+    scratch: Scratch
 
 
 def own_defaults(source: str) -> SamplingDefaults:
-    """A model's own settings, without loading it; those of the released ones where it has none of its own."""
+    """A model's own settings, without loading it; those of the released ones where it has none of its own.
+
+    Raises:
+        CheckpointError: its `model_index.json` is damaged.
+    """
     folder = Path(source).expanduser()
     if source == "tiny":
         folder = Path(stableavatar.__file__).parent / "assets" / "tiny"
     index = folder / "model_index.json"
     if not index.is_file():
         return SamplingDefaults()
-    return SamplingDefaults(**json.loads(index.read_text(encoding="utf-8")).get("sampling_defaults", {}))
+    try:
+        return SamplingDefaults(**json.loads(index.read_text(encoding="utf-8")).get("sampling_defaults", {}))
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{index}: is damaged ({error}); get the model again") from error
 
 
 def owner_of(cookies: dict[str, str]) -> str | None:

@@ -1,6 +1,7 @@
 """The tab in which a portrait is made to talk."""
 
 import asyncio
+import sqlite3
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,17 +9,17 @@ from typing import Any, get_args
 
 import anyio.to_thread
 import gradio as gr
-from PIL import Image
+from gradio.data_classes import ImageData
 
 from stableavatar.apps.web.studio import Studio, empty_player, owner, player, status
 from stableavatar.apps.web.texts import Texts
-from stableavatar.choices import Fit
+from stableavatar.choices import Fit, GuidanceRule, OverlapWeights
 from stableavatar.errors import InputError
 from stableavatar.jobs.asking import ask, copied
 from stableavatar.jobs.intake import BusyError, check_options
 from stableavatar.jobs.job import Job
-from stableavatar.jobs.store import QueueFullError
-from stableavatar.options import SIZE_MULTIPLE
+from stableavatar.jobs.store import NoRoomError, QueueFullError
+from stableavatar.options import SIZE_MULTIPLE, GenerateOptions
 
 _LOOK_SECONDS = 0.25
 
@@ -33,18 +34,32 @@ _FIELDS = (
     "text_scale",
     "audio_scale",
     "overlap",
+    "overlap_weights",
     "step_cache",
+    "guidance",
+    "negative_prompt",
     "seed",
     "width",
     "height",
     "fit",
+    "fps",
     "start",
     "duration",
     "quality",
 )
-
-
 _WHOLE = ("steps", "overlap", "seed", "width", "height")
+
+
+class Portrait(gr.Image):
+    """A picture as it was sent: Gradio's own would be recompressed, and its transparent parts black."""
+
+    is_template = True  # for Gradio: it looks like its parent
+
+    def preprocess(self, payload: ImageData | None) -> Any:
+        """The path of what was sent; see `gradio.Image.preprocess`."""
+        if payload is None or payload.path is None:
+            return super().preprocess(payload)
+        return payload.path
 
 
 @dataclass(frozen=True)
@@ -75,9 +90,20 @@ def talk_tab(studio: Studio, texts: Texts, page: gr.Blocks) -> TalkTab:
         )
         return made.id, *_views(studio, texts, made, anew=True)
 
+    # What each open page looks at. A page that asks for another video looks at that one from then on.
+    looks: dict[str | None, object] = {}
+
     async def watch(request: gr.Request, job_id: str | None) -> AsyncIterator[Any]:
-        async for views in _watch(studio, texts, owner(request), job_id):
-            yield views
+        page_id, look = request.session_hash, object()
+        looks[page_id] = look
+        try:
+            async for views in _watch(studio, texts, owner(request), job_id):
+                if looks.get(page_id) is not look:
+                    return
+                yield views
+        finally:
+            if looks.get(page_id) is look:
+                del looks[page_id]
 
     async def find(request: gr.Request) -> Any:
         """What this browser has in the making: the page may have been opened anew."""
@@ -93,10 +119,11 @@ def talk_tab(studio: Studio, texts: Texts, page: gr.Blocks) -> TalkTab:
 
     hidden: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
     unlimited: dict[str, Any] = {**hidden, "concurrency_limit": None}
+    watching: dict[str, Any] = {**unlimited, "trigger_mode": "multiple"}
     fields = [form[name] for name in _FIELDS]
     begun = make.click(begin, fields, [job, *shown], **unlimited)
-    begun.success(watch, job, shown, **unlimited)
-    page.load(find, None, [job, *shown], **unlimited).success(watch, job, shown, **unlimited)
+    begun.success(watch, job, shown, **watching)
+    page.load(find, None, [job, *shown], **unlimited).success(watch, job, shown, **watching)
     stop.click(end, job, None, **unlimited)
     return TalkTab(fields, shown)
 
@@ -105,7 +132,7 @@ def _form(studio: Studio, texts: Texts) -> dict[str, Any]:
     defaults = studio.defaults
     form: dict[str, Any] = {}
     with gr.Row(equal_height=True):
-        form["portrait"] = gr.Image(
+        form["portrait"] = Portrait(
             label=texts["portrait"],
             type="filepath",
             sources=["upload", "webcam", "clipboard"],
@@ -144,7 +171,7 @@ def _form(studio: Studio, texts: Texts) -> dict[str, Any]:
     return form
 
 
-def _advanced(studio: Studio, texts: Texts, portrait: gr.Image) -> dict[str, Any]:
+def _advanced(studio: Studio, texts: Texts, portrait: Portrait) -> dict[str, Any]:
     defaults, limits = studio.defaults, studio.limits
     form: dict[str, Any] = {}
     most_overlap = (defaults.window - 1) // 4
@@ -163,7 +190,26 @@ def _advanced(studio: Studio, texts: Texts, portrait: gr.Image) -> dict[str, Any
     slider("steps", 1, limits.steps, 1, defaults.steps)
     slider("text_scale", 0, 10, 0.5, defaults.text_scale)
     slider("audio_scale", 0, 10, 0.5, defaults.audio_scale)
+
+    def radio(name: str, choices: tuple[str, ...]) -> None:
+        form[name] = gr.Radio(
+            [(texts[f"{name}_{choice}"], choice) for choice in choices],
+            value=choices[0],
+            label=texts[name],
+            info=texts[f"{name}_help"],
+            elem_id=name.replace("_", "-"),
+        )
+
+    radio("guidance", get_args(GuidanceRule))
+    form["negative_prompt"] = gr.Textbox(
+        "",
+        label=texts["negative_prompt"],
+        info=texts["negative_prompt_help"],
+        max_length=limits.prompt,
+        elem_id="negative-prompt",
+    )
     slider("overlap", 2, most_overlap, 1, defaults.overlap)
+    radio("overlap_weights", get_args(OverlapWeights))
     slider("step_cache", 0, 0.3, 0.01, 0.0)
     slider("quality", 0, 40, 1, 18)
 
@@ -180,32 +226,40 @@ def _advanced(studio: Studio, texts: Texts, portrait: gr.Image) -> dict[str, Any
     with gr.Row():
         of_picture = gr.Button(texts["size_of_picture"], size="sm", elem_id="size-of-picture")
         swap = gr.Button(texts["swap"], size="sm", elem_id="swap")
-    form["fit"] = gr.Radio(
-        [(texts[f"fit_{name}"], name) for name in get_args(Fit)],
-        value="crop",
-        label=texts["fit"],
-        info=texts["fit_help"],
-        elem_id="fit",
-    )
+    radio("fit", get_args(Fit))
     with gr.Row():
-        form["start"] = gr.Number(0, label=texts["start"], minimum=0, elem_id="start", min_width=100)
+        form["fps"] = gr.Number(
+            25,
+            label=texts["fps"],
+            info=texts["fps_help"],
+            minimum=1,
+            maximum=limits.fps,
+            elem_id="fps",
+            min_width=100,
+        )
+        form["start"] = gr.Number(
+            0, label=texts["start"], info=texts["start_help"], minimum=0, elem_id="start", min_width=100
+        )
         number("duration", texts["duration_help"])
     size = [form["width"], form["height"]]
-    quick: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden", "queue": False}
+    quiet: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
 
-    def of(chosen: str | None) -> tuple[int, int]:
+    def of(request: gr.Request, chosen: str | None) -> tuple[int, int]:
         """A size of the picture's own shape, with as many pixels as the trained one that is nearest."""
         if chosen is None:
             raise gr.Error(texts["no_portrait"], print_exception=False)
-        with Image.open(chosen) as picture:
-            shape = picture.width / picture.height
-            near = defaults.size_for("auto", picture.width, picture.height)
+        try:
+            found = studio.checker.check(owner(request), Path(chosen), None, GenerateOptions(duration=1.0))
+        except (InputError, BusyError) as error:
+            raise gr.Error(str(error), print_exception=False) from error
+        shape = found.width / found.height
+        near = defaults.size_for("auto", found.width, found.height)
         area = near[0] * near[1]
         width = max(round((area * shape) ** 0.5 / SIZE_MULTIPLE), 1) * SIZE_MULTIPLE
         return width, max(round(area / width / SIZE_MULTIPLE), 1) * SIZE_MULTIPLE
 
-    of_picture.click(of, portrait, size, **quick)
-    swap.click(lambda width, height: (height, width), size, size, **quick)
+    of_picture.click(of, portrait, size, **quiet)  # queued: of what is not, Gradio shows no errors
+    swap.click(lambda width, height: (height, width), size, size, queue=False, **quiet)
     return form
 
 
@@ -235,6 +289,8 @@ def _ask(studio: Studio, texts: Texts, who: str, values: dict[str, Any]) -> Job:
         )
     except (InputError, QueueFullError, BusyError) as error:
         raise gr.Error(str(error), print_exception=False) from error
+    except (NoRoomError, OSError, sqlite3.Error) as error:
+        raise gr.Error(texts["no_room"], print_exception=False) from error
 
 
 def _number(texts: Texts, name: str, value: Any) -> int | float:

@@ -103,6 +103,41 @@ _TEXTS: dict[str, tuple[str, str]] = {
         "Empty: as long as the recording. Try 3 seconds first.",
         "留空则与录音等长。建议先试 3 秒。",
     ),
+    "overlap_weights": ("Weights where windows overlap", "重叠处权重"),
+    "overlap_weights_help": (
+        "Even suits nearly always; rising gives the later window more towards its middle.",
+        "一般用均匀；渐增则越靠后一窗口中部权重越大。",
+    ),
+    "overlap_weights_uniform": ("even", "均匀"),
+    "overlap_weights_log": ("rising", "渐增"),
+    "guidance": ("Guidance", "引导方式"),
+    "guidance_help": (
+        "By three predictions, as the method was published, or audio-native: try that where the mouth lags "
+        "behind. Its strengths are others: begin with 1.",
+        "三路预测为原方法；口型跟不上时可试音频原生，其强度含义不同，请从 1 开始。",
+    ),
+    "guidance_three-branch": ("three predictions", "三路预测"),
+    "guidance_audio-native": ("audio-native", "音频原生"),
+    "negative_prompt": ("What is not to be seen", "不希望出现的内容"),
+    "negative_prompt_help": (
+        "Empty: the model's own, which suits it. What stands here is kept away from more the stronger the "
+        "description is.",
+        "留空用模型自带的（推荐）。描述强度越大，越避开这里的内容。",
+    ),
+    "fps": ("Frames a second", "帧率"),
+    "fps_help": (
+        "25 is what the models know best; far from it mouths move too fast or too slowly.",
+        "模型最熟悉 25；偏离太多口型会过快或过慢。",
+    ),
+    "start_help": (
+        "Seconds of the recording to leave out at its beginning.",
+        "从录音开头跳过的秒数。",
+    ),
+    "no_room": (
+        "There is no room for more videos on this machine now. Delete some in the gallery, or try again "
+        "later.",
+        "本机空间不足。请在作品中删除一些，或稍后再试。",
+    ),
     "step_cache": ("Leave out steps that change little", "跳过变化小的步"),
     "step_cache_help": (
         "0 leaves out none; 0.05 to 0.1 is faster and less exact.",
@@ -179,6 +214,10 @@ _TEXTS: dict[str, tuple[str, str]] = {
     "download_asks": ("Asking which files there are", "正在查询文件列表"),
     "download_comes": ("{done} of {total} GB", "{done} / {total} GB"),
     "download_checks": ("Comparing the files with their check sums", "正在校验文件"),
+    "download_lost": (
+        "The download broke off. Start it again: it goes on where it stopped.",
+        "下载中断。请重新开始，将从中断处继续。",
+    ),
     "download_done": ("Complete: {folder}", "完成：{folder}"),
 }
 

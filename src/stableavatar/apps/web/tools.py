@@ -1,6 +1,5 @@
 """The tabs that prepare recordings: the sound of a video, and the voice without the music."""
 
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +10,14 @@ from stableavatar.apps.web.texts import Texts
 from stableavatar.errors import StableAvatarError
 
 
-def audio_tab(texts: Texts) -> None:
+def audio_tab(studio: Studio, texts: Texts) -> None:
     """Extract audio; to be called within its tab."""
     from stableavatar.data.extract import extract_audio
 
     gr.Markdown(texts["extract_help"])
 
     def extract(file: str | None) -> str:
-        with _Told(texts, file) as output:
+        with _Told(studio, texts, file) as output:
             extract_audio(Path(file or ""), output)
         return str(output)
 
@@ -34,7 +33,7 @@ def vocals_tab(studio: Studio, texts: Texts) -> None:
             raise gr.Error(texts["no_network"], print_exception=False)
         from stableavatar.data.vocals import VocalSeparator, separate_vocals
 
-        with _Told(texts, file) as output:
+        with _Told(studio, texts, file) as output:
             separate_vocals(VocalSeparator(studio.vocals), Path(file or ""), output)
         return str(output)
 
@@ -55,10 +54,10 @@ def _tool(texts: Texts, name: str, work: Any) -> None:
 class _Told:
     """A WAV to write, and errors as sentences on the page."""
 
-    def __init__(self, texts: Texts, file: str | None) -> None:
+    def __init__(self, studio: Studio, texts: Texts, file: str | None) -> None:
         if not file:
             raise gr.Error(texts["no_file"], print_exception=False)
-        self.output = Path(tempfile.mkdtemp(prefix="stableavatar-")) / f"{Path(file).stem}.wav"
+        self.output = studio.scratch.folder() / f"{Path(file).stem}.wav"
 
     def __enter__(self) -> Path:
         return self.output

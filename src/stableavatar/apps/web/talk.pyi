@@ -1,0 +1,340 @@
+"""The tab in which a portrait is made to talk."""
+
+import asyncio
+import sqlite3
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_args
+
+import anyio.to_thread
+import gradio as gr
+from gradio.data_classes import ImageData
+
+from stableavatar.apps.web.studio import Studio, empty_player, owner, player, status
+from stableavatar.apps.web.texts import Texts
+from stableavatar.choices import Fit, GuidanceRule, OverlapWeights
+from stableavatar.errors import InputError
+from stableavatar.jobs.asking import ask, copied
+from stableavatar.jobs.intake import BusyError, check_options
+from stableavatar.jobs.job import Job
+from stableavatar.jobs.store import NoRoomError, QueueFullError
+from stableavatar.options import SIZE_MULTIPLE, GenerateOptions
+
+_LOOK_SECONDS = 0.25
+
+# Fields of the form in the order in which handlers get them; those of options bear their names.
+_FIELDS = (
+    "portrait",
+    "speech",
+    "prompt",
+    "aspect",
+    "first_frames",
+    "steps",
+    "text_scale",
+    "audio_scale",
+    "overlap",
+    "overlap_weights",
+    "step_cache",
+    "guidance",
+    "negative_prompt",
+    "seed",
+    "width",
+    "height",
+    "fit",
+    "fps",
+    "start",
+    "duration",
+    "quality",
+)
+_WHOLE = ("steps", "overlap", "seed", "width", "height")
+
+class Portrait(gr.Image):
+    """A picture as it was sent: Gradio's own would be recompressed, and its transparent parts black."""
+
+    is_template = True  # for Gradio: it looks like its parent
+
+    def preprocess(self, payload: ImageData | None) -> Any:
+        """The path of what was sent; see `gradio.Image.preprocess`."""
+        if payload is None or payload.path is None:
+            return super().preprocess(payload)
+        return payload.path
+    from collections.abc import Callable, Sequence
+    from typing import TYPE_CHECKING, Any, Literal
+
+    from gradio.blocks import Block
+
+    if TYPE_CHECKING:
+        from gradio.components import Timer
+        from gradio.components.base import Component
+
+@dataclass(frozen=True)
+class TalkTab:
+    """The tab's form and what it shows, for `gallery`, which fills it in again."""
+
+    fields: list[Any]
+    shown: list[Any]
+
+def talk_tab(studio: Studio, texts: Texts, page: gr.Blocks) -> TalkTab:
+    """Build it; to be called within its tab."""
+    with gr.Row(equal_height=False):
+        with gr.Column(scale=5, min_width=300):
+            form = _form(studio, texts)
+        with gr.Column(scale=5, min_width=300):
+            screen = gr.HTML(empty_player(texts), elem_id="screen", padding=False)
+            state = gr.HTML("", elem_id="status", padding=False)
+            with gr.Row():
+                make = gr.Button(texts["make"], variant="primary", elem_id="make", scale=3)
+                stop = gr.Button(texts["stop"], variant="stop", elem_id="stop", interactive=False, scale=1)
+    job = gr.State(None)
+    shown = [screen, state, make, stop]
+
+    async def begin(request: gr.Request, *values: Any) -> Any:
+        made = await anyio.to_thread.run_sync(
+            lambda: _ask(studio, texts, owner(request), dict(zip(_FIELDS, values, strict=True)))
+        )
+        return made.id, *_views(studio, texts, made, anew=True)
+
+    # What each open page looks at. A page that asks for another video looks at that one from then on.
+    looks: dict[str | None, object] = {}
+
+    async def watch(request: gr.Request, job_id: str | None) -> AsyncIterator[Any]:
+        page_id, look = request.session_hash, object()
+        looks[page_id] = look
+        try:
+            async for views in _watch(studio, texts, owner(request), job_id):
+                if looks.get(page_id) is not look:
+                    return
+                yield views
+        finally:
+            if looks.get(page_id) is look:
+                del looks[page_id]
+
+    async def find(request: gr.Request) -> Any:
+        """What this browser has in the making: the page may have been opened anew."""
+        jobs = await anyio.to_thread.run_sync(lambda: studio.store.list(owner(request), limit=20))
+        for found in jobs:
+            if not found.is_finished:
+                return found.id, *_views(studio, texts, found, anew=True)
+        return None, *_nothing()
+
+    def end(request: gr.Request, job_id: str | None) -> None:
+        if job_id is not None:
+            studio.store.cancel(owner(request), job_id)
+
+    hidden: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
+    unlimited: dict[str, Any] = {**hidden, "concurrency_limit": None}
+    watching: dict[str, Any] = {**unlimited, "trigger_mode": "multiple"}
+    fields = [form[name] for name in _FIELDS]
+    begun = make.click(begin, fields, [job, *shown], **unlimited)
+    begun.success(watch, job, shown, **watching)
+    page.load(find, None, [job, *shown], **unlimited).success(watch, job, shown, **watching)
+    stop.click(end, job, None, **unlimited)
+    return TalkTab(fields, shown)
+
+def _form(studio: Studio, texts: Texts) -> dict[str, Any]:
+    defaults = studio.defaults
+    form: dict[str, Any] = {}
+    with gr.Row(equal_height=True):
+        form["portrait"] = Portrait(
+            label=texts["portrait"],
+            type="filepath",
+            sources=["upload", "webcam", "clipboard"],
+            height=280,
+            elem_id="portrait",
+            min_width=200,
+        )
+        form["speech"] = gr.Audio(
+            label=texts["speech"],
+            type="filepath",
+            sources=["upload", "microphone"],
+            elem_id="speech",
+            min_width=200,
+        )
+    form["prompt"] = gr.Textbox(
+        label=texts["prompt"],
+        info=texts["prompt_help"],
+        placeholder=texts["prompt_example"],
+        lines=2,
+        max_length=studio.limits.prompt,
+        elem_id="prompt",
+    )
+    shapes = ["auto", *defaults.sizes]
+    form["aspect"] = gr.Radio(
+        [(texts[f"shape_{name}"], name) for name in shapes],
+        value="auto",
+        label=texts["shape"],
+        elem_id="shape",
+        visible=len(shapes) > 2,
+    )
+    form["first_frames"] = gr.Checkbox(
+        False, label=texts["order"], info=texts["order_help"], elem_id="first-frames"
+    )
+    with gr.Accordion(texts["advanced"], open=False, elem_id="advanced"):
+        form |= _advanced(studio, texts, form["portrait"])
+    return form
+
+def _advanced(studio: Studio, texts: Texts, portrait: Portrait) -> dict[str, Any]:
+    defaults, limits = studio.defaults, studio.limits
+    form: dict[str, Any] = {}
+    most_overlap = (defaults.window - 1) // 4
+
+    def slider(name: str, least: float, most: float, step: float, value: float) -> None:
+        form[name] = gr.Slider(
+            least,
+            most,
+            value=value,
+            step=step,
+            label=texts[name],
+            info=texts(f"{name}_help", default=f"{value:g}"),
+            elem_id=name.replace("_", "-"),
+        )
+
+    slider("steps", 1, limits.steps, 1, defaults.steps)
+    slider("text_scale", 0, 10, 0.5, defaults.text_scale)
+    slider("audio_scale", 0, 10, 0.5, defaults.audio_scale)
+
+    def radio(name: str, choices: tuple[str, ...]) -> None:
+        form[name] = gr.Radio(
+            [(texts[f"{name}_{choice}"], choice) for choice in choices],
+            value=choices[0],
+            label=texts[name],
+            info=texts[f"{name}_help"],
+            elem_id=name.replace("_", "-"),
+        )
+
+    radio("guidance", get_args(GuidanceRule))
+    form["negative_prompt"] = gr.Textbox(
+        "",
+        label=texts["negative_prompt"],
+        info=texts["negative_prompt_help"],
+        max_length=limits.prompt,
+        elem_id="negative-prompt",
+    )
+    slider("overlap", 2, most_overlap, 1, defaults.overlap)
+    radio("overlap_weights", get_args(OverlapWeights))
+    slider("step_cache", 0, 0.3, 0.01, 0.0)
+    slider("quality", 0, 40, 1, 18)
+
+    # Texts: Gradio's number fields turn "nothing" into 0 when the fold is opened.
+    def number(name: str, info: str | None) -> None:
+        form[name] = gr.Textbox(
+            "", label=texts[name], info=info, placeholder="–", elem_id=name, min_width=100
+        )
+
+    number("seed", texts["seed_help"])
+    with gr.Row(equal_height=True):
+        number("width", texts["size_help"])
+        number("height", texts["size_help"])
+    with gr.Row():
+        of_picture = gr.Button(texts["size_of_picture"], size="sm", elem_id="size-of-picture")
+        swap = gr.Button(texts["swap"], size="sm", elem_id="swap")
+    radio("fit", get_args(Fit))
+    with gr.Row():
+        form["fps"] = gr.Number(
+            25,
+            label=texts["fps"],
+            info=texts["fps_help"],
+            minimum=1,
+            maximum=limits.fps,
+            elem_id="fps",
+            min_width=100,
+        )
+        form["start"] = gr.Number(
+            0, label=texts["start"], info=texts["start_help"], minimum=0, elem_id="start", min_width=100
+        )
+        number("duration", texts["duration_help"])
+    size = [form["width"], form["height"]]
+    quick: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden", "queue": False}
+
+    def of(request: gr.Request, chosen: str | None) -> tuple[int, int]:
+        """A size of the picture's own shape, with as many pixels as the trained one that is nearest."""
+        if chosen is None:
+            raise gr.Error(texts["no_portrait"], print_exception=False)
+        try:
+            found = studio.checker.check(owner(request), Path(chosen), None, GenerateOptions(duration=1.0))
+        except (InputError, BusyError) as error:
+            raise gr.Error(str(error), print_exception=False) from error
+        shape = found.width / found.height
+        near = defaults.size_for("auto", found.width, found.height)
+        area = near[0] * near[1]
+        width = max(round((area * shape) ** 0.5 / SIZE_MULTIPLE), 1) * SIZE_MULTIPLE
+        return width, max(round(area / width / SIZE_MULTIPLE), 1) * SIZE_MULTIPLE
+
+    of_picture.click(of, portrait, size, **quick)
+    swap.click(lambda width, height: (height, width), size, size, **quick)
+    return form
+
+def _ask(studio: Studio, texts: Texts, who: str, values: dict[str, Any]) -> Job:
+    """The job that a form asks for. Raises gradio.Error: it cannot be."""
+    portrait, speech = values.pop("portrait"), values.pop("speech")
+    if portrait is None:
+        raise gr.Error(texts["no_portrait"], print_exception=False)
+    if speech is None and not str(values["duration"] or "").strip():
+        raise gr.Error(texts["no_speech"], print_exception=False)
+    quality = int(values.pop("quality"))
+    order = "causal" if values.pop("first_frames") else "wavefront"
+    chosen = {name: value for name, value in values.items() if value is not None and str(value).strip()}
+    chosen |= {name: _number(texts, name, chosen[name]) for name in (*_WHOLE, "duration") if name in chosen}
+    if "width" in chosen:
+        chosen["aspect"] = "auto"
+    try:
+        options = check_options({**chosen, "order": order}, studio.limits)
+        return ask(
+            studio.store,
+            studio.checker,
+            who,
+            copied(Path(portrait)),
+            copied(Path(speech)) if speech else None,
+            options,
+            quality,
+        )
+    except (InputError, QueueFullError, BusyError) as error:
+        raise gr.Error(str(error), print_exception=False) from error
+    except (NoRoomError, OSError, sqlite3.Error) as error:
+        raise gr.Error(texts["no_room"], print_exception=False) from error
+
+def _number(texts: Texts, name: str, value: Any) -> int | float:
+    """What was typed. Raises gradio.Error: it is no number."""
+    try:
+        return int(value) if name in _WHOLE else float(value)
+    except ValueError:
+        raise gr.Error(texts("no_number", name=texts[name], value=value), print_exception=False) from None
+
+async def _watch(studio: Studio, texts: Texts, who: str, job_id: str | None) -> AsyncIterator[Any]:
+    """What is shown of a job as it changes, to its end."""
+    said = None
+    if job_id is None:
+        yield _nothing()  # without a word, Gradio would empty what is shown
+    while job_id is not None:
+        job = await anyio.to_thread.run_sync(studio.store.get, who, job_id)
+        if job is None:
+            return
+        views = await anyio.to_thread.run_sync(_views, studio, texts, job)
+        if views[1] != said:
+            said = views[1]
+            yield views
+        if job.is_finished:
+            return
+        await asyncio.sleep(_LOOK_SECONDS)
+
+def _nothing() -> tuple[Any, ...]:
+    """What is shown stays as it is."""
+    return (gr.skip(),) * 4
+
+def _views(studio: Studio, texts: Texts, job: Job, anew: bool = False) -> tuple[Any, ...]:
+    """The screen, the status, and the buttons; the screen changes only with the job, or the video would begin
+    anew."""
+    screen = gr.skip()
+    if anew:
+        screen = player(job, texts)
+    elif job.state == "failed" or (job.is_finished and job.video is None):
+        screen = empty_player(texts)
+    return (
+        screen,
+        status(job, studio.store, texts),
+        gr.update(interactive=True),
+        gr.update(interactive=not job.is_finished and not job.stopping),
+    )
+
+__all__ = ["TalkTab", "talk_tab"]
