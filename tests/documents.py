@@ -1,12 +1,46 @@
-"""Commands that documents name, and what the command line knows of them."""
+"""Commands and examples that documents name, and what the command line knows of them.
 
+A block below a comment `<!-- needs: ... -->` needs what a test has not (weights, a network).
+"""
+
+import re
 import shlex
+from dataclasses import dataclass
+from pathlib import Path
 
+import pytest
 import typer
 
+from command_line import portrait, speech, toy_model
+from stableavatar import pipeline
 from stableavatar.apps import cli
 
 COMMANDS = typer.main.get_group(cli.app).commands
+
+
+@dataclass(frozen=True)
+class Block:
+    """A fenced block: its language, its text, and whether it can be run in a test."""
+
+    language: str
+    text: str
+    runs: bool
+
+
+def blocks(document: str) -> list[Block]:
+    """All of a document."""
+    pattern = r"(<!-- needs: [^>]+ -->\n)?```(\w*)\n(.*?)```"
+    found = re.findall(pattern, document, re.DOTALL)
+    return [Block(language, text, runs=not marker) for marker, language, text in found]
+
+
+def reader(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where a reader would be: a portrait and a recording there, and a model `tiny`."""
+    portrait(folder / "portrait.png")
+    speech(folder / "speech.wav", 1.0)
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(pipeline, "TINY", toy_model())
+    return folder
 
 
 def commands(text: str) -> list[list[str]]:

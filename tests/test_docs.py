@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from documents import commands, parse
+from command_line import run
+from documents import Block, blocks, commands, parse, reader
 from method_figures import FIGURES
 from method_figures import FOLDER as METHOD
 from stableavatar.evaluation import cases
@@ -20,10 +21,31 @@ ROOT = Path(__file__).parents[1]
 PAGES = sorted((ROOT / "docs").glob("*.md"))
 
 
+# Its commands ask a server: test_server_processes.py runs them.
+ASKING = ROOT / "docs" / "server.md"
+
+
+def blocks_of(page: Path) -> list[Block]:
+    return blocks(page.read_text(encoding="utf-8"))
+
+
 def named(page: Path) -> list[list[str]]:
     """The commands of this project in a page's blocks."""
-    blocks = re.findall(r"```bash\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
-    return [words for text in blocks for words in commands(text) if words[0] == "stableavatar"]
+    shells = [block.text for block in blocks_of(page) if block.language == "bash"]
+    return [words for text in shells for words in commands(text) if words[0] == "stableavatar"]
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page != ASKING], ids=lambda page: page.stem)
+def test_what_is_not_marked_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reader(tmp_path, monkeypatch)
+    for block in (block for block in blocks_of(page) if block.runs):
+        if block.language == "python":
+            exec(compile(block.text, page.name, "exec"), {"__name__": "__main__"})
+        elif block.language == "bash":
+            for words in commands(block.text):
+                assert words[0] == "stableavatar", words
+                result = run(*words[1:])
+                assert result.exit_code == 0, (words, result.output)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)

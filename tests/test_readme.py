@@ -9,15 +9,12 @@ import re
 import shlex
 import shutil
 import subprocess
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-from command_line import portrait, run, speech, toy_model
-from documents import COMMANDS, commands, parse
-from stableavatar import pipeline
+from command_line import run
+from documents import COMMANDS, blocks, commands, parse, reader
 from stableavatar.apps import cli
 from stableavatar.media.video import probe
 
@@ -27,43 +24,27 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 FOREIGN = ("python3", ".venv/bin/pip", "source", "arecord")
 
 
-@dataclass(frozen=True)
-class Block:
-    """A fenced block of the README: its language, its text, and whether it can be run in a test."""
-
-    language: str
-    text: str
-    runs: bool
-
-
 # Options of torchrun that the README names.
 TORCHRUN = {"--standalone", "--nproc-per-node", "--shutdown-timeout"}
 
 
-def blocks() -> Iterator[Block]:
-    pattern = r"(<!-- needs: [^>]+ -->\n)?```(\w*)\n(.*?)```"
-    for marker, language, text in re.findall(pattern, README, re.DOTALL):
-        yield Block(language, text, runs=not marker)
+BLOCKS = blocks(README)
 
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Where a reader would be: a portrait and a recording there, and a model `tiny`."""
-    portrait(tmp_path / "portrait.png")
-    speech(tmp_path / "speech.wav", 1.0)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(pipeline, "TINY", toy_model())
-    return tmp_path
+    return reader(tmp_path, monkeypatch)
 
 
 def test_blocks_are_found() -> None:
-    assert README.count("```") == 2 * len(list(blocks()))
-    assert {block.language for block in blocks()} == {"bash", "python"}
-    assert any(block.runs for block in blocks() if block.language == "bash")
+    assert README.count("```") == 2 * len(BLOCKS)
+    assert {block.language for block in BLOCKS} == {"bash", "python"}
+    assert any(block.runs for block in BLOCKS if block.language == "bash")
 
 
 def test_commands(folder: Path) -> None:
-    for block in (block for block in blocks() if block.language == "bash"):
+    for block in (block for block in BLOCKS if block.language == "bash"):
         for words in commands(block.text):
             if words[0] == "stableavatar" and block.runs:
                 result = run(*words[1:])
@@ -98,7 +79,7 @@ def dry_make(targets: list[str]) -> subprocess.CompletedProcess[str]:
     )
 
 
-@pytest.mark.parametrize("text", [block.text for block in blocks() if block.language == "python"])
+@pytest.mark.parametrize("text", [block.text for block in BLOCKS if block.language == "python"])
 def test_python_examples(folder: Path, text: str, capsys: pytest.CaptureFixture[str]) -> None:
     exec(compile(text, "README.md", "exec"), {"__name__": "__main__"})
     assert re.search(r"\d+", capsys.readouterr().out)
