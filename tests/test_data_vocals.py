@@ -133,6 +133,9 @@ class TestExtract:
 
     def test_sound(self, video: Path, tmp_path: Path) -> None:
         assert extract_audio(video, tmp_path / "audio.wav") == pytest.approx(0.4, abs=0.001)
+        with pytest.raises(InputError, match=r"longer than 0.3 s"):
+            extract_audio(video, tmp_path / "long.wav", most_seconds=0.3)
+        assert not (tmp_path / "long.wav").exists()
         with Speech.open(tmp_path / "audio.wav") as found, Speech.open(video) as wanted:
             np.testing.assert_allclose(found.samples(0, 6000), wanted.samples(0, 6000), atol=1e-4)
 

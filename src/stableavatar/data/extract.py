@@ -1,5 +1,6 @@
 """Single steps from a video to a clip folder: its sound, its frames, masks of face and lips."""
 
+import math
 import shutil
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -17,18 +18,18 @@ from stableavatar.media.reading import Frame, read_frames
 from stableavatar.media.wav import write_wav
 
 
-def extract_audio(video: Path, output: Path) -> float:
+def extract_audio(video: Path, output: Path, *, most_seconds: float = math.inf) -> float:
     """Write the sound of a video (or any recording) as mono WAV at 16 kHz, from the first picture on; the
     seconds written.
 
     Raises:
-        InputError: it cannot be read or has no sound, or the output cannot be written.
+        InputError: it cannot be read, has no sound or more than `most_seconds` of it, or the output cannot be
+            written.
     """
     refuse_source(output, video)
     start = picture_delay(video)
-    return write_wav(
-        output, stream_sound(video, SPEECH_RATE, speech_mix(video, start), start), SPEECH_RATE, 1
-    )
+    blocks = stream_sound(video, SPEECH_RATE, speech_mix(video, start), start)
+    return write_wav(output, blocks, SPEECH_RATE, 1, most_seconds=most_seconds)
 
 
 def extract_frames(video: Path, folder: Path) -> int:

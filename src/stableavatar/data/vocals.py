@@ -5,6 +5,7 @@ are faded into each other, so that a recording of any length is streamed through
 """
 
 import importlib
+import math
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -109,13 +110,16 @@ class VocalSeparator:
         return np.ascontiguousarray(result)
 
 
-def separate_vocals(separator: VocalSeparator, recording: Path, output: Path) -> float:
+def separate_vocals(
+    separator: VocalSeparator, recording: Path, output: Path, *, most_seconds: float = math.inf
+) -> float:
     """Write the voice of a recording (any sound file, or a video with sound) as stereo WAV at 44.1 kHz; the
     seconds written.
 
     Raises:
-        InputError: the recording cannot be read, or the output not be written.
+        InputError: the recording cannot be read or is of more than `most_seconds`, or the output cannot be
+            written.
     """
     refuse_source(output, recording)
     blocks = stream_sound(recording, SAMPLE_RATE, "stereo")
-    return write_wav(output, separator.stream(blocks), SAMPLE_RATE, 2)
+    return write_wav(output, separator.stream(blocks), SAMPLE_RATE, 2, most_seconds=most_seconds)

@@ -1,5 +1,6 @@
 """Sound into a WAV file of 16 bits, streamed; complete under its name or not there."""
 
+import math
 import wave
 from collections.abc import Iterable
 from pathlib import Path
@@ -13,14 +14,22 @@ from stableavatar.media.files import cannot_write, check_parent, partial_name, t
 _LARGEST = 2**15 - 1
 
 
-def write_wav(path: str | Path, blocks: Iterable[Samples], sample_rate: int, channels: int) -> float:
+def write_wav(
+    path: str | Path,
+    blocks: Iterable[Samples],
+    sample_rate: int,
+    channels: int,
+    *,
+    most_seconds: float = math.inf,
+) -> float:
     """Write blocks [n, channels] of samples in [-1, 1]; what lies beyond is cut.
 
     Returns:
         The length in seconds.
 
     Raises:
-        InputError: the name does not end in .wav, its folder is missing, or it cannot be written.
+        InputError: the name does not end in .wav, its folder is missing, it cannot be written, or the sound
+            is longer than `most_seconds`.
     """
     target = Path(path).expanduser().absolute()
     if target.suffix.lower() != ".wav":
@@ -35,8 +44,12 @@ def write_wav(path: str | Path, blocks: Iterable[Samples], sample_rate: int, cha
             file.setframerate(sample_rate)
             for block in blocks:
                 values = (np.clip(block, -1, 1) * _LARGEST).round().astype("<i2")
-                file.writeframes(values.tobytes())
                 count += len(block)
+                if count > most_seconds * sample_rate:
+                    raise InputError(
+                        f"the sound is longer than {most_seconds:g} s, which is the most that is taken"
+                    )
+                file.writeframes(values.tobytes())
         to_disk(partial)
         partial.replace(target)
     except OSError as error:

@@ -18,7 +18,7 @@ def audio_tab(studio: Studio, texts: Texts) -> None:
 
     def extract(file: str | None) -> str:
         with _Told(studio, texts, file) as output:
-            extract_audio(Path(file or ""), output)
+            extract_audio(Path(file or ""), output, most_seconds=studio.limits.seconds)
         return str(output)
 
     _tool(texts, "extract", extract)
@@ -34,7 +34,8 @@ def vocals_tab(studio: Studio, texts: Texts) -> None:
         from stableavatar.data.vocals import VocalSeparator, separate_vocals
 
         with _Told(studio, texts, file) as output:
-            separate_vocals(VocalSeparator(studio.vocals), Path(file or ""), output)
+            separator = VocalSeparator(studio.vocals)
+            separate_vocals(separator, Path(file or ""), output, most_seconds=studio.limits.seconds)
         return str(output)
 
     _tool(texts, "separate", separate)
