@@ -11,7 +11,7 @@ from playwright.sync_api import Browser, Page, expect
 from media_files import tone, write_wav
 from pages import DEMO, SECONDS, needs_browser, open_browser, served_page, visited
 from stableavatar.apps.web.studio import own_defaults
-from stableavatar.apps.web.texts import _TEXTS, Texts, preferred
+from stableavatar.apps.web.texts import TEXTS, Texts, preferred
 from stableavatar.jobs.store import JobStore
 from stableavatar.media.video import probe, read_frames
 
@@ -277,7 +277,7 @@ def test_the_sound_of_a_video_is_extracted(page: Page, tmp_path: Path, speech: P
 
 def test_every_text_is_in_both_languages() -> None:
     english, chinese = Texts("en"), Texts("zh")
-    for name, (one, other) in _TEXTS.items():
+    for name, (one, other) in TEXTS.items():
         assert one, name
         assert other, name
         if name not in ("title", "prompt_default", "portrait"):

@@ -18,6 +18,7 @@ from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 import stableavatar
+from stableavatar.apps.web.sentences import in_words
 from stableavatar.apps.web.texts import Texts
 from stableavatar.errors import CheckpointError
 from stableavatar.jobs.intake import FileChecker, Limits
@@ -169,7 +170,7 @@ def status(job: Job, store: JobStore, texts: Texts) -> str:
             "completed", seconds=f"{job.details['seconds']:.1f}", size=f"{made['width']}×{made['height']}"
         )
     elif job.state == "failed":
-        text = texts("failed", error=job.error)
+        text = texts("failed", error=in_words(job.error or "", texts.language))
     elif job.state == "cancelled":
         text = texts["cancelled"] if job.video else texts["cancelled_empty"]
     elif job.stopping:

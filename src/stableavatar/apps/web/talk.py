@@ -11,6 +11,7 @@ import anyio.to_thread
 import gradio as gr
 from gradio.data_classes import ImageData
 
+from stableavatar.apps.web.sentences import in_words
 from stableavatar.apps.web.studio import Studio, empty_player, owner, player, status
 from stableavatar.apps.web.texts import Texts
 from stableavatar.choices import Fit, GuidanceRule, OverlapWeights
@@ -251,7 +252,7 @@ def _advanced(studio: Studio, texts: Texts, portrait: Portrait) -> dict[str, Any
         try:
             found = studio.checker.check(owner(request), Path(chosen), None, GenerateOptions(duration=1.0))
         except (InputError, BusyError) as error:
-            raise gr.Error(str(error), print_exception=False) from error
+            raise gr.Error(in_words(str(error), texts.language), print_exception=False) from error
         shape = found.width / found.height
         near = defaults.size_for("auto", found.width, found.height)
         area = near[0] * near[1]
@@ -288,7 +289,7 @@ def _ask(studio: Studio, texts: Texts, who: str, values: dict[str, Any]) -> Job:
             quality,
         )
     except (InputError, QueueFullError, BusyError) as error:
-        raise gr.Error(str(error), print_exception=False) from error
+        raise gr.Error(in_words(str(error), texts.language), print_exception=False) from error
     except (NoRoomError, OSError, sqlite3.Error) as error:
         raise gr.Error(texts["no_room"], print_exception=False) from error
 

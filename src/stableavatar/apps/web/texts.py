@@ -6,7 +6,7 @@ Language = Literal["en", "zh"]
 LANGUAGES: tuple[Language, ...] = get_args(Language)
 
 # In this order: English, Chinese.
-_TEXTS: dict[str, tuple[str, str]] = {
+TEXTS: dict[str, tuple[str, str]] = {
     "title": ("StableAvatar", "StableAvatar"),
     "subtitle": (
         "One portrait and a recording become a video of that person saying it, of any length.",
@@ -230,7 +230,7 @@ class Texts:
         self._column = LANGUAGES.index(language)
 
     def __getitem__(self, name: str) -> str:
-        return _TEXTS[name][self._column]
+        return TEXTS[name][self._column]
 
     def __call__(self, name: str, /, **values: object) -> str:
         """A text with values in it."""

@@ -5,6 +5,7 @@ from typing import Any
 
 import gradio as gr
 
+from stableavatar.apps.web.sentences import in_words
 from stableavatar.apps.web.studio import Studio
 from stableavatar.apps.web.texts import Texts
 from stableavatar.errors import StableAvatarError
@@ -58,6 +59,7 @@ class _Told:
     def __init__(self, studio: Studio, texts: Texts, file: str | None) -> None:
         if not file:
             raise gr.Error(texts["no_file"], print_exception=False)
+        self._language = texts.language
         self.output = studio.scratch.folder() / f"{Path(file).stem}.wav"
 
     def __enter__(self) -> Path:
@@ -65,4 +67,4 @@ class _Told:
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         if isinstance(error, StableAvatarError):
-            raise gr.Error(str(error), print_exception=False) from error
+            raise gr.Error(in_words(str(error), self._language), print_exception=False) from error

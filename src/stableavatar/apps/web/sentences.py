@@ -1,0 +1,64 @@
+"""What the package says of files and settings that cannot be used, in Chinese: what the form can cause.
+
+Where a sentence is not among these it stays English, which is more than nothing.
+"""
+
+import re
+
+from stableavatar.apps.web.texts import TEXTS, Language
+
+_PORTRAIT = r"portrait[^:]*: "
+_SENTENCES: tuple[tuple[str, str], ...] = (
+    (
+        r"(?P<name>width|height) (\d+) is not a multiple of (\d+); the nearest is (\d+)",
+        r"\1 \2 不是 \3 的倍数；最接近的是 \4",
+    ),
+    (r"give both width and height, or neither", "宽和高要么都填，要么都不填"),
+    (r"(\d+x\d+) are (\d+) pixels: (\d+) at most", r"\1 共 \2 像素，最多 \3"),
+    (r"(?P<name>.+?) (\S+) is too (?:small|large): (\S+) (?:or more|at most)", r"\1 \2 超出范围，界限为 \3"),
+    (r"(?P<name>.+?) (\S+) is not a number", r"\1 \2 不是数字"),
+    (_PORTRAIT + r"not a picture, .*", "肖像：不是图片，或文件开头已损坏。请使用 JPEG、PNG 或 WebP。"),
+    (_PORTRAIT + r"cut off or damaged .*", "肖像：文件不完整或已损坏。请重新获取或另存。"),
+    (_PORTRAIT + r"HEIC .*", "肖像：不支持 HEIC。请另存为 JPEG 或 PNG。"),
+    (
+        _PORTRAIT + r"(.*) megapixels, at most (.*) megapixels are accepted.*",
+        r"肖像：\1 百万像素，最多 \2。请缩小。",
+    ),
+    (
+        _PORTRAIT + r"(\d+x\d+) pixels are too few, it needs at least (\d+) .*",
+        r"肖像：\1 像素太小，每边至少 \2。",
+    ),
+    (_PORTRAIT + r".*", "肖像：文件无法使用。请另存为 JPEG 或 PNG。"),
+    (r"the speech is longer than (\S+) s.*", r"录音超过 \1 秒的上限。请缩短，或填写时长。"),
+    (r"the sound is longer than (\S+) s.*", r"录音超过 \1 秒的上限。"),
+    (r"the speech has (\d+) samples a second: (\d+) at least", r"录音每秒只有 \1 个采样，至少需要 \2。"),
+    (r"(?:recording|speech)[^:]*: .*", "录音无法读取。请另存为 WAV 后重试。"),
+    (r"(\S+) s are shorter than a frame: .*", r"\1 秒不足一帧，请提供更长的录音。"),
+    (r"the files could not be read within (\S+) s.*", r"\1 秒内未能读完文件。请发送较小的 JPEG 和 WAV。"),
+    (r"one of the files cannot be read.*", "有一个文件无法读取。请将肖像存为 JPEG 或 PNG，录音存为 WAV。"),
+    (
+        r"(\d+) of your videos are waiting already.*",
+        r"您已有 \1 个视频在排队。请等其中一个完成，或删除一个。",
+    ),
+    (r"Too many videos are waiting.*", "排队的视频太多，请稍后再试。"),
+    (r"(\d+) videos of yours are kept.*", r"您已保存 \1 个视频，请先删除一些。"),
+    (r"Many files (?:of yours )?are being looked at.*", "正在检查的文件较多，请稍后再试。"),
+    (r"there is too little memory for this.*", "内存不足。请减小画面，或缩短视频。"),
+    (r"The program that makes videos has met a fault .*", "生成程序出现故障，详见其日志。"),
+    (
+        r"The program that makes videos broke off (\d+) times .*",
+        r"生成程序在此视频上中断了 \1 次，可能是内存不足。",
+    ),
+)
+
+
+def in_words(sentence: str, language: Language) -> str:
+    """A sentence of the package as somebody with this language is to read it."""
+    if language == "zh":
+        for pattern, words in _SENTENCES:
+            if found := re.fullmatch(pattern, sentence, re.DOTALL):
+                name = found.groupdict().get("name")
+                field = TEXTS.get((name or "").replace(" ", "_"))
+                said = found.expand(words)
+                return said if name is None or field is None else said.replace(name, field[1], 1)
+    return sentence
