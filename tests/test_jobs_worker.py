@@ -15,7 +15,7 @@ from command_line import toy_model
 from stableavatar import load
 from stableavatar.errors import CheckpointError, InputError, StorageError
 from stableavatar.jobs.job import Job
-from stableavatar.jobs.store import JobStore, NoRoomError
+from stableavatar.jobs.store import LEAST_ROOM, JobStore, NoRoomError
 from stableavatar.jobs.worker import FAULT, FAULTY, NO_MODEL, TOO_LITTLE_MEMORY, ModelChoice, make
 from stableavatar.jobs.workers import Workers, _Keeper
 from stableavatar.journal import Journal, SavedState, journal_folder
@@ -229,13 +229,24 @@ def test_a_full_disk_loses_no_job(
 
     job = add(jobs)
     monkeypatch.setattr(AvatarPipeline, "generate", full)
-    for free, state in ((10, "queued"), (10**12, "failed")):  # of another fault it fails
+    own = 600_000_000
+    with (job.folder / "large").open("wb") as file:
+        file.truncate(own)
+    # Of another fault it fails, and where it is itself what takes the room that others need.
+    for free, state in ((10, "queued"), (LEAST_ROOM - own, "failed")):
         monkeypatch.setattr(JobStore, "free_bytes", lambda self, free=free: free)
         taken = jobs.take("worker-0")
         assert taken is not None
         make(jobs, taken, pipeline, MODEL)
         assert found(jobs, job).state == state
     monkeypatch.setattr(JobStore, "free_bytes", lambda self: 10)
+    other = add(jobs)
+    assert jobs.take("worker-0", stopped_alone=True) is None
+    jobs.take("worker-0")
+    jobs.give_back(other.id)
+    jobs.cancel("ann", other.id)
+    assert found(jobs, other).state == "queued"
+    assert jobs.take("worker-0", stopped_alone=True) is not None
     with pytest.raises(NoRoomError):
         jobs.check_room("ann")
 

@@ -13,8 +13,9 @@ import os
 import re
 import shutil
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -62,6 +63,7 @@ _HTTP_ERROR: type[Exception] = HfHubHTTPError.__mro__[1]
 _HASHED_AT_ONCE = 1 << 22
 # How the hub's library ends the names of files that are not whole.
 _ON_ITS_WAY = ".incomplete"
+_ABANDONED_SECONDS = 600.0  # without a byte; another download may be under way
 _TELL_SECONDS = 0.5
 
 
@@ -110,7 +112,7 @@ def download(
 ) -> Path:
     """Download what a published model needs into a folder, in the published layout.
 
-    What is there already is kept; an interrupted download goes on where it stopped.
+    Files that are there already are kept; of an interrupted download those that were whole.
 
     Args:
         target: the folder, made if need be; for `layout.find_published` afterwards.
@@ -138,6 +140,7 @@ def download(
         planned.append((repository, commit, folder, files))
     _check_space(target, sum(file.size for _, _, folder, files in planned for file in _absent(folder, files)))
     wanted = {folder / file.path: file.size for _, _, folder, files in planned for file in files}
+    _sweep(target)
     with _watched(target, wanted, progress):
         for repository, commit, folder, files in planned:
             _fetch(repository, commit, folder, files)
@@ -252,6 +255,14 @@ def _fetch(repo_id: str, commit: str, folder: Path, files: list[HubFile]) -> Non
                 " run the download again"
             )
         logger.info("%s: downloaded, %s", path, _readable(file.size))
+
+
+def _sweep(target: Path) -> None:
+    """Remove what a download that was killed had of a file: the hub's library begins each anew."""
+    for path in target.rglob(f"*{_ON_ITS_WAY}"):
+        with suppress(OSError):
+            if time.time() - path.stat().st_mtime > _ABANDONED_SECONDS:
+                path.unlink()
 
 
 @contextmanager

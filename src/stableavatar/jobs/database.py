@@ -57,12 +57,15 @@ _CHANGES = {
     1: (
         "ALTER TABLE jobs ADD COLUMN kills INTEGER NOT NULL DEFAULT 0",
         "ALTER TABLE jobs ADD COLUMN begun_at REAL NOT NULL DEFAULT -1",
+        "CREATE TABLE loaded (name TEXT PRIMARY KEY)",
     ),
 }
 
 
 class Database:
     """A file of jobs, with a connection for every thread.
+
+    One of an earlier release is left as it is until `migrate`: its server may run.
 
     Raises:
         InputError: it cannot be used, or is of a later release.
@@ -78,15 +81,22 @@ class Database:
                     raise InputError(
                         f"{file.parent}: its jobs belong to a later release. Use that, or another folder."
                     )
-                for statement in _SCHEMA.split(";"):
-                    database.execute(statement)
-                for older in range(version, _SCHEMA_VERSION) if version else ():
-                    for change in _CHANGES[older]:
-                        database.execute(change)
-                database.execute(f"PRAGMA user_version = {_SCHEMA_VERSION}")
+                if not version:
+                    for statement in _SCHEMA.split(";"):
+                        database.execute(statement)
+                    database.execute(f"PRAGMA user_version = {_SCHEMA_VERSION}")
             file.chmod(0o600)
         except sqlite3.Error as error:
             raise InputError(f"{file}: cannot be used ({error})") from error
+
+    def migrate(self) -> None:
+        """Bring a file of an earlier release up to this one; nobody else uses it."""
+        with self.transaction() as database:
+            version = database.execute("PRAGMA user_version").fetchone()[0]
+            for older in range(version, _SCHEMA_VERSION):
+                for change in _CHANGES[older]:
+                    database.execute(change)
+            database.execute(f"PRAGMA user_version = {_SCHEMA_VERSION}")
 
     @property
     def _connection(self) -> sqlite3.Connection:

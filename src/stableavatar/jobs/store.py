@@ -27,6 +27,8 @@ from stableavatar.media.files import check_folder, locked, reason_of, to_disk
 MOST_CRASHES = 3
 # The same of whole servers, which end for more reasons than a job.
 MOST_KILLS = 10
+# Of the work; less is rounding.
+_FURTHER = 1e-6
 # Bytes that have to be free where jobs are kept: below, none is taken and none is made.
 LEAST_ROOM = 1_000_000_000
 
@@ -236,21 +238,25 @@ class JobStore:
 
     # Who makes them.
 
-    def take(self, worker: str) -> Job | None:
+    def take(self, worker: str, *, stopped_alone: bool = False) -> Job | None:
         """The next job, which is this worker's from now on; None where none waits.
+
+        Args:
+            stopped_alone: only one that was asked to stop, for which there is nothing to do but to say so.
 
         Owners take turns: the one whose last job was begun longest ago is next, with his oldest job. Jobs
         that were interrupted come first.
         """
         with self._database.reading() as database:
-            waiting = "SELECT 1 FROM jobs WHERE state = 'queued' AND NOT deleted LIMIT 1"
+            kind = "AND jobs.stop" if stopped_alone else ""
+            waiting = f"SELECT 1 FROM jobs WHERE state = 'queued' AND NOT deleted {kind} LIMIT 1"
             if database.execute(waiting).fetchone() is None:
                 return None
         now = time.time()
         with self._database.transaction() as database:
             row = database.execute(
                 "SELECT jobs.id, jobs.owner FROM jobs LEFT JOIN turns USING (owner) "
-                "WHERE jobs.state = 'queued' AND NOT jobs.deleted "
+                f"WHERE jobs.state = 'queued' AND NOT jobs.deleted {kind} "
                 "ORDER BY jobs.started IS NULL, turns.started NULLS FIRST, jobs.number LIMIT 1"
             ).fetchone()
             if row is None:
@@ -280,8 +286,9 @@ class JobStore:
             database.execute("UPDATE jobs SET progress = ? WHERE id = ?", (as_json(progress), job_id))
             if begins:
                 database.execute(
-                    "UPDATE jobs SET begun_at = ?1, crashes = 0, kills = 0 WHERE id = ?2 AND begun_at < ?1",
-                    (progress["share"], job_id),
+                    "UPDATE jobs SET begun_at = ?1, crashes = 0, kills = 0 "
+                    "WHERE id = ?2 AND begun_at + ?3 < ?1",
+                    (progress["share"], job_id, _FURTHER),
                 )
 
     def finish(
@@ -360,6 +367,7 @@ class JobStore:
             raise InputError(f"{self.folder}: another server uses this folder") from None
         except OSError as error:
             raise InputError(f"{self.folder}: cannot be used ({reason_of(error)})") from error
+        self._database.migrate()
         with self._database.transaction() as database:
             database.execute("DELETE FROM workers")
             database.execute("DELETE FROM loaded")

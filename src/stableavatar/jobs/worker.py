@@ -127,7 +127,7 @@ def run_worker(name: str, folder: Path, model: ModelChoice, verbosity: int = 0) 
 
     def take() -> Job | None:
         """The next job, none while the disk is full: it would break off at once."""
-        return store.take(name) if store.free_bytes() >= LEAST_ROOM else None
+        return store.take(name, stopped_alone=store.free_bytes() < LEAST_ROOM)
 
     while not ending.is_set():
         # Who speaks one time after the other leaves time for videos between.
@@ -166,7 +166,7 @@ def make(
             store.give_back(job.id)
     except StableAvatarError as error:
         logger.warning("%s of %s: %s", job.id, job.owner, error)
-        if isinstance(error, StorageError) and store.free_bytes() < LEAST_ROOM:
+        if isinstance(error, StorageError) and _lacks_room(store, job):
             store.give_back(job.id)  # it goes on where it was once there is room
             return True
         _forget_state(job)
@@ -182,6 +182,12 @@ def make(
         totals = {"video_seconds": job.details.get("seconds", 0.0), "work_seconds": time.monotonic() - began}
         store.finish(job.id, "completed", result=result, totals=totals)
     return True
+
+
+def _lacks_room(store: JobStore, job: Job) -> bool:
+    """Whether the disk is full of other things than this job's, which would leave room for the others."""
+    own = sum(path.stat().st_size for path in job.folder.rglob("*") if path.is_file())
+    return store.free_bytes() + own < LEAST_ROOM and not store.should_stop(job.id)
 
 
 def _generate(

@@ -31,10 +31,9 @@ from stableavatar.options import GenerateOptions
 _SILENT_SECONDS = 60.0
 _PATIENCE_SECONDS = 60.0  # until a worker is free: one that makes a video has to save it first
 # Of a message: a portrait in base64 at most. Where the key is in it, it is read before it is known whose it
-# is: of few at a time, and not for long.
+# is: of few at a time.
 MOST_MESSAGE = 16 * 2**20
 _MOST_UNKNOWN = 16
-_UNKNOWN_SECONDS = 10.0
 # Than the speech that is taken at most, a session may last, whether or not anything is said.
 _LONGER_SECONDS = 120.0
 _POLICY_VIOLATION, _TRY_AGAIN = 1008, 1013
@@ -145,7 +144,7 @@ async def _first_message(socket: WebSocket) -> str:
         raise ApiError(429, "many sessions are beginning: try again in a moment", code="busy")
     state.unknown += 1
     try:
-        return await asyncio.wait_for(socket.receive_text(), _UNKNOWN_SECONDS)
+        return await asyncio.wait_for(socket.receive_text(), _SILENT_SECONDS)
     finally:
         state.unknown -= 1
 

@@ -12,6 +12,7 @@ import gradio as gr
 from stableavatar.apps.web.studio import Studio
 from stableavatar.apps.web.texts import Texts
 from stableavatar.errors import StableAvatarError
+from stableavatar.lifetimes import end_with_parent
 
 _TELL_SECONDS = 0.5
 
@@ -86,6 +87,7 @@ def _download(
     """Tells the page how many bytes of how many are there, at last None, or what went wrong."""
     from stableavatar.checkpoints import hub
 
+    end_with_parent()
     try:
         hub.download(folder, variant, size, vocal_separator=vocals, progress=lambda *there: page.send(there))
     except StableAvatarError as error:

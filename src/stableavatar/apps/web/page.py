@@ -93,6 +93,7 @@ def _build(studio: Studio, language: Language) -> gr.Blocks:
                 models_tab(studio, texts, models)
         gr.HTML(f'<p class="consent">{texts["consent"]}</p>', padding=False)
     page.queue(default_concurrency_limit=8, api_open=False)
+    page.has_launched = True  # else Gradio takes any file of this machine that a request names
     return page
 
 

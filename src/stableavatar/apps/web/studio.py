@@ -7,13 +7,15 @@ import secrets
 import shutil
 import tempfile
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from http.cookies import CookieError, SimpleCookie
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
+from gradio.utils import get_upload_folder
 from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -23,7 +25,7 @@ from stableavatar.apps.web.texts import Texts
 from stableavatar.errors import CheckpointError
 from stableavatar.jobs.intake import FileChecker, Limits
 from stableavatar.jobs.job import Job
-from stableavatar.jobs.store import JobStore
+from stableavatar.jobs.store import LEAST_ROOM, JobStore
 from stableavatar.options import SamplingDefaults
 
 COOKIE = "stableavatar"
@@ -37,19 +39,40 @@ class Scratch:
 
     def __init__(self) -> None:
         self._root = tempfile.TemporaryDirectory(prefix="stableavatar-", ignore_cleanup_errors=True)
+        self._held: set[Path] = set()
 
     def folder(self) -> Path:
         """An empty one."""
         root = Path(self._root.name)
         for old in root.iterdir():
             with suppress(OSError):
-                if time.time() - old.stat().st_mtime > self._SECONDS:
+                if old not in self._held and time.time() - old.stat().st_mtime > self._SECONDS:
                     shutil.rmtree(old, ignore_errors=True)
         return Path(tempfile.mkdtemp(dir=root))
+
+    @contextmanager
+    def held(self) -> Iterator[Path]:
+        """An empty one, which begins to age when this ends."""
+        folder = self.folder()
+        self._held.add(folder)
+        try:
+            yield folder
+        finally:
+            folder.touch()
+            self._held.discard(folder)
 
     def close(self) -> None:
         """Remove all of them."""
         self._root.cleanup()
+
+
+def sent(path: str, texts: Texts) -> Path:
+    """A file that a visitor has sent. Raises gradio.Error: it is another one of this machine, which a request
+    can name as well."""
+    found = Path(path).resolve()
+    if not found.is_relative_to(Path(get_upload_folder()).resolve()) or not found.is_file():
+        raise gr.Error(texts["no_file"], print_exception=False)
+    return found
 
 
 @dataclass(frozen=True)
@@ -159,7 +182,9 @@ def status(job: Job, store: JobStore, texts: Texts) -> str:
     """How far a job is: a bar and a sentence."""
     progress: dict[str, Any] = dict(job.progress or {})
     share = 1.0 if job.state == "completed" else progress.get("share") or 0.0
-    if job.state == "queued" and job.started is None:
+    if job.state == "queued" and store.free_bytes() < LEAST_ROOM:
+        text = texts["waits_for_room"]
+    elif job.state == "queued" and job.started is None:
         before = store.position(job)
         text = texts("queued", count=before) if before else texts["queued_first"]
         if not store.workers_ready():

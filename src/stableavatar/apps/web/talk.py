@@ -4,7 +4,6 @@ import asyncio
 import sqlite3
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, get_args
 
 import anyio.to_thread
@@ -12,13 +11,13 @@ import gradio as gr
 from gradio.data_classes import ImageData
 
 from stableavatar.apps.web.sentences import in_words
-from stableavatar.apps.web.studio import Studio, empty_player, owner, player, status
+from stableavatar.apps.web.studio import Studio, empty_player, owner, player, sent, status
 from stableavatar.apps.web.texts import Texts
 from stableavatar.choices import Fit, GuidanceRule, OverlapWeights
 from stableavatar.errors import InputError
 from stableavatar.jobs.asking import ask, copied
 from stableavatar.jobs.intake import BusyError, check_options
-from stableavatar.jobs.job import Job
+from stableavatar.jobs.job import PORTRAIT, Job
 from stableavatar.jobs.store import NoRoomError, QueueFullError
 from stableavatar.options import SIZE_MULTIPLE, GenerateOptions
 
@@ -49,18 +48,6 @@ _FIELDS = (
     "quality",
 )
 _WHOLE = ("steps", "overlap", "seed", "width", "height")
-
-
-class Portrait(gr.Image):
-    """A picture as it was sent: Gradio's own would be recompressed, and its transparent parts black."""
-
-    is_template = True  # for Gradio: it looks like its parent
-
-    def preprocess(self, payload: ImageData | None) -> Any:
-        """The path of what was sent; see `gradio.Image.preprocess`."""
-        if payload is None or payload.path is None:
-            return super().preprocess(payload)
-        return payload.path
 
 
 @dataclass(frozen=True)
@@ -100,6 +87,7 @@ def talk_tab(studio: Studio, texts: Texts, page: gr.Blocks) -> TalkTab:
         try:
             async for views in _watch(studio, texts, owner(request), job_id):
                 if looks.get(page_id) is not look:
+                    yield _nothing()  # Gradio shows what came last once more
                     return
                 yield views
         finally:
@@ -133,7 +121,7 @@ def _form(studio: Studio, texts: Texts) -> dict[str, Any]:
     defaults = studio.defaults
     form: dict[str, Any] = {}
     with gr.Row(equal_height=True):
-        form["portrait"] = Portrait(
+        form["portrait"] = gr.Image(
             label=texts["portrait"],
             type="filepath",
             sources=["upload", "webcam", "clipboard"],
@@ -141,6 +129,7 @@ def _form(studio: Studio, texts: Texts) -> dict[str, Any]:
             elem_id="portrait",
             min_width=200,
         )
+        form["portrait"].preprocess = _as_sent
         form["speech"] = gr.Audio(
             label=texts["speech"],
             type="filepath",
@@ -172,7 +161,7 @@ def _form(studio: Studio, texts: Texts) -> dict[str, Any]:
     return form
 
 
-def _advanced(studio: Studio, texts: Texts, portrait: Portrait) -> dict[str, Any]:
+def _advanced(studio: Studio, texts: Texts, portrait: gr.Image) -> dict[str, Any]:
     defaults, limits = studio.defaults, studio.limits
     form: dict[str, Any] = {}
     most_overlap = (defaults.window - 1) // 4
@@ -250,7 +239,9 @@ def _advanced(studio: Studio, texts: Texts, portrait: Portrait) -> dict[str, Any
         if chosen is None:
             raise gr.Error(texts["no_portrait"], print_exception=False)
         try:
-            found = studio.checker.check(owner(request), Path(chosen), None, GenerateOptions(duration=1.0))
+            picture = studio.scratch.folder() / PORTRAIT  # under this name errors do not say where it lies
+            copied(sent(chosen, texts))(picture)
+            found = studio.checker.check(owner(request), picture, None, GenerateOptions(duration=1.0))
         except (InputError, BusyError) as error:
             raise gr.Error(in_words(str(error), texts.language), print_exception=False) from error
         shape = found.width / found.height
@@ -262,6 +253,11 @@ def _advanced(studio: Studio, texts: Texts, portrait: Portrait) -> dict[str, Any
     of_picture.click(of, portrait, size, **quiet)  # queued: of what is not, Gradio shows no errors
     swap.click(lambda width, height: (height, width), size, size, queue=False, **quiet)
     return form
+
+
+def _as_sent(payload: ImageData | None) -> str | None:
+    """The picture's file: Gradio would recompress it, and make its transparent parts black."""
+    return None if payload is None else payload.path
 
 
 def _ask(studio: Studio, texts: Texts, who: str, values: dict[str, Any]) -> Job:
@@ -283,8 +279,8 @@ def _ask(studio: Studio, texts: Texts, who: str, values: dict[str, Any]) -> Job:
             studio.store,
             studio.checker,
             who,
-            copied(Path(portrait)),
-            copied(Path(speech)) if speech else None,
+            copied(sent(portrait, texts)),
+            copied(sent(speech, texts)) if speech else None,
             options,
             quality,
         )

@@ -133,6 +133,7 @@ TEXTS: dict[str, tuple[str, str]] = {
         "Seconds of the recording to leave out at its beginning.",
         "从录音开头跳过的秒数。",
     ),
+    "waits_for_room": ("Waits until there is room on this machine", "等待本机腾出空间"),
     "no_room": (
         "There is no room for more videos on this machine now. Delete some in the gallery, or try again "
         "later.",
@@ -205,9 +206,9 @@ TEXTS: dict[str, tuple[str, str]] = {
     "models_here": ("On this machine", "本机已有"),
     "get_weights": ("Get the published weights", "下载公开权重"),
     "get_help": (
-        "About 19 GB for 1.3B. An interrupted download goes on where it stopped. Then start the page with "
-        "--model and the folder.",
-        "1.3B 约 19 GB。中断后可续传。完成后请用 --model 加文件夹重新启动。",
+        "About 19 GB for 1.3B. An interrupted download goes on with the files that are not whole. Then start "
+        "the page with --model and the folder.",
+        "1.3B 约 19 GB。中断后会保留已完整的文件。完成后请用 --model 加文件夹重新启动。",
     ),
     "variant": ("Variant", "变体"),
     "with_vocals": ("With the vocal separator", "包含人声分离网络"),
@@ -215,8 +216,8 @@ TEXTS: dict[str, tuple[str, str]] = {
     "download_comes": ("{done} of {total} GB", "{done} / {total} GB"),
     "download_checks": ("Comparing the files with their check sums", "正在校验文件"),
     "download_lost": (
-        "The download broke off. Start it again: it goes on where it stopped.",
-        "下载中断。请重新开始，将从中断处继续。",
+        "The download broke off. Start it again: files that are whole are kept.",
+        "下载中断。请重新开始，已完整的文件会保留。",
     ),
     "download_done": ("Complete: {folder}", "完成：{folder}"),
 }

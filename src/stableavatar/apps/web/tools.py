@@ -1,12 +1,14 @@
 """The tabs that prepare recordings: the sound of a video, and the voice without the music."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
 
 from stableavatar.apps.web.sentences import in_words
-from stableavatar.apps.web.studio import Studio
+from stableavatar.apps.web.studio import Studio, sent
 from stableavatar.apps.web.texts import Texts
 from stableavatar.errors import StableAvatarError
 
@@ -18,8 +20,8 @@ def audio_tab(studio: Studio, texts: Texts) -> None:
     gr.Markdown(texts["extract_help"])
 
     def extract(file: str | None) -> str:
-        with _Told(studio, texts, file) as output:
-            extract_audio(Path(file or ""), output, most_seconds=studio.limits.seconds)
+        with _told(studio, texts, file) as (source, output):
+            extract_audio(source, output, most_seconds=studio.limits.seconds)
         return str(output)
 
     _tool(texts, "extract", extract)
@@ -34,9 +36,9 @@ def vocals_tab(studio: Studio, texts: Texts) -> None:
             raise gr.Error(texts["no_network"], print_exception=False)
         from stableavatar.data.vocals import VocalSeparator, separate_vocals
 
-        with _Told(studio, texts, file) as output:
+        with _told(studio, texts, file) as (source, output):
             separator = VocalSeparator(studio.vocals)
-            separate_vocals(separator, Path(file or ""), output, most_seconds=studio.limits.seconds)
+            separate_vocals(separator, source, output, most_seconds=studio.limits.seconds)
         return str(output)
 
     _tool(texts, "separate", separate)
@@ -53,18 +55,14 @@ def _tool(texts: Texts, name: str, work: Any) -> None:
     button.click(work, given, result, api_visibility="private", concurrency_limit=1)
 
 
-class _Told:
-    """A WAV to write, and errors as sentences on the page."""
-
-    def __init__(self, studio: Studio, texts: Texts, file: str | None) -> None:
-        if not file:
-            raise gr.Error(texts["no_file"], print_exception=False)
-        self._language = texts.language
-        self.output = studio.scratch.folder() / f"{Path(file).stem}.wav"
-
-    def __enter__(self) -> Path:
-        return self.output
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, StableAvatarError):
-            raise gr.Error(in_words(str(error), self._language), print_exception=False) from error
+@contextmanager
+def _told(studio: Studio, texts: Texts, file: str | None) -> Iterator[tuple[Path, Path]]:
+    """What was sent, and a WAV to write; errors are sentences on the page."""
+    if not file:
+        raise gr.Error(texts["no_file"], print_exception=False)
+    source = sent(file, texts)
+    with studio.scratch.held() as folder:
+        try:
+            yield source, folder / f"{source.stem}.wav"
+        except StableAvatarError as error:
+            raise gr.Error(in_words(str(error), texts.language), print_exception=False) from error
