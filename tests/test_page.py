@@ -125,7 +125,7 @@ def test_two_people_queue_and_neither_sees_the_others_video(
 def test_a_second_video_of_one_page_takes_the_place_of_the_first(
     page: Page, speech: Path, served: tuple[str, JobStore]
 ) -> None:
-    fill_in(page, speech, steps=30)
+    fill_in(page, speech, steps=100)
     page.locator("#make").click()
     expect(page.locator("#status")).to_contain_text("Window", timeout=60 * SECONDS)
     first = page.locator("#screen video").get_attribute("data-job")
