@@ -275,8 +275,13 @@ def test_the_sound_of_a_video_is_extracted(page: Page, tmp_path: Path, speech: P
     page.get_by_role("tab", name="Extract audio").click()
     page.set_input_files("#extract-file input[type=file]", speech)
     expect(page.locator("#extract-file")).to_contain_text("speech", timeout=20 * SECONDS)
-    page.locator("#extract-button").click()
-    expect(page.locator("#extract-result").get_by_text("0:03").first).to_be_visible(timeout=30 * SECONDS)
+    result = page.locator("#extract-result").get_by_text("0:03").first
+    for _ in range(4):  # as above
+        page.locator("#extract-button").click()
+        with contextlib.suppress(AssertionError):
+            expect(result).to_be_visible(timeout=15 * SECONDS)
+            break
+    expect(result).to_be_visible()
     page.get_by_role("tab", name="Separate vocals").click()
     page.set_input_files("#separate-file input[type=file]", speech)
     expect(page.locator("#separate-file")).to_contain_text("speech", timeout=20 * SECONDS)
