@@ -335,7 +335,6 @@ def test_a_folder_of_an_earlier_release_is_used_on(tmp_path: Path) -> None:
     with sqlite3.connect(tmp_path / "jobs.sqlite") as database:  # what version 1 was
         database.execute("ALTER TABLE jobs DROP COLUMN kills")
         database.execute("ALTER TABLE jobs DROP COLUMN begun_at")
-        database.execute("DROP TABLE loaded")
         database.execute("PRAGMA user_version = 1")
     jobs = JobStore(tmp_path)
     with sqlite3.connect(tmp_path / "jobs.sqlite") as database:  # whose server may run

@@ -41,7 +41,6 @@ CREATE INDEX IF NOT EXISTS jobs_of_owner ON jobs (owner, deleted, number);
 CREATE INDEX IF NOT EXISTS jobs_in_state ON jobs (state, owner);
 CREATE TABLE IF NOT EXISTS turns (owner TEXT PRIMARY KEY, started REAL NOT NULL);
 CREATE TABLE IF NOT EXISTS workers (name TEXT PRIMARY KEY, since REAL NOT NULL);
-CREATE TABLE IF NOT EXISTS loaded (name TEXT PRIMARY KEY);
 CREATE TABLE IF NOT EXISTS totals (name TEXT PRIMARY KEY, value REAL NOT NULL);
 CREATE TABLE IF NOT EXISTS sessions (
     number INTEGER PRIMARY KEY AUTOINCREMENT,
@@ -57,7 +56,6 @@ _CHANGES = {
     1: (
         "ALTER TABLE jobs ADD COLUMN kills INTEGER NOT NULL DEFAULT 0",
         "ALTER TABLE jobs ADD COLUMN begun_at REAL NOT NULL DEFAULT -1",
-        "CREATE TABLE loaded (name TEXT PRIMARY KEY)",
     ),
 }
 

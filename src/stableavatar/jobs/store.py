@@ -324,23 +324,17 @@ class JobStore:
         """A worker has loaded its model."""
         with self._database.transaction() as database:
             database.execute("INSERT OR REPLACE INTO workers VALUES (?, ?)", (name, time.time()))
-            database.execute("INSERT OR IGNORE INTO loaded VALUES (?)", (name,))
-
-    def has_loaded(self, name: str) -> bool:
-        """Whether a worker of that name has ever loaded its model for this server."""
-        with self._database.reading() as database:
-            row = database.execute("SELECT 1 FROM loaded WHERE name = ?", (name,)).fetchone()
-        return row is not None
 
     def workers_ready(self) -> int:
         """How many workers can take a job."""
         with self._database.reading() as database:
             return int(database.execute("SELECT COUNT(*) FROM workers").fetchone()[0])
 
-    def worker_lost(self, name: str, *, crashed: bool) -> None:
-        """A worker has ended: what it was making waits again, unless it has cost several workers."""
+    def worker_lost(self, name: str, *, crashed: bool) -> bool:
+        """A worker has ended: what it was making waits again, unless it has cost several workers. Whether it
+        had loaded its model."""
         with self._database.transaction() as database:
-            database.execute("DELETE FROM workers WHERE name = ?", (name,))
+            ready = database.execute("DELETE FROM workers WHERE name = ?", (name,)).rowcount > 0
             database.execute("UPDATE sessions SET claimed = NULL WHERE claimed = ?", (name,))
             database.execute(
                 "UPDATE jobs SET state = 'queued', worker = NULL, crashes = crashes + ? "
@@ -351,6 +345,7 @@ class JobStore:
             _give_up(database)
         for row in gone:
             self._purge(row["id"])
+        return ready
 
     # The one process that owns the folder.
 
@@ -370,7 +365,6 @@ class JobStore:
         self._database.migrate()
         with self._database.transaction() as database:
             database.execute("DELETE FROM workers")
-            database.execute("DELETE FROM loaded")
             database.execute("DELETE FROM sessions")
             database.execute(
                 "UPDATE jobs SET state = 'queued', worker = NULL, kills = kills + 1 "

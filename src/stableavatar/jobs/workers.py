@@ -100,16 +100,16 @@ class _Keeper:
         self.thread = threading.Thread(target=self._keep, name=name, daemon=True)
 
     def _keep(self) -> None:
-        losses = 0
+        losses, loaded = 0, False
         ending = self._workers.ending
         while not ending.wait(_PAUSES[min(losses, len(_PAUSES) - 1)]):
             began = time.monotonic()
             status = self._run()
-            self._settle(crashed=not ending.is_set() and status not in (FAULTY, NO_MODEL))
+            loaded |= self._settle(crashed=not ending.is_set() and status not in (FAULTY, NO_MODEL))
             if ending.is_set():
                 return
             # What could be loaded before can be again, such as when a device has come to itself.
-            if status == NO_MODEL and not self._workers.store.has_loaded(self._name):
+            if status == NO_MODEL and not loaded:
                 self.no_model.set()
                 return
             steady = status == FAULTY or time.monotonic() - began > _STEADY_SECONDS
@@ -129,14 +129,13 @@ class _Keeper:
         self.process.join()
         return self.process.exitcode
 
-    def _settle(self, *, crashed: bool) -> None:
-        """Say in the store that the worker is gone; its disk may be full, and have room again later."""
+    def _settle(self, *, crashed: bool) -> bool:
+        """Say in the store that the worker is gone; its disk may be full, and have room again later. Whether
+        it had loaded its model."""
         while True:
             try:
-                self._workers.store.worker_lost(self._name, crashed=crashed)
+                return self._workers.store.worker_lost(self._name, crashed=crashed)
             except sqlite3.Error as error:
                 logger.error("%s: the jobs cannot be written (%s)", self._name, error)
                 if self._workers.ending.wait(_RETRY_SECONDS):
-                    return  # the next server settles it
-            else:
-                return
+                    return False  # the next server settles it

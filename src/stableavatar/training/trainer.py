@@ -223,10 +223,7 @@ class Trainer(Generic[Sample]):
                 f"{checkpoint} was trained with another {', '.join(different)}; it cannot be resumed exactly"
             )
         if self.deepspeed and stored["processes"] != self.accelerator.num_processes:
-            raise InputError(
-                f"{checkpoint} is of {stored['processes']} processes, each of which kept its part: with "
-                "DeepSpeed as many have to go on"
-            )
+            raise InputError(f"{checkpoint} is of {stored['processes']} processes: DeepSpeed needs as many")
         self._state.load(checkpoint)
         set_constants(self.optimizer, self.settings.optimizer)
         generators = load_random(checkpoint, self.accelerator.process_index)

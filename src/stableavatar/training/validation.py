@@ -44,7 +44,7 @@ class ValidationVideos:
         recipe: Recipe,
         avatar: Avatar,
         encoders: Encoders | None,
-        sizes: Iterable[tuple[int, int]] = (),
+        sizes: Iterable[tuple[int, int]],
     ) -> None:
         self.recipe, self.avatar, self.encoders = recipe, avatar, encoders
         self.sizes = tuple(sizes)
@@ -102,7 +102,7 @@ class ValidationVideos:
         else:
             scheduler = FlowMatchEulerDiscreteScheduler(shift=self.recipe.objective.shift)
             defaults = sampling_defaults(model.variant, model.size)
-            if model.variant is None and self.sizes:
+            if model.variant is None:
                 defaults["sizes"] = _by_aspect(self.sizes)
         return AvatarPipeline(
             transformer=self.avatar.transformer,

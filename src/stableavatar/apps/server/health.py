@@ -14,7 +14,6 @@ from stableavatar.apps.server.access import refuse_foreign_pages
 from stableavatar.apps.server.schemas import error_answer
 from stableavatar.jobs.store import LEAST_ROOM, JobStore
 
-# Less room than this, and videos may fail half-way.
 _METHODS = {"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"}
 
 router = APIRouter(tags=["operation"])
