@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -96,6 +97,20 @@ def test_a_file_that_is_damaged_on_the_way_is_removed(server: Hub, tmp_path: Pat
     server.damaged.clear()
     hub.download(tmp_path / "checkpoints")
     assert (tmp_path / "checkpoints" / path).read_bytes() == published_files()[path]
+
+
+def test_what_a_killed_download_left_is_removed_and_another_ones_is_not(server: Hub, tmp_path: Path) -> None:
+    folder = tmp_path / ".cache" / "huggingface" / "download"
+    folder.mkdir(parents=True)
+    old, fresh = folder / "old.incomplete", folder / "fresh.incomplete"
+    for path in (old, fresh):
+        path.write_bytes(bytes(1000))
+    os.utime(old, (0, 0))
+    told: list[tuple[int, int]] = []
+    hub.download(tmp_path, progress=lambda *there: told.append(there))
+    assert not old.exists()
+    assert fresh.exists()
+    assert told[-1][0] == told[-1][1] > 0
 
 
 def test_errors_say_what_to_do(server: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,7 +23,7 @@ from stableavatar.data.puppets.recordings import EVALUATION_RECORDINGS, evaluati
 from stableavatar.errors import InputError
 from stableavatar.evaluation import cases, tiny
 from stableavatar.evaluation.cases import Plan
-from stableavatar.evaluation.embedded import Evaluation, Person
+from stableavatar.evaluation.embedded import Evaluation, Part, Person
 from stableavatar.evaluation.faces import FaceReader
 from stableavatar.evaluation.identity import (
     detail_agreement,
@@ -291,6 +291,12 @@ def test_a_bar_without_a_figure_is_not_passed() -> None:
     line = next(line for line in scores.unmeasured() if line.startswith(metric.title))
     scores.values["people", metric.name, "made"] = [1.0]
     assert line not in scores.unmeasured()
+
+
+def test_the_whole_evaluation_misses_what_it_has_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tiny, "measure", lambda *_: Part())
+    assert tiny.main(["--quick"]) == 0
+    assert tiny.main([]) == 1
 
 
 def test_a_still_picture_and_a_blurring_coder_miss_their_bars(meter: MouthMeter) -> None:

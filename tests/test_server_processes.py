@@ -1,5 +1,6 @@
 """A real server and its workers: killed in the middle of its jobs, told to end, asked by many at a time."""
 
+import contextlib
 import json
 import select
 import shutil
@@ -26,8 +27,10 @@ from command_line import portrait, speech, toy_model
 from media_files import write_video
 from serving import QUICK, Server, files_to_send, servers_of, states, until
 from stableavatar import load
+from stableavatar.apps.running import listen
 from stableavatar.apps.server.access import Keys
 from stableavatar.apps.server.app import Service, create_app
+from stableavatar.errors import InputError
 from stableavatar.jobs.store import JobStore
 from stableavatar.jobs.worker import ModelChoice
 from stableavatar.media.video import probe, read_frames
@@ -57,7 +60,7 @@ def test_a_kill_in_the_middle_of_five_jobs_loses_none(
         )
         assert answer.status_code == 200, answer.text
         ids.append(answer.json()["id"])
-    killed = 0
+    killed, saved = 0, dict[Path, int]()
     for _ in range(3):  # killed three times, each time in the middle of a video
 
         def under_way(server: Server = server) -> bool:
@@ -67,15 +70,20 @@ def test_a_kill_in_the_middle_of_five_jobs_loses_none(
             ) or all(it["status"] == "completed" for it in states(server).values())
 
         until(under_way)
+        assert as_they_were(saved)
         killed += any(it["status"] == "in_progress" for it in states(server).values())
         server.kill()
         saved = saved_segments(server.folder)
         server = servers().wait_ready()
         assert set(states(server)) == set(ids)
-        # What was saved is gone on from, and not made again, for as long as the segments are there.
-        assert all(path.stat().st_mtime_ns == time for path, time in saved.items() if path.exists())
     assert killed > 0
-    until(lambda: all(it["status"] == "completed" for it in states(server).values()), 120)
+    assert saved
+
+    def over() -> bool:
+        assert as_they_were(saved)  # what was saved is gone on from, and not made again
+        return all(it["status"] == "completed" for it in states(server).values())
+
+    until(over, 120)
     pipeline = load(toy_model(), device="cpu")
     (tmp_path / "portrait").write_bytes(files["portrait"])
     (tmp_path / "speech").write_bytes(files["speech"])
@@ -101,6 +109,21 @@ def saved_segments(folder: Path) -> dict[Path, int]:
             path = journal.parent / f"segment-{number:06d}.mp4"
             found[path] = path.stat().st_mtime_ns
     return found
+
+
+def as_they_were(segments: dict[Path, int]) -> bool:
+    """Whether those that are there still were not written again."""
+    for path, written in segments.items():
+        with contextlib.suppress(FileNotFoundError):  # its video is complete
+            if path.stat().st_mtime_ns != written:
+                return False
+    return True
+
+
+def test_two_cannot_have_one_port() -> None:
+    listener, url = listen("127.0.0.1", 0)
+    with contextlib.closing(listener), pytest.raises(InputError, match="Choose another --port"):
+        listen("127.0.0.1", int(url.rpartition(":")[2]))
 
 
 def test_a_server_that_is_told_to_end_saves_what_it_makes(

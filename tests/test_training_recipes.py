@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +25,14 @@ from stableavatar.config import SIZES
 from stableavatar.errors import InputError
 from stableavatar.media.reading import probe, read_frames, read_metadata
 from stableavatar.models.transformer import StableAvatarTransformer3DModel
+from stableavatar.training.avatar import Avatar
 from stableavatar.training.checkpoints import list_checkpoints
 from stableavatar.training.log import read_log
 from stableavatar.training.parameters import freeze_others, trained_by_recipe
 from stableavatar.training.recipes import load_recipe
 from stableavatar.training.run import cache_latents, prepare_training
-from stableavatar.training.validation import _by_aspect
+from stableavatar.training.start import load_encoders
+from stableavatar.training.validation import ValidationVideos, _by_aspect
 from toy import toy_transformer
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerator")
@@ -249,6 +252,19 @@ def test_validation_as_the_documentation_asks_for_it(data: Path, tmp_path: Path)
 def test_validation_videos_have_the_sizes_of_the_clips() -> None:
     sizes = [(512, 512), (832, 480), (832, 480), (640, 640), (512, 512)]
     assert _by_aspect(sizes) == {"square": (512, 512), "wide": (832, 480)}
+
+
+@pytest.mark.parametrize(
+    ("variant", "sizes"), [(None, {"wide": (832, 480)}), ("square", {"square": (512, 512)})]
+)
+def test_they_are_the_variants_where_the_training_goes_on_from_one(
+    data: Path, tmp_path: Path, published: Path, variant: str | None, sizes: dict[str, tuple[int, int]]
+) -> None:
+    recipe = load_recipe(SQUARE, toy(data, tmp_path))
+    recipe = replace(recipe, model=replace(recipe.model, source=published, variant=variant))
+    encoders = load_encoders(recipe.model, torch.device("cpu"))
+    videos = ValidationVideos(recipe, Avatar(toy_transformer(), recipe.objective), encoders, [(832, 480)])
+    assert videos._pipeline(encoders).defaults.sizes == sizes
 
 
 def test_a_cache_that_was_drawn_otherwise_is_refused(data: Path, tmp_path: Path) -> None:
