@@ -14,8 +14,9 @@ from PIL import Image
 from skimage.data import astronaut
 
 from command_line import run
+from media_files import write_video
 from stableavatar.data import landmarks
-from stableavatar.data.clips import FolderClip
+from stableavatar.data.clips import FolderClip, read_path_list
 from stableavatar.data.extract import extract_masks, numbered_clips
 from stableavatar.data.landmarks import (
     NETWORKS,
@@ -27,7 +28,9 @@ from stableavatar.data.landmarks import (
     networks_folder,
     square_around,
 )
+from stableavatar.data.prepare import prepare
 from stableavatar.data.puppets import PuppetClip, make_clip
+from stableavatar.data.stretches import PrepareSettings
 from stableavatar.errors import CheckpointError, InputError
 
 LEFT_EYE, RIGHT_EYE, NOSE, CHIN = 263, 33, 1, 152
@@ -111,6 +114,24 @@ def test_masks_of_puppets_are_their_true_ones(landmarker: FaceLandmarker, size: 
             faces.append(overlap(face_mask(points, (size, size)), face))
     assert np.mean(lips) >= 0.7
     assert np.mean(faces) >= 0.85
+
+
+@needs_networks
+def test_what_prepare_writes_of_puppets_are_their_true_masks(tmp_path: Path) -> None:
+    puppets = [make_clip(seed, 1.0, size=256, expression="neutral") for seed in range(940_000, 940_006)]
+    for puppet in puppets:
+        (tmp_path / "raw").mkdir(exist_ok=True)
+        write_video(tmp_path / "raw" / f"{puppet.seed}.mp4", list(puppet.frames), puppet.samples, 16_000)
+    settings = PrepareSettings(least_seconds=0.5)
+    assert prepare(tmp_path / "raw", tmp_path / "data", settings, tell=lambda _: None)["kept"] == len(puppets)
+    folders = read_path_list(tmp_path / "data" / "video_square_path.txt")
+    for kind, least in (("lip_masks", 0.7), ("face_masks", 0.85)):
+        found = []
+        for puppet, folder in zip(puppets, folders, strict=True):
+            truth = getattr(puppet, kind).repeat(2, axis=1).repeat(2, axis=2)
+            made = FolderClip.open(folder).read_masks(kind, 0, len(truth))
+            found += [overlap(one * 255, other) for one, other in zip(made, truth, strict=True)]
+        assert np.mean(found) >= least, kind
 
 
 def test_a_square_maps_to_the_picture() -> None:

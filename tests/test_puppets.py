@@ -31,6 +31,7 @@ from stableavatar.data.puppets import (
 )
 from stableavatar.data.puppets import speech as voices
 from stableavatar.data.puppets.__main__ import main
+from stableavatar.data.puppets.clip import clip_speech
 from stableavatar.data.puppets.recordings import EVALUATION_RECORDINGS, evaluation_recording
 from stableavatar.data.puppets.sentences import draw_sentence
 from stableavatar.errors import InputError
@@ -249,8 +250,8 @@ def test_smiling_and_serious_differ_at_the_corners_of_the_mouth(seed: int) -> No
 
 
 def test_every_expression_moves_what_it_says() -> None:
-    silence = Articulation.rest(75)
-    neutral = make_motion(5, silence)
+    speech = articulate(clip_speech(EVALUATION_SEED, 3.0, "woman"))
+    neutral = make_motion(5, speech)
     moved = {
         "smiling": "smile",
         "serious": "smile",
@@ -261,14 +262,14 @@ def test_every_expression_moves_what_it_says() -> None:
     }
     assert set(moved) == set(EXPRESSIONS) - {"neutral"}
     for expression, track in moved.items():
-        motion = make_motion(5, silence, expression)
+        motion = make_motion(5, speech, expression)
         assert np.abs(getattr(motion, track) - getattr(neutral, track)).max() > 0.05, expression
         first = motion[:1]
         assert abs(float(first.smile[0])) < 1e-6
         assert abs(float(first.shift_x[0])) < 1e-6
     assert {draw_expression(seed) for seed in range(200)} == set(EXPRESSIONS)
     with pytest.raises(InputError, match="surprised"):
-        make_motion(5, silence, "angry")
+        make_motion(5, speech, "angry")
 
 
 def test_prompts_name_the_expression_and_sometimes_the_person() -> None:
@@ -280,8 +281,41 @@ def test_prompts_name_the_expression_and_sometimes_the_person() -> None:
     assert not any(word in neutral for word in EXPRESSIONS)
 
 
+def test_heads_go_with_the_speech_and_hardly_with_the_seed() -> None:
+    speech, other = (articulate(clip_speech(EVALUATION_SEED + k, 10.0, "woman")) for k in (0, 1))
+    for expression, tracks in (
+        ("neutral", ("shift_x", "turn", "nod", "roll")),
+        ("nodding", ("nod", "shift_y")),
+        ("shaking the head", ("turn",)),
+    ):
+        one, again, elsewhere = (
+            make_motion(seed, words, expression) for seed, words in ((5, speech), (50, speech), (5, other))
+        )
+        for track in tracks:
+            moved = getattr(one, track)
+            assert np.corrcoef(moved, getattr(again, track))[0, 1] > 0.75, (expression, track)
+            assert abs(np.corrcoef(moved, getattr(elsewhere, track))[0, 1]) < 0.5, (expression, track)
+
+
+def test_a_clip_moved_anew_keeps_its_mouth_and_most_of_its_head() -> None:
+    clip = make_clip(EVALUATION_SEED, 2.0, expression="neutral")
+    anew, other = (
+        make_clip(EVALUATION_SEED, 2.0, expression="neutral", movement=movement)
+        for movement in (EVALUATION_SEED + 1, EVALUATION_SEED)
+    )
+    assert np.array_equal(clip.frames, other.frames)
+    assert not np.array_equal(clip.frames, anew.frames)
+    assert np.array_equal(clip.portrait, anew.portrait)
+    assert np.array_equal(clip.articulation.as_array(), anew.articulation.as_array())
+    apart = [
+        np.abs(clip.frames - frames.astype(np.float32)).mean() for frames in (anew.frames, clip.portrait)
+    ]
+    assert apart[0] < 0.6 * apart[1]
+
+
 def test_heads_sway_modestly_and_eyes_blink() -> None:
-    motions = [make_motion(seed, Articulation.rest(250)) for seed in range(8)]
+    talking = articulate(clip_speech(EVALUATION_SEED, 10.0, "woman"))
+    motions = [make_motion(seed, talking) for seed in range(8)]
     shifts = np.stack([np.hypot(motion.shift_x, motion.shift_y) for motion in motions]) * 128
     assert 0.5 < shifts.max() < 8
     assert all(motion.blink.max() == 1 for motion in motions)

@@ -14,6 +14,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from diffusers import AutoencoderKLWan
+from safetensors import safe_open
 from torch import nn
 from transformers import UMT5EncoderModel, Wav2Vec2Model
 
@@ -29,7 +30,7 @@ from stableavatar.data.puppets.store import build_store
 from stableavatar.errors import CheckpointError, InputError
 from stableavatar.media.reading import probe
 from stableavatar.models.attention import KernelProcessor
-from stableavatar.pipeline import AvatarPipeline
+from stableavatar.pipeline import TINY, AvatarPipeline
 from stableavatar.training.avatar import Avatar
 from stableavatar.training.checkpoints import list_checkpoints, load_checkpoint
 from stableavatar.training.efficiency import use_explicit_attention
@@ -114,6 +115,22 @@ def test_the_recipe_makes_a_model_that_generates(encoders: Path, cache: Path, tm
     assert len(frames) == len(puppet.frames)
     config = json.loads((made / "transformer" / "config.json").read_text())
     assert "_name_or_path" not in config
+
+
+def test_the_recipe_builds_at_its_own_size_what_ships() -> None:
+    embedded = load_recipe(RECIPE).model.embedded
+    assert embedded is not None
+    with torch.device("meta"):
+        avatar = TinyAvatar(ObjectiveSettings(), heads=embedded.heads, layers=embedded.layers)
+    for name, file in (
+        ("transformer", "diffusion_pytorch_model.safetensors"),
+        ("text_encoder", "model.safetensors"),
+        ("image_encoder", "model.safetensors"),
+    ):
+        with safe_open(TINY / name / file, framework="pt") as shipped:
+            shapes = {key: shipped.get_slice(key).get_shape() for key in shipped.offset_keys()}
+        built = {key: list(value.shape) for key, value in getattr(avatar, name).state_dict().items()}
+        assert {key: built.get(key) for key in shapes} == shapes, name
 
 
 def test_it_goes_on_from_a_model_with_fewer_latent_channels(

@@ -31,6 +31,8 @@ MOVING_EXPRESSIONS = ("nodding", "shaking the head", "tilting the head")
 """What prompts ask heads to do."""
 _OTHER = 7
 """Recordings this far apart have other voices and other words."""
+_MOVED = 10_000_000
+"""Movements of clips and movements drawn anew are of seeds this far apart."""
 _READINGS = (0, 10)
 """The recordings of a person; the others are synthesised."""
 _CROP = (144, 31, 305, 192)
@@ -134,6 +136,19 @@ def talking_case(plan: Plan, index: int) -> TalkingCase:
         called=called_opening(spoken, frames),
         other=_other_speech(plan, index, plan.seconds)[:samples],
     )
+
+
+def moved_anew(truth: PuppetClip) -> Frames:
+    """The same clip [T, H, W, 3] with blinks, glances and free sway drawn anew: what a perfect model may
+    give."""
+    return make_clip(
+        truth.seed,
+        len(truth.frames) / FPS,
+        size=SIZE,
+        samples=truth.samples,
+        expression=truth.expression,
+        movement=truth.seed + _MOVED,
+    ).frames
 
 
 def _other_speech(plan: Plan, index: int, seconds: float) -> Samples:

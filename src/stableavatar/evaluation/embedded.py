@@ -26,6 +26,7 @@ from stableavatar.evaluation.cases import (
     Samples,
     called_opening,
     long_case,
+    moved_anew,
     moving_case,
     person,
     photograph,
@@ -194,6 +195,7 @@ class Evaluation:
         variants: dict[Variant, Frames] = {
             "true": case.frames,
             "decoded": decoded[:count],
+            "redrawn": moved_anew(truth)[:count],
             "still": still[:count],
         }
         if self.speaker is not None:

@@ -1,5 +1,5 @@
-"""Heads that the prompt moves: when they nod no model can know, so each frame is held against the true clip's
-nearest."""
+"""Heads that the prompt moves: a nod that comes a little early is a nod too, so each frame is held against
+the true clip's nearest."""
 
 from __future__ import annotations
 

@@ -17,11 +17,11 @@ Track = NDArray[np.float32]
 Mask = NDArray[np.bool_]
 """Where to look, [height, width]."""
 
-Variant = Literal["made", "true", "decoded", "still", "wrong"]
-VARIANTS: tuple[Variant, ...] = ("made", "true", "decoded", "still", "wrong")
-"""The result and its controls: the model's output; true frames; true frames through the autoencoder; the
-portrait
-repeated; the model's output for another recording."""
+Variant = Literal["made", "true", "decoded", "redrawn", "still", "wrong"]
+VARIANTS: tuple[Variant, ...] = ("made", "true", "decoded", "redrawn", "still", "wrong")
+"""The result and its controls: the model's output; true frames; true frames through the autoencoder; true
+frames with what nobody can know drawn anew; the portrait repeated; the model's output for another
+recording."""
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ _HEADINGS: dict[Variant, str] = {
     "made": "result",
     "true": "true frames",
     "decoded": "decoded truth",
+    "redrawn": "moved anew",
     "still": "still picture",
     "wrong": "wrong speech",
 }
@@ -108,7 +109,7 @@ def rich_table(scores: Scores, title: str) -> Table:
     """The table for a terminal."""
     table = Table(title=title)
     for index, column in enumerate(COLUMNS):
-        table.add_column(column, justify="right" if 0 < index < 6 else "left")
+        table.add_column(column, justify="right" if 0 < index <= len(VARIANTS) else "left")
     for row in scores.rows():
         shown = {"pass": "[green]pass[/]", "MISS": "[bold red]MISS[/]"}
         table.add_row(row[0].replace("[", "\\["), *(shown.get(cell, cell) for cell in row[1:]))
@@ -117,6 +118,6 @@ def rich_table(scores: Scores, title: str) -> Table:
 
 def markdown_table(scores: Scores) -> str:
     """The table for a document."""
-    lines = ["| " + " | ".join(COLUMNS) + " |", "|---|" + "---:|" * 5 + "---|---|"]
+    lines = ["| " + " | ".join(COLUMNS) + " |", "|---|" + "---:|" * len(VARIANTS) + "---|---|"]
     lines += ["| " + " | ".join(row) + " |" for row in scores.rows()]
     return "\n".join(lines)

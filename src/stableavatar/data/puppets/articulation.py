@@ -14,7 +14,7 @@ Track = NDArray[np.float32]
 
 _HOPS_PER_SECOND = 100
 _WINDOW = 512
-_REST_WIDTH = 0.4
+REST_WIDTH = 0.4
 _USUAL_SECOND = 1430.0
 _SILENCE_DB = -66.0
 """A recording whose loud frames lie below this level (dB of full scale) is silence as a whole."""
@@ -55,7 +55,7 @@ class Articulation:
     def rest(cls, frames: int) -> Articulation:
         """A closed mouth at rest for `frames` frames."""
         zero = np.zeros(frames, dtype=np.float32)
-        return cls(zero, np.full(frames, _REST_WIDTH, dtype=np.float32), zero, zero, zero, zero)
+        return cls(zero, np.full(frames, REST_WIDTH, dtype=np.float32), zero, zero, zero, zero)
 
 
 def frames_of(samples: int, sample_rate: int, fps: float | Fraction) -> int:
@@ -63,7 +63,8 @@ def frames_of(samples: int, sample_rate: int, fps: float | Fraction) -> int:
     return max(1, int(Fraction(samples) * Fraction(fps) / sample_rate))
 
 
-def _smooth(values: NDArray[np.float64], sigma: float) -> NDArray[np.float64]:
+def smooth(values: NDArray[np.float64], sigma: float) -> NDArray[np.float64]:
+    """Values [n] under a Gaussian of standard deviation `sigma`, in steps; the ends are held."""
     reach = max(1, int(3 * sigma))
     kernel = np.exp(-0.5 * (np.arange(-reach, reach + 1) / sigma) ** 2)
     padded = np.pad(values, reach, mode="edge")
@@ -151,13 +152,13 @@ def articulate(
     when = (np.arange(frames) + 0.5) * per_frame + 2
 
     def track(values: NDArray[np.float64], frames_sigma: float) -> Track:
-        smooth = _smooth(values, max(0.5, frames_sigma * per_frame))
-        return np.clip(np.interp(when, np.arange(hops), smooth), 0, 1).astype(np.float32)
+        smoothed = smooth(values, max(0.5, frames_sigma * per_frame))
+        return np.clip(np.interp(when, np.arange(hops), smoothed), 0, 1).astype(np.float32)
 
     opening = track(openness * 1.08, 0.55)
     return Articulation(
         opening=opening,
-        width=track(_REST_WIDTH + 0.95 * spread + 0.15 * hissing, 0.9),
+        width=track(REST_WIDTH + 0.95 * spread + 0.15 * hissing, 0.9),
         rounding=track(rounded * 1.4, 0.9),
         jaw=track(openness, 1.1),
         teeth=np.clip(track(0.9 * hissing + 0.55 * energy * front, 0.7), 0, 1),

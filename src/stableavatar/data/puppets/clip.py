@@ -73,6 +73,7 @@ def make_clip(
     expression: str | None = None,
     samples: Samples | None = None,
     identity: Identity | None = None,
+    movement: int | None = None,
 ) -> PuppetClip:
     """Render the clip that belongs to `seed`; the same arguments always give the same bytes.
 
@@ -84,6 +85,7 @@ def make_clip(
         expression: one of `EXPRESSIONS` in place of the seed's own.
         samples: float32 mono at 16 kHz in place of the seed's own speech.
         identity: in place of the seed's own; voice, words and motion stay the seed's.
+        movement: a seed in place of the clip's for what :func:`make_motion` draws.
 
     Raises:
         InputError: an argument out of range, or the synthesiser or scikit-image is missing.
@@ -98,7 +100,7 @@ def make_clip(
     sound = np.pad(sound[:length], (0, max(0, length - len(sound)))).astype(np.float32)
     articulation = articulate(sound, SAMPLE_RATE, FPS)
     chosen = draw_expression(seed) if expression is None else expression
-    motion = make_motion(seed, articulation, chosen, FPS)
+    motion = make_motion(seed if movement is None else movement, articulation, chosen, FPS)
     renderer = Renderer(identity, size)
     pictures = np.empty((frames, size, size, 3), dtype=np.uint8)
     faces = np.empty((frames, size, size), dtype=np.uint8)

@@ -1,4 +1,5 @@
-"""How a puppet carries itself: sway, blinks, glances, brows on stresses, and what its prompt says."""
+"""How a puppet carries itself: a head that goes with the speech and a little of itself, blinks, glances,
+brows on stresses, and what its prompt says (docs/decisions/0012)."""
 
 from __future__ import annotations
 
@@ -7,7 +8,7 @@ from dataclasses import dataclass, fields, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from stableavatar.data.puppets.articulation import Articulation, Track
+from stableavatar.data.puppets.articulation import REST_WIDTH, Articulation, Track, smooth
 from stableavatar.errors import InputError
 
 EXPRESSIONS = (
@@ -22,6 +23,8 @@ EXPRESSIONS = (
 """What a prompt can ask for; each is visible in the picture."""
 _SHARES = (0.28, 0.2, 0.2, 0.1, 0.1, 0.06, 0.06)
 _RAMP_SECONDS = 0.5
+_FREE = 0.25
+"""How much of its sway a head has of itself, against one that ignores the speech."""
 
 
 @dataclass(frozen=True)
@@ -93,19 +96,44 @@ def _blinks(rng: np.random.Generator, frames: int, fps: float) -> NDArray[np.flo
     return track
 
 
-def _stresses(articulation: Articulation) -> NDArray[np.float64]:
-    """Slow pulses where syllables are louder than their neighbourhood, 0..1."""
-    opening = articulation.opening.astype(np.float64)
-    kernel = np.hanning(9)
-    local = np.convolve(np.pad(opening, 4, mode="edge"), kernel / kernel.sum(), mode="valid")
-    pulses = np.clip(local - 0.35, 0, None) / 0.35
-    return np.clip(pulses, 0, 1)
+@dataclass(frozen=True)
+class _Drive:
+    """What the speech does to the head, float64 [frames] each, all 0 in silence.
+
+    `stress` rises to 1 where the mouth is wide open for longer than a frame or two; `sides` goes with the
+    colour of the vowels, spread ones to one side and rounded ones to the other; `beat` swings about 0 with
+    the loudness of syllables, `turnings` a quarter of a swing before it. The last three have a standard
+    deviation near 1.
+    """
+
+    stress: NDArray[np.float64]
+    sides: NDArray[np.float64]
+    beat: NDArray[np.float64]
+    turnings: NDArray[np.float64]
+
+    @classmethod
+    def of(cls, articulation: Articulation, fps: float) -> _Drive:
+        opening = articulation.opening.astype(np.float64)
+        colour = articulation.width.astype(np.float64) - REST_WIDTH - 0.67 * articulation.rounding
+        syllables = smooth(opening, 0.12 * fps)
+        return cls(
+            stress=smooth(np.clip((smooth(opening, 0.07 * fps) - 0.35) / 0.35, 0, 1), 0.1 * fps),
+            sides=smooth(colour, 0.24 * fps) / 0.17,
+            beat=(syllables - smooth(opening, 0.36 * fps)) / 0.1,
+            turnings=np.gradient(np.pad(syllables, 1, mode="edge"))[1:-1] * fps / 0.83,
+        )
 
 
 def make_motion(
     seed: int, articulation: Articulation, expression: str = "neutral", fps: float = 25.0
 ) -> Motion:
-    """Motion for a clip, deterministic in `seed`; frame 0 is at rest, the expression rises in half a second.
+    """Motion for a clip; frame 0 is at rest, speech and expression take hold within half a second.
+
+    Args:
+        seed: of what nothing else tells: blinks, glances, how strong an expression is, a quarter of the sway.
+        articulation: what the speech calls for; the rest of the sway, nods and shakes go with it.
+        expression: one of :data:`EXPRESSIONS`.
+        fps: frames a second.
 
     Raises:
         InputError: `expression` is not one of :data:`EXPRESSIONS`.
@@ -117,22 +145,23 @@ def make_motion(
     seconds = np.arange(frames) / fps
     ramp = np.clip(seconds / _RAMP_SECONDS, 0, 1)
     ramp = ramp * ramp * (3 - 2 * ramp)
-    liveliness = rng.uniform(0.3, 1.0)
-    stress = _stresses(articulation) * ramp
+    drive = _Drive.of(articulation, fps)
+    liveliness = _FREE * rng.uniform(0.3, 1.0)
+    stress = drive.stress * ramp
+    sides = drive.sides * ramp
 
-    shift_x = 0.009 * liveliness * _wander(rng, frames, fps, 1.3)
-    shift_y = 0.006 * liveliness * _wander(rng, frames, fps, 1.1)
-    roll = 0.022 * liveliness * _wander(rng, frames, fps, 1.6)
-    turn = 0.045 * liveliness * _wander(rng, frames, fps, 1.5)
-    nod = 0.02 * liveliness * _wander(rng, frames, fps, 1.2) + 0.02 * liveliness * stress
-    zoom = 1 + 0.006 * liveliness * _wander(rng, frames, fps, 2.0)
-    brow = 0.15 * _wander(rng, frames, fps, 0.9) + 0.4 * rng.uniform(0, 1) * stress
+    shift_x = 0.007 * sides + 0.009 * liveliness * _wander(rng, frames, fps, 1.3)
+    shift_y = 0.012 * stress + 0.006 * liveliness * _wander(rng, frames, fps, 1.1)
+    roll = -0.016 * sides + 0.022 * liveliness * _wander(rng, frames, fps, 1.6)
+    turn = 0.035 * sides + 0.045 * liveliness * _wander(rng, frames, fps, 1.5)
+    nod = 0.05 * stress + 0.02 * liveliness * _wander(rng, frames, fps, 1.2)
+    zoom = 1 + 0.012 * stress + 0.006 * liveliness * _wander(rng, frames, fps, 2.0)
+    brow = 0.15 * _wander(rng, frames, fps, 0.9) + 0.4 * stress
     smile = 0.04 * _wander(rng, frames, fps, 1.2)
     wide = np.zeros(frames)
     gaze_x = np.clip(0.35 * _wander(rng, frames, fps, 0.7), -0.8, 0.8)
     gaze_y = np.clip(0.2 * _wander(rng, frames, fps, 0.9), -0.5, 0.5)
 
-    phase = 2 * np.pi * rng.uniform(0.85, 1.25) * seconds
     strength = rng.uniform(0.8, 1.15)
     if expression == "smiling":
         smile += 0.85 * strength * ramp
@@ -144,15 +173,16 @@ def make_motion(
         brow += 1.0 * strength * ramp
         wide += 0.9 * ramp
     elif expression == "nodding":
-        nod += 0.075 * strength * np.sin(phase) * ramp
-        shift_y += 0.014 * strength * np.sin(phase) * ramp
+        swing = np.clip(drive.beat, -1.6, 1.6) * ramp
+        nod += 0.055 * swing
+        shift_y += 0.01 * swing
     elif expression == "shaking the head":
-        turn += 0.15 * strength * np.sin(phase) * ramp
-        shift_x += 0.01 * strength * np.sin(phase) * ramp
+        swing = np.clip(drive.turnings, -1.6, 1.6) * ramp
+        turn += 0.1 * swing
+        shift_x += 0.007 * swing
     elif expression == "tilting the head":
-        side = 1.0 if rng.uniform() < 0.5 else -1.0
-        roll += side * 0.15 * strength * ramp
-        shift_x += side * 0.015 * ramp
+        roll += 0.15 * ramp
+        shift_x += 0.015 * ramp
     tracks = {
         "shift_x": shift_x, "shift_y": shift_y, "roll": roll, "turn": turn, "nod": nod, "zoom": zoom,
         "blink": _blinks(rng, frames, fps), "brow": np.clip(brow, -1, 1.2), "smile": np.clip(smile, -1, 1),
