@@ -12,8 +12,8 @@ import pytest
 import typer
 
 from command_line import portrait, speech, toy_model
-from stableavatar import pipeline
 from stableavatar.apps import cli
+from stableavatar.checkpoints import layout
 
 COMMANDS = typer.main.get_group(cli.app).commands
 
@@ -39,7 +39,7 @@ def reader(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     portrait(folder / "portrait.png")
     speech(folder / "speech.wav", 1.0)
     monkeypatch.chdir(folder)
-    monkeypatch.setattr(pipeline, "TINY", toy_model())
+    monkeypatch.setattr(layout, "TINY", toy_model())
     return folder
 
 

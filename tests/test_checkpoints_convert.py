@@ -15,9 +15,10 @@ import published_toy as toy
 from stableavatar import AvatarPipeline
 from stableavatar.checkpoints import loading
 from stableavatar.checkpoints.convert import _complete_or_nothing, convert, export_transformer
+from stableavatar.checkpoints.defaults import sampling_defaults
 from stableavatar.checkpoints.files import read_state_dict
 from stableavatar.checkpoints.layout import OWN_PARTS, detect_layout, find_published
-from stableavatar.checkpoints.published import load_published, sampling_defaults
+from stableavatar.checkpoints.published import load_published
 from stableavatar.errors import CheckpointError, InputError
 from stableavatar.models.transformer import StableAvatarTransformer3DModel
 from stableavatar.options import SamplingDefaults

@@ -6,9 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from stableavatar.checkpoints.defaults import read_defaults, sampling_defaults
 from stableavatar.checkpoints.layout import MODEL_INDEX, OWN_PARTS
 from stableavatar.checkpoints.own import check_own
 from stableavatar.errors import CheckpointError, InputError
+from stableavatar.options import SamplingDefaults
 from stableavatar.pipeline import AvatarPipeline
 from toy import toy_folder
 
@@ -113,15 +115,31 @@ def test_one_model_has_no_variants(whole: Path, option: dict[str, str]) -> None:
         (MODEL_INDEX, {"sampling_defaults": {"steps": "50"}}, r"model_index\.json: .*steps = '50'"),
         (MODEL_INDEX, {"sampling_defaults": {"window": 80}}, r"model_index\.json: .*not 4n\+1"),
         (MODEL_INDEX, {"sampling_defaults": {"sizes": {}}}, r"model_index\.json: .*no sizes"),
-        (MODEL_INDEX, {"sampling_defaults": {"sizes": {"square": 512}}}, r"model_index\.json: no model"),
+        (
+            MODEL_INDEX,
+            {"sampling_defaults": {"sizes": {"square": 512}}},
+            r"model_index\.json: nothing can be sampled",
+        ),
     ],
 )
 def test_damaged_settings_are_named(folder: Path, file: str, settings: dict[str, object], words: str) -> None:
     change(folder / file, **settings)
     with pytest.raises(CheckpointError, match=words) as caught:
         AvatarPipeline.from_pretrained(folder)
+    if "sampling_defaults" in settings:
+        with pytest.raises(CheckpointError, match=words):
+            read_defaults(folder)
     assert str(folder) in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_settings_are_read_without_the_model(folder: Path, tmp_path: Path) -> None:
+    assert read_defaults(folder) == AvatarPipeline.from_pretrained(folder).defaults
+    assert read_defaults("tiny").steps == 10
+    for source in (tmp_path, "FrancisRing/StableAvatar"):
+        assert list(read_defaults(source).sizes) == ["square"]
+        assert list(read_defaults(source, variant="rec-vec").sizes) == ["tall", "wide"]
+        assert read_defaults(source, size="14b") == SamplingDefaults(**sampling_defaults("square", "14b"))
 
 
 def test_a_tokenizer_that_is_cut_off(folder: Path) -> None:

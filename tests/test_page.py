@@ -14,7 +14,7 @@ from playwright.sync_api import Browser, Page, expect
 
 from media_files import tone, write_wav
 from pages import DEMO, SECONDS, needs_browser, open_browser, served_page, visited
-from stableavatar.apps.web.studio import Scratch, own_defaults, sent
+from stableavatar.apps.web.studio import Scratch, sent
 from stableavatar.apps.web.texts import TEXTS, Texts, preferred
 from stableavatar.jobs.store import JobStore
 from stableavatar.media.video import probe, read_frames
@@ -308,12 +308,6 @@ def test_every_text_is_in_both_languages() -> None:
         "en",
         "en",
     ]
-
-
-def test_settings_are_the_models_own(tmp_path: Path) -> None:
-    assert own_defaults("tiny").steps == 10
-    assert own_defaults(str(tmp_path)).steps == 50
-    assert np.isclose(own_defaults("tiny").audio_scale, 2.0)
 
 
 def test_a_request_cannot_name_other_files_of_the_machine(tmp_path: Path) -> None:

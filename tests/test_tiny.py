@@ -5,13 +5,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from stableavatar.checkpoints.layout import TINY
 from stableavatar.data.puppets import EVALUATION_SEED, make_clip
 from stableavatar.evaluation.lips import lip_score
 from stableavatar.evaluation.meter import shipped_meter
 from stableavatar.evaluation.pictures import signal_to_noise, structural_similarity
 from stableavatar.evaluation.regions import puppet_regions
 from stableavatar.media.image import fit_picture, read_picture
-from stableavatar.pipeline import TINY, AvatarPipeline, load
+from stableavatar.pipeline import AvatarPipeline, load
 from stableavatar.training.tiny.assemble import MAX_BYTES
 
 DEMO = Path(__file__).parents[1] / "src" / "stableavatar" / "assets" / "demo"

@@ -20,6 +20,7 @@ from transformers import UMT5EncoderModel, Wav2Vec2Model
 
 from clip_folders import write_clip
 from command_line import portrait, speech
+from stableavatar.checkpoints.layout import TINY
 from stableavatar.conditioning.image import picture_tensor, portrait_embeddings
 from stableavatar.conditioning.text import encode_prompts
 from stableavatar.data.cache import CachedWindows, CacheWriter, LatentCache
@@ -30,7 +31,7 @@ from stableavatar.data.puppets.store import build_store
 from stableavatar.errors import CheckpointError, InputError
 from stableavatar.media.reading import probe
 from stableavatar.models.attention import KernelProcessor
-from stableavatar.pipeline import TINY, AvatarPipeline
+from stableavatar.pipeline import AvatarPipeline
 from stableavatar.training.avatar import Avatar
 from stableavatar.training.checkpoints import list_checkpoints, load_checkpoint
 from stableavatar.training.efficiency import use_explicit_attention

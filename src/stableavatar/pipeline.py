@@ -23,7 +23,7 @@ from diffusers.loaders import WanLoraLoaderMixin
 from transformers import CLIPVisionModel, PreTrainedTokenizerBase, UMT5EncoderModel, Wav2Vec2Model
 
 from stableavatar.checkpoints import hub
-from stableavatar.checkpoints.layout import OWN_PARTS, detect_layout, find_published
+from stableavatar.checkpoints.layout import OWN_PARTS, detect_layout, find_published, model_folder
 from stableavatar.checkpoints.lora import lora_file, lora_from_state, merge_loras, parse_lora, read_lora
 from stableavatar.checkpoints.own import check_own
 from stableavatar.checkpoints.published import load_published
@@ -63,8 +63,6 @@ from stableavatar.writing import GeneratedVideo, write_live, write_video
 LoraChoice = str | Path | tuple[str | Path, float]
 
 HUB_ARGUMENTS = ("revision", "token", "cache_dir")
-
-TINY = Path(__file__).parent / "assets" / "tiny"
 
 
 class AvatarPipeline(DiffusionPipeline, WanLoraLoaderMixin):
@@ -148,8 +146,8 @@ class AvatarPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         """
         loras = _chosen_loras(lora)  # what is missing should be said before a large model is read
         published = {"variant": variant or "square", "size": size or "1.3b"}
-        folder = TINY if str(source) == "tiny" else Path(source).expanduser()
-        if folder == TINY and not folder.is_dir():
+        folder = model_folder(source)
+        if str(source) == "tiny" and not folder.is_dir():
             raise CheckpointError(
                 "this copy of the package came without the weights of tiny; train them (make tiny), or name "
                 "another model"

@@ -13,9 +13,9 @@ import av
 import torch
 from huggingface_hub import CacheNotFound, constants, scan_cache_dir
 
-from stableavatar import __version__, pipeline
+from stableavatar import __version__
 from stableavatar.checkpoints.hub import BASE_14B_REPOSITORY, PUBLISHED_REPOSITORY
-from stableavatar.checkpoints.layout import detect_layout, find_published
+from stableavatar.checkpoints.layout import TINY, detect_layout, find_published
 from stableavatar.choices import ModelSize, Variant
 from stableavatar.errors import StableAvatarError
 from stableavatar.media.image import MAX_PIXELS
@@ -90,10 +90,10 @@ def _memory() -> str:
 
 
 def _tiny() -> str:
-    if not pipeline.TINY.is_dir():
-        return f"not in this installation ({pipeline.TINY} is missing)"
-    size = sum(file.stat().st_size for file in pipeline.TINY.rglob("*") if file.is_file())
-    return f"ready, {size / 1e6:.1f} MB in {pipeline.TINY}"
+    if not TINY.is_dir():
+        return f"not in this installation ({TINY} is missing)"
+    size = sum(file.stat().st_size for file in TINY.rglob("*") if file.is_file())
+    return f"ready, {size / 1e6:.1f} MB in {TINY}"
 
 
 def _published(folder: Path) -> list[tuple[str, str]]:

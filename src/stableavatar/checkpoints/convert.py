@@ -22,13 +22,14 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from stableavatar.checkpoints import loading
+from stableavatar.checkpoints.defaults import sampling_defaults
 from stableavatar.checkpoints.layout import (
     MODEL_INDEX,
     OWN_PARTS,
     PublishedLayout,
     find_published,
 )
-from stableavatar.checkpoints.published import SHIFT, TRAINING_STEPS, sampling_defaults
+from stableavatar.checkpoints.published import SHIFT, TRAINING_STEPS
 from stableavatar.errors import InputError
 from stableavatar.models.transformer import StableAvatarTransformer3DModel
 

@@ -32,6 +32,9 @@ OWN_PARTS = (
 OWN_TRANSFORMER_CLASS = "StableAvatarTransformer3DModel"
 MODEL_INDEX = "model_index.json"
 
+TINY = Path(__file__).parents[1] / "assets" / "tiny"
+"""The model that ships in the package."""
+
 # Folder names of the Wan bases: the published ones, then patterns for the same under other names.
 _BASE_FOLDERS: Mapping[str, tuple[str, ...]] = {
     "1.3b": ("Wan2.1-Fun-V1.1-1.3B-InP", "Wan2.1*1.3B*"),
@@ -178,6 +181,11 @@ def find_published(root: Path | str) -> PublishedLayout:
             f" get them with: {download_command(root)}"
         )
     return best
+
+
+def model_folder(source: Path | str) -> Path:
+    """The folder of a model, whether it is there or not; the embedded one's for `tiny`."""
+    return TINY if str(source) == "tiny" else Path(source).expanduser()
 
 
 def detect_layout(path: Path | str) -> Layout:

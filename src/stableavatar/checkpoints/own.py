@@ -6,18 +6,17 @@ failed inside of them; some of it they pass over.
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import fields
 from pathlib import Path
-from typing import Any, get_origin, get_type_hints
+from typing import Any
 
 import transformers
 from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler
 
 from stableavatar.checkpoints import loading
+from stableavatar.checkpoints.defaults import check_defaults
 from stableavatar.checkpoints.files import read_json
 from stableavatar.checkpoints.layout import MODEL_INDEX, OWN_PARTS
 from stableavatar.errors import CheckpointError
-from stableavatar.options import GenerateOptions, SamplingDefaults
 
 _LOADERS: Mapping[str, Callable[..., Any]] = {
     "transformer": loading.load_transformer,
@@ -66,7 +65,7 @@ def check_own(folder: Path, parts: Iterable[str] = OWN_PARTS) -> None:
             model = _LOADERS[part](folder / part, config=settings, dtype=None, device="meta")
             if isinstance(model, AutoencoderKLWan):
                 _check_statistics(folder / part / "config.json", model)
-    _check_defaults(folder / MODEL_INDEX, index.get("sampling_defaults"))
+    check_defaults(folder / MODEL_INDEX, index.get("sampling_defaults"))
 
 
 def _check_class(file: Path, part: str, entry: Any) -> None:
@@ -115,31 +114,3 @@ def _check_statistics(file: Path, vae: AutoencoderKLWan) -> None:
             raise CheckpointError(f"{file}: {name} has values that are no numbers; copy the folder again")
     if 0 in vae.config["latents_std"]:
         raise CheckpointError(f"{file}: latents_std has a zero; copy the folder again")
-
-
-def _check_defaults(file: Path, defaults: Any) -> None:
-    """The model's own settings for sampling: known names, of the right type, and within their bounds."""
-    if defaults is None:
-        return
-    if not isinstance(defaults, dict):
-        raise CheckpointError(f"{file}: sampling_defaults is no object of names and values; correct it")
-    known = [f.name for f in fields(SamplingDefaults)]
-    if unknown := [key for key in defaults if key not in known]:
-        raise CheckpointError(
-            f"{file}: sampling_defaults has the unknown setting {', '.join(unknown)}; known are "
-            f"{', '.join(known)}. Remove it, or get the release that the model was made with"
-        )
-    types = get_type_hints(SamplingDefaults)
-    for key, value in defaults.items():
-        kind = get_origin(types[key]) or types[key]
-        allowed = {float: int | float, tuple: list | tuple}.get(kind, kind)
-        if isinstance(value, bool) or not isinstance(value, allowed):
-            raise CheckpointError(f"{file}: sampling_defaults has {key} = {value!r}, not a value for it")
-    with loading.settings_of(file):
-        whole = SamplingDefaults(**defaults)
-        if not whole.sizes:
-            raise ValueError("sampling_defaults has no sizes")
-        own = ("sizes", "step_cache_coefficients")
-        others = {name: getattr(whole, name) for name in known if name not in own}
-        for width, height in whole.sizes.values():
-            GenerateOptions(width=width, height=height, **others)

@@ -7,27 +7,12 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
 from stableavatar.checkpoints import loading
+from stableavatar.checkpoints.defaults import sampling_defaults
 from stableavatar.checkpoints.layout import PublishedLayout
 from stableavatar.errors import CheckpointError
-from stableavatar.options import STEP_CACHE_COEFFICIENTS, SamplingDefaults
 
 SHIFT = 5.0
 TRAINING_STEPS = 1000
-
-# Which aspects the released transformers were trained at; those of 14B at every one.
-_TRAINED_AT = {("1.3b", "square"): ("square",), ("1.3b", "rec-vec"): ("tall", "wide")}
-
-
-def sampling_defaults(variant: str | None, size: str) -> dict[str, Any]:
-    """What a published transformer's own settings differ in from `SamplingDefaults`: trained sizes, and the
-    step cache's polynomial. Of no variant, such as the outcome of a training, the sizes are not known.
-    """
-    made: dict[str, Any] = {}
-    if variant is not None and (aspects := _TRAINED_AT.get((size, variant))) is not None:
-        made["sizes"] = {aspect: SamplingDefaults().sizes[aspect] for aspect in aspects}
-    if (coefficients := STEP_CACHE_COEFFICIENTS[size]) != SamplingDefaults().step_cache_coefficients:
-        made["step_cache_coefficients"] = coefficients
-    return made
 
 
 def load_published(found: PublishedLayout, variant: str, size: str, dtype: torch.dtype) -> dict[str, Any]:

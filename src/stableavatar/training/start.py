@@ -11,7 +11,7 @@ import torch
 
 from stableavatar.checkpoints import loading
 from stableavatar.checkpoints.files import read_json
-from stableavatar.checkpoints.layout import detect_layout, find_published
+from stableavatar.checkpoints.layout import detect_layout, find_published, model_folder
 from stableavatar.config import SIZES
 from stableavatar.data.cache import CachedWindows, LatentCache
 from stableavatar.data.clips import find_clips, read_path_list
@@ -21,7 +21,7 @@ from stableavatar.data.puppets import ClipStore
 from stableavatar.errors import InputError
 from stableavatar.media.files import file_fingerprint
 from stableavatar.models.transformer import StableAvatarTransformer3DModel
-from stableavatar.pipeline import TINY, AvatarPipeline
+from stableavatar.pipeline import AvatarPipeline
 from stableavatar.placement.device import DTYPES
 from stableavatar.placement.slow_kernels import avoid_slow_kernels
 from stableavatar.training.recipes import DataChoice, ModelChoice, Recipe
@@ -89,11 +89,6 @@ def open_cache(recipe: Recipe, encoders: Encoders | None) -> Any:
             f"{recipe.objective.mask_loss} needs"
         )
     return cache if recipe.data.window_frames is None else CachedWindows(cache, recipe.trainer.seed)
-
-
-def model_folder(source: Path) -> Path:
-    """The folder of a model; the embedded one's for `tiny`."""
-    return TINY if str(source) == "tiny" else source
 
 
 def start_device(recipe: Recipe, *, leads: bool) -> str:

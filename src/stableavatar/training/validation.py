@@ -12,15 +12,15 @@ from accelerate import cpu_offload_with_hook
 from accelerate.hooks import remove_hook_from_module
 from diffusers import FlowMatchEulerDiscreteScheduler
 
-from stableavatar.checkpoints.layout import detect_layout
-from stableavatar.checkpoints.published import sampling_defaults
+from stableavatar.checkpoints.defaults import sampling_defaults
+from stableavatar.checkpoints.layout import detect_layout, model_folder
 from stableavatar.data.encoding import Encoders
 from stableavatar.errors import InputError
 from stableavatar.pipeline import AvatarPipeline, check_options
 from stableavatar.training.avatar import Avatar
 from stableavatar.training.devices import process_device
 from stableavatar.training.recipes import Recipe
-from stableavatar.training.start import load_encoders, model_folder
+from stableavatar.training.start import load_encoders
 from stableavatar.training.tiny.assemble import embedded_pipeline
 from stableavatar.training.tiny.avatar import TinyAvatar
 

@@ -11,7 +11,8 @@ os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
 
 from stableavatar.apps.running import listen, run_with_workers
 from stableavatar.apps.web.page import create_page
-from stableavatar.apps.web.studio import Scratch, Studio, own_defaults
+from stableavatar.apps.web.studio import Scratch, Studio
+from stableavatar.checkpoints.defaults import read_defaults
 from stableavatar.jobs.intake import FileChecker, Limits
 from stableavatar.jobs.store import JobStore
 from stableavatar.jobs.worker import ModelChoice
@@ -55,7 +56,7 @@ def run_page(service: PageService, host: str, port: int, announce: Callable[[str
         checker,
         limits,
         service.model.name or Path(service.model.source).name,
-        own_defaults(service.model.source),
+        read_defaults(service.model.source, variant=service.model.variant, size=service.model.size),
         service.vocals,
         service.checkpoints,
         scratch,

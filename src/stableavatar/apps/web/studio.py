@@ -2,7 +2,6 @@
 
 import hashlib
 import html
-import json
 import secrets
 import shutil
 import tempfile
@@ -19,10 +18,8 @@ from gradio.utils import get_upload_folder
 from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-import stableavatar
 from stableavatar.apps.web.sentences import in_words
 from stableavatar.apps.web.texts import Texts
-from stableavatar.errors import CheckpointError
 from stableavatar.jobs.intake import FileChecker, Limits
 from stableavatar.jobs.job import Job
 from stableavatar.jobs.store import LEAST_ROOM, JobStore
@@ -94,24 +91,6 @@ class Studio:
     vocals: Path
     checkpoints: Path
     scratch: Scratch
-
-
-def own_defaults(source: str) -> SamplingDefaults:
-    """A model's own settings, without loading it; those of the released ones where it has none of its own.
-
-    Raises:
-        CheckpointError: its `model_index.json` is damaged.
-    """
-    folder = Path(source).expanduser()
-    if source == "tiny":
-        folder = Path(stableavatar.__file__).parent / "assets" / "tiny"
-    index = folder / "model_index.json"
-    if not index.is_file():
-        return SamplingDefaults()
-    try:
-        return SamplingDefaults(**json.loads(index.read_text(encoding="utf-8")).get("sampling_defaults", {}))
-    except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{index}: is damaged ({error}); get the model again") from error
 
 
 def owner_of(cookies: dict[str, str]) -> str | None:
