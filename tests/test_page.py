@@ -4,6 +4,7 @@ import contextlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import gradio as gr
 import numpy as np
@@ -14,10 +15,13 @@ from playwright.sync_api import Browser, Page, expect
 
 from media_files import tone, write_wav
 from pages import DEMO, SECONDS, needs_browser, open_browser, served_page, visited
+from stableavatar.apps.web import talk
 from stableavatar.apps.web.studio import Scratch, sent
 from stableavatar.apps.web.texts import TEXTS, Texts, preferred
+from stableavatar.jobs.intake import OPTIONS
 from stableavatar.jobs.store import JobStore
 from stableavatar.media.video import probe, read_frames
+from stableavatar.options import GenerateOptions
 
 
 @pytest.fixture(scope="module")
@@ -308,6 +312,13 @@ def test_every_text_is_in_both_languages() -> None:
         "en",
         "en",
     ]
+
+
+def test_the_form_has_every_option_that_a_request_may_choose() -> None:
+    assert set(OPTIONS) - {"order"} <= set(talk._FIELDS)  # the order is *First frames at once*
+    for name in ("guidance", "overlap_weights", "speech_normalisation", "fit"):
+        kind = get_type_hints(GenerateOptions)[name]
+        assert all(f"{name}_{choice}" in TEXTS for choice in get_args(kind)), name
 
 
 def test_a_request_cannot_name_other_files_of_the_machine(tmp_path: Path) -> None:

@@ -257,6 +257,7 @@ def test_the_description_is_whole(client: TestClient) -> None:
         "order",
         "seed",
         "quality",
+        "speech_normalisation",
     ):
         assert form[name]["description"], name
     assert not {"decoder_device", "window", "batch_windows", "compat", "lora"} & set(form)

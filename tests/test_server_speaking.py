@@ -125,6 +125,10 @@ def test_who_speaks_goes_before_videos_and_those_go_on_after(
         ({"type": "start", "portrait": "aGVsbG8=", "options": {"size": "9x"}}, "size"),
         ({"type": "start", "portrait": "aGVsbG8=", "options": {"size": "9" * 5000 + "x16"}}, "size"),
         ({"type": "start", "portrait": "aGVsbG8=", "options": {"fps": None}}, "fps"),
+        (
+            {"type": "start", "portrait": "aGVsbG8=", "options": {"speech_normalisation": "recording"}},
+            "speech_normalisation",
+        ),
         ({"type": "start", "portrait": "aGVsbG8=", "options": {"seed": 2**70}}, "seed"),
     ],
 )

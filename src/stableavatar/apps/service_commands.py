@@ -76,6 +76,9 @@ def serve(
     most_waiting_each: Annotated[
         int, typer.Option(help="Videos of one owner that wait.", rich_help_panel=_LIMITS)
     ] = 20,
+    most_kept_each: Annotated[
+        int, typer.Option(help="Videos of one owner that are there.", rich_help_panel=_LIMITS)
+    ] = 500,
     keep_days: KeepDaysOption = 7.0,
     checkpoint_every: Annotated[
         float, typer.Option(min=0, help="Seconds after which the state of a video is saved.")
@@ -109,6 +112,7 @@ def serve(
         steps=most_steps,
         waiting=most_waiting,
         waiting_each=most_waiting_each,
+        kept_each=most_kept_each,
     )
     models = [
         ModelChoice(

@@ -26,6 +26,7 @@ from stableavatar.options import GenerateOptions, OutputOptions
 OPTIONS = (
     "prompt", "negative_prompt", "width", "height", "aspect", "fit", "steps", "guidance", "text_scale",
     "audio_scale", "overlap", "overlap_weights", "order", "step_cache", "seed", "fps", "start", "duration",
+    "speech_normalisation",
 )  # fmt: skip
 # Lockstep keeps all of a video in memory to its end.
 ORDERS: tuple[Order, ...] = ("wavefront", "causal")

@@ -181,8 +181,10 @@ def _request_fields() -> dict[str, Any]:
 
 
 def _session_fields() -> dict[str, Any]:
-    """The same, of what is spoken now: it begins when it comes, and in one order alone."""
-    made = {name: entry for name, entry in _request_fields().items() if name not in ("start", "order")}
+    """The same, of what is spoken now: it begins when it comes, in one order alone, and nobody knows yet how
+    loud all of it will be."""
+    of_recordings = ("start", "order", "speech_normalisation")
+    made = {name: entry for name, entry in _request_fields().items() if name not in of_recordings}
     size = VideoFiles.model_fields["size"]
     return {**made, "size": (size.annotation, size)}
 

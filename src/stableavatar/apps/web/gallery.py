@@ -114,6 +114,7 @@ def _values(job: Job, folder: Path) -> list[Any]:
         options["overlap"],
         options["overlap_weights"],
         options["step_cache"],
+        options.get("speech_normalisation", "window"),  # a video of an earlier release has none
         options["guidance"],
         asked["negative_prompt"],
         options["seed"],

@@ -13,7 +13,7 @@ from gradio.data_classes import ImageData
 from stableavatar.apps.web.sentences import in_words
 from stableavatar.apps.web.studio import Studio, empty_player, owner, player, sent, status
 from stableavatar.apps.web.texts import Texts
-from stableavatar.choices import Fit, GuidanceRule, OverlapWeights
+from stableavatar.choices import Fit, GuidanceRule, OverlapWeights, SpeechNormalisation
 from stableavatar.errors import InputError
 from stableavatar.jobs.asking import ask, copied
 from stableavatar.jobs.intake import BusyError, check_options
@@ -36,6 +36,7 @@ _FIELDS = (
     "overlap",
     "overlap_weights",
     "step_cache",
+    "speech_normalisation",
     "guidance",
     "negative_prompt",
     "seed",
@@ -201,6 +202,7 @@ def _advanced(studio: Studio, texts: Texts, portrait: gr.Image) -> dict[str, Any
     slider("overlap", 2, most_overlap, 1, defaults.overlap)
     radio("overlap_weights", get_args(OverlapWeights))
     slider("step_cache", 0, 0.3, 0.01, 0.0)
+    radio("speech_normalisation", get_args(SpeechNormalisation))
     slider("quality", 0, 40, 1, 18)
 
     # Texts: Gradio's number fields turn "nothing" into 0 when the fold is opened.

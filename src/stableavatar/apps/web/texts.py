@@ -110,6 +110,14 @@ TEXTS: dict[str, tuple[str, str]] = {
     ),
     "overlap_weights_uniform": ("even", "均匀"),
     "overlap_weights_log": ("rising", "渐增"),
+    "speech_normalisation": ("Loudness is evened out", "音量均衡"),
+    "speech_normalisation_help": (
+        "In every window, as the method was published: mouths may move in pauses. Over the whole recording: "
+        "calmer pauses, and quiet passages move the mouth less.",
+        "逐窗口均衡为原方法，停顿处口型可能微动；按整段录音均衡则停顿更安静，但轻声处口型也更小。",
+    ),
+    "speech_normalisation_window": ("in every window", "逐窗口"),
+    "speech_normalisation_recording": ("over the recording", "按整段录音"),
     "guidance": ("Guidance", "引导方式"),
     "guidance_help": (
         "By three predictions, as the method was published, or audio-native: try that where the mouth lags "
