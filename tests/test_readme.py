@@ -21,7 +21,7 @@ from stableavatar.media.video import probe
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 # Commands of the system, which have nothing to do with what is tested here.
-FOREIGN = ("python3", ".venv/bin/pip", "source", "arecord")
+FOREIGN = ("python3", "avatar/bin/pip", "source", "arecord")
 
 
 # Options of torchrun that the README names.

@@ -13,10 +13,19 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from stableavatar.models.transformer import StableAvatarTransformer3DModel
+    from stableavatar.options import GenerateOptions, OutputOptions
     from stableavatar.pipeline import AvatarPipeline, generate, load
 
 __version__ = "0.1.0"
-__all__ = ["AvatarPipeline", "StableAvatarTransformer3DModel", "__version__", "generate", "load"]
+__all__ = [
+    "AvatarPipeline",
+    "GenerateOptions",
+    "OutputOptions",
+    "StableAvatarTransformer3DModel",
+    "__version__",
+    "generate",
+    "load",
+]
 
 
 def __getattr__(name: str) -> Any:
@@ -25,6 +34,10 @@ def __getattr__(name: str) -> Any:
         from stableavatar import pipeline
 
         return getattr(pipeline, name)
+    if name in ("GenerateOptions", "OutputOptions"):
+        from stableavatar import options
+
+        return getattr(options, name)
     if name == "StableAvatarTransformer3DModel":  # by this name model_index.json finds the class
         from stableavatar.models.transformer import StableAvatarTransformer3DModel
 

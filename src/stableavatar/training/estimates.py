@@ -24,7 +24,7 @@ from stableavatar.training.lora import LoraSettings, add_lora
 from stableavatar.training.parameters import freeze_others, trained_by_recipe
 from stableavatar.training.recipes import Recipe, load_recipe
 
-GIGABYTE = 2**30
+GIBIBYTE = 2**30
 # Width and height of the clips of a path list, by a part of its name.
 SHAPES = {"square": (512, 512), "rec": (832, 480), "vec": (480, 832)}
 # What is assumed of a GPU, and how much of its products' rate a training reaches.
@@ -236,7 +236,7 @@ def table(folder: Path, gpus: Sequence[int]) -> str:
     """The text with the table, of every recipe in a folder."""
     headings = [
         "recipe", "GPUs", "trained, millions", "weights", "gradients", "optimizer", "activations",
-        "GB in all", "PFLOP a clip", "seconds a step", "days", "GB of main memory",
+        "GiB in all", "PFLOP a clip", "seconds a step", "days", "GiB of main memory",
     ]  # fmt: skip
     lines = ["| " + " | ".join(headings) + " |", "|" + " --- |" * len(headings)]
     for path in sorted(folder.glob("*.yaml")):
@@ -252,24 +252,25 @@ def table(folder: Path, gpus: Sequence[int]) -> str:
                 path.stem,
                 str(count) if spread else "any",
                 f"{found.trained / 1e6:,.0f}",
-                *(f"{size / GIGABYTE:,.1f}" for size in sizes),
+                *(f"{size / GIBIBYTE:,.1f}" for size in sizes),
                 f"{found.operations / 1e15:.2f}",
                 f"{seconds:.1f}",
                 f"{seconds * recipe.trainer.steps / 86_400:.1f}",
-                f"{found.loaded / GIGABYTE:,.0f}",
+                f"{found.loaded / GIBIBYTE:,.0f}",
             ]
             lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(
         [
-            "Computed from sizes, not measured: GB a GPU for the recipe's largest clips, without the "
-            "encoders (cache-latents, or offload_encoders) and what the CUDA libraries take; operations "
-            "counted of a forward pass, times four (recomputed, and twice for the gradients; times three "
-            "for a LoRA); seconds at "
-            f"{REACHED:.0%} of {GPU_TFLOPS} TFLOP/s, without what is sent between GPUs; days of the recipe's "
-            "steps. Main memory is what is read of the transformer at the start: by the first process alone "
-            "where trainer.sharding is fsdp2, as in the lines with a number of GPUs; else, with DeepSpeed or "
-            "accelerate's FSDP too, by every process. GGUF and 8-bit files are expanded by every process. "
-            "With offload_encoders every process keeps the encoders in main memory besides.",
+            "Computed from sizes, not measured; GiB a GPU, for the recipe's largest clips.",
+            "",
+            "- Left out: the encoders (cache-latents, or offload_encoders, with which every process keeps "
+            "them in main memory), what the CUDA libraries take, and what is sent between GPUs.",
+            "- Operations are counted of a forward pass, times four: it is computed anew for the gradients, "
+            "which cost two more. For a LoRA times three.",
+            f"- Seconds at {REACHED:.0%} of {GPU_TFLOPS} TFLOP/s; days of the recipe's steps.",
+            "- Main memory is what is read of the transformer at the start: where trainer.sharding is fsdp2 "
+            "(the lines with a number of GPUs) by the first process alone, else, with DeepSpeed and "
+            "accelerate's FSDP too, by every process. GGUF and 8-bit files are expanded by every process.",
             "",
             *lines,
         ]

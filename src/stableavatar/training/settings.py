@@ -35,7 +35,7 @@ class TrainerSettings:
             skipped and counted.
         workers: processes that read samples; 0 reads in the loop.
         wait_minutes: how long a process waits for another before it gives up: longer than the validation
-            videos take, which the first makes alone.
+            videos take, which the first makes alone where every process has the whole model.
     """
 
     __pydantic_config__: ClassVar = {"extra": "forbid"}

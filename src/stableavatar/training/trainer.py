@@ -169,9 +169,7 @@ class Trainer(Generic[Sample]):
             raise InputError("muon needs whole matrices: use adamw with DeepSpeed, and with sharding")
         if settings.sharding == "fsdp2":
             if accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.FSDP):
-                raise InputError(
-                    "sharding fsdp2 and what accelerate launch was told exclude each other: leave one of them"
-                )
+                raise InputError("with what accelerate launch was told, give --set trainer.sharding=none")
             shard_module(module, accelerator.device)
             return module, make_optimizer(settings.optimizer, trained_parameters(module))
         dtype = torch.bfloat16 if settings.precision == "bf16" else torch.float32
@@ -220,7 +218,8 @@ class Trainer(Generic[Sample]):
         different = [name for name, value in self._identity().items() if stored.get(name, value) != value]
         if different and not (new_data and not {"seed", *self.identity} & set(different)):
             raise InputError(
-                f"{checkpoint} was trained with another {', '.join(different)}; it cannot be resumed exactly"
+                f"{checkpoint} was trained with another {', '.join(different)}; it cannot be resumed exactly "
+                + ("" if {"seed", *self.identity} & set(different) else "(--new-data goes on all the same)")
             )
         if self.deepspeed and stored["processes"] != self.accelerator.num_processes:
             raise InputError(f"{checkpoint} is of {stored['processes']} processes: DeepSpeed needs as many")
