@@ -1,5 +1,6 @@
 """What the command line does not take: a line or two, exit status 2, and nothing left behind."""
 
+import errno
 import json
 import os
 import re
@@ -13,11 +14,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import typer
 from PIL import Image
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from command_line import QUICK, portrait, run, speech, start, toy_model
 from stableavatar import pipeline
+from stableavatar.apps.console import plain_errors
 from stableavatar.errors import is_out_of_memory
 from stableavatar.journal import Journal
 
@@ -321,3 +325,27 @@ def test_terminated(scene: Scene) -> None:
     assert "Traceback" not in rest
     assert printed == ""
     assert sorted(scene.folder.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (
+            OSError(errno.ENOSPC, "No space left on device", "runs/log.jsonl"),
+            "runs/log.jsonl: there is no room",
+        ),
+        (
+            SafetensorError("Error while serializing: I/O error: No space left (os error 28)"),
+            "the disk: there is",
+        ),
+    ],
+)
+def test_a_disk_that_is_full_wherever_something_is_written(
+    error: Exception, words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(typer.Exit) as ended, plain_errors():
+        raise error
+    assert ended.value.exit_code == 2
+    assert words in capsys.readouterr().err
+    with pytest.raises(OSError, match="another"), plain_errors():
+        raise OSError(errno.EIO, "another fault")

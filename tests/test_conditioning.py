@@ -117,6 +117,7 @@ class TestSpeech:
         speech = window_speech(plan, 118400 / 16000)
         lengths = [last - first for first, last in map(speech.stretch, plan.windows)]
         assert lengths == [84 * 640] * 3 + [118400 - 33 * 4 * 640]
+        assert window_speech(plan, 2.0).stretch(plan.windows[-1]) == (33 * 4 * 640, (46 * 4 + 1) * 640)
 
     def test_features_are_computed_once_for_a_window(self) -> None:
         """Fault 8."""

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import pickle
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,11 +16,12 @@ from transformers import Wav2Vec2Model
 from clip_folders import SIDE, write_clip
 from stableavatar.conditioning.image import picture_tensor, reference_condition
 from stableavatar.conditioning.speech import speech_features
+from stableavatar.data import cache as cache_module
 from stableavatar.data.cache import CachedWindows, CacheWriter, LatentCache, read_manifest
 from stableavatar.data.clips import normalized_speech
 from stableavatar.data.dataset import ClipDataset, ClipDatasetSettings, ClipSample
 from stableavatar.data.encoding import Encoders, stack_samples
-from stableavatar.errors import InputError
+from stableavatar.errors import InputError, StorageError
 from toy_encoders import toy_encoder_pair
 
 
@@ -168,6 +170,35 @@ def test_an_interrupted_cache_is_finished_and_another_ones_refused(
         LatentCache(folder)
     with pytest.raises(InputError, match="no readable cache"):
         LatentCache(root / "nothing")
+
+
+def test_a_full_disk_leaves_a_cache_that_goes_on(
+    root: Path, encoders: tuple[AutoencoderKLWan, Wav2Vec2Model], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dataset = three_clips(root)
+    folder = root / "cache"
+
+    def full_disk(_tensors: object, path: Path) -> None:
+        path.write_bytes(b"half of it")
+        raise OSError(28, "No space left on device")
+
+    writer = CacheWriter(dataset, folder, Encoders(*encoders), shard_samples=3)
+    with monkeypatch.context() as patch:
+        patch.setattr(cache_module, "save_file", full_disk)
+        with pytest.raises(StorageError, match="No space left"):
+            writer.write(KEYS)
+    assert [path.name for path in folder.iterdir()] == ["manifest.json"]
+    fill(CacheWriter(dataset, folder, Encoders(*encoders), shard_samples=3), KEYS)
+    assert len(LatentCache(folder)) == 3
+
+
+def test_a_cache_is_read_by_processes_that_are_not_forked(
+    root: Path, encoders: tuple[AutoencoderKLWan, Wav2Vec2Model]
+) -> None:
+    fill(CacheWriter(three_clips(root), root / "cache", Encoders(*encoders), shard_samples=4), KEYS)
+    cache = LatentCache(root / "cache")
+    sent = pickle.loads(pickle.dumps(cache))
+    assert torch.equal(sent[1, 0].latents, cache[1, 0].latents)
 
 
 def test_a_cache_grows_with_its_data_set(

@@ -310,3 +310,23 @@ def test_a_video_is_read_as_its_masks_were_made_from_it(tmp_path: Path) -> None:
         InputError, match=r"64x96 pixels where 96x64 were expected \(it is to be shown turned"
     ):
         FolderClip.open(clip).read_frames(0, 1)
+
+
+def test_speech_of_a_video_whose_sound_begins_before_its_picture(root: Path) -> None:
+    folder = write_clip(root / "speech" / "00001")
+    (folder / "audio.wav").unlink()
+    samples = np.random.default_rng(0).uniform(-0.5, 0.5, 16_000).astype(np.float32)
+    black = [np.zeros((SIDE, SIDE, 3), np.uint8)] * 13
+    video = write_video(root / "a.mkv", black, samples, 16_000, sound_at=-0.08, sound_codec="flac")
+    video.replace(folder / "sub_clip.mp4")
+    heard = FolderClip.open(folder).read_speech(0, 10)
+    np.testing.assert_allclose(heard, samples[1280 : 1280 + 6400], atol=1e-3)
+
+
+def test_clips_of_nearly_one_rate_are_of_one_group(root: Path) -> None:
+    folders = [
+        write_clip(root / "speech" / f"{k:05d}", frames=12, fps=fps)
+        for k, fps in enumerate((30, Fraction(30000, 1001), 25))
+    ]
+    groups = ClipDataset.from_folders(folders, ClipDatasetSettings(frames=9, masks=False)).groups
+    assert groups[0] == groups[1] != groups[2]

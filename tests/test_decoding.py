@@ -17,7 +17,7 @@ from diffusers.hooks import apply_group_offloading
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from stableavatar import generation
-from stableavatar.errors import InputError
+from stableavatar.errors import InputError, SamplingError
 from stableavatar.generation import _Pace
 from stableavatar.options import GenerateOptions
 from stableavatar.pipeline import AvatarPipeline
@@ -98,6 +98,18 @@ def test_the_memory_does_not_grow(build: Callable[[], AutoencoderKLWan], tiling:
         sizes.append(sum(tensor.untyped_storage().nbytes() for tensor in tensors.values()))
     assert 0 < sizes[0] < sizes[1]
     assert sizes[1:] == sizes[1:2] * 6
+
+
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
+def test_frames_that_are_no_numbers_are_no_pictures(wrong: float) -> None:
+    pipeline = toy_pipeline()
+    latents = pipeline.sample_latents(PORTRAIT, SPEECH, steps=1, width=32, height=32)
+    with torch.no_grad():
+        pipeline.vae.decoder.conv_out.bias.fill_(wrong)
+    with pytest.raises(SamplingError, match="float32"):
+        list(pipeline.decode_latents(latents))
+    with pytest.raises(SamplingError, match="float32"):
+        list(pipeline.stream(PORTRAIT, SPEECH, steps=1, width=32, height=32))
 
 
 def test_two_videos_decoded_in_turn_do_not_mix() -> None:

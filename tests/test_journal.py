@@ -16,7 +16,7 @@ import torch
 from command_line import QUICK, Nursery, portrait, run, speech, start, toy_model
 from stableavatar.errors import InputError, StoppedError
 from stableavatar.generation import Progress
-from stableavatar.journal import Journal, SavedState
+from stableavatar.journal import Journal, SavedState, refuse_unfinished
 from stableavatar.media.image import read_picture
 from stableavatar.media.reading import probe, read_frames, read_metadata
 from stableavatar.media.segments import SegmentWriter
@@ -278,6 +278,43 @@ def test_a_damaged_journal_is_named(pipeline: AvatarPipeline, tmp_path: Path) ->
         damage()
         with pytest.raises(InputError, match=what):
             make(pipeline, tmp_path / "out.mp4", resume=True)
+
+
+def test_killed_as_the_journal_of_a_finished_video_is_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    journal = Journal(tmp_path / "out.mp4")
+    journal.begin({"settings": {}})
+    (journal.folder / "segment-000000.mp4").write_bytes(b"a segment")
+    journal.save(SavedState({"a": torch.zeros(1)}, {"segments": 1}))
+    unlink = Path.unlink
+
+    def killed(path: Path, missing_ok: bool = False) -> None:
+        if path.name.startswith(("segment", "state")):
+            raise KeyboardInterrupt
+        unlink(path, missing_ok)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", killed)
+        with pytest.raises(KeyboardInterrupt):
+            journal.finish()
+    journal._lock.close()
+    assert (journal.folder / "segment-000000.mp4").exists()
+    refuse_unfinished(tmp_path / "out.mp4")  # nothing is unfinished
+    again = Journal(tmp_path / "out.mp4")
+    assert not again.has_state
+    again.close()
+    assert not journal.folder.exists()
+
+
+def test_a_name_as_long_as_file_systems_allow(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / ("很" * 83 + ".mp4"))
+    journal.begin({"settings": {}})
+    journal.save(SavedState({"a": torch.zeros(1)}, {"segments": 0}))
+    journal.unfinished.touch()
+    journal.finish()
+    journal.close()
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.fixture

@@ -231,6 +231,15 @@ class TestFollowedFiles:
             assert np.array_equal(followed.samples(0, 40_000), speech.samples(0, 40_000))
         assert followed.length is None or followed.length == 40_000
 
+    def test_opposite_phase_is_heard_as_it_arrives(self) -> None:
+        samples = noise(40_000)
+        both = np.stack([samples, -samples], axis=1)
+        recording = LiveRecording(pieces(both, 999), channels=2)
+        assert np.array_equal(recording.speech.samples(0, 40_000), samples)
+        usual = LiveRecording(pieces(np.stack([samples, noise(40_000, 1)], axis=1), 999), channels=2)
+        mean = (samples + noise(40_000, 1)) / 2
+        np.testing.assert_allclose(usual.speech.samples(0, 40_000), mean, atol=1e-6)
+
     def test_a_file_that_is_cut_off_is_said_where_it_ends(
         self, pipeline: AvatarPipeline, tmp_path: Path
     ) -> None:

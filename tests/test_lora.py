@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig
 from safetensors.torch import save_file
 from torch import nn
 
@@ -22,6 +23,7 @@ from stableavatar.checkpoints.lora import (
 )
 from stableavatar.checkpoints.names import TRANSFORMER
 from stableavatar.errors import CheckpointError, InputError
+from stableavatar.journal import weights_fingerprint
 from stableavatar.media.reading import read_frames
 from stableavatar.models.transformer import StableAvatarTransformer3DModel
 from stableavatar.pipeline import AvatarPipeline
@@ -383,3 +385,15 @@ class TestCommand:
             )
             assert done.exit_code == 2
             assert what in done.output.replace("\n", " ")
+
+
+def test_how_strongly_adapters_act_is_part_of_what_a_run_is_made_of() -> None:
+    transformer = toy_transformer()
+    plain = weights_fingerprint({"transformer": transformer})
+    transformer.add_adapter(LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False), "a")
+    seen = {plain, weights_fingerprint({"transformer": transformer})}
+    transformer.set_adapters("a", 0.3)
+    seen.add(weights_fingerprint({"transformer": transformer}))
+    transformer.disable_lora()
+    seen.add(weights_fingerprint({"transformer": transformer}))
+    assert len(seen) == 4

@@ -18,10 +18,10 @@ from PIL import Image
 
 from media_files import click, tone, write_sound, write_video, write_wav
 from stableavatar.errors import InputError
+from stableavatar.media import video
 from stableavatar.media.audio import Sound
 from stableavatar.media.timing import sample_position
 from stableavatar.media.video import (
-    FrameSink,
     FrameWriter,
     VideoWriter,
     check_output,
@@ -436,6 +436,21 @@ def test_frames_as_pictures(tmp_path: Path) -> None:
         FrameWriter(tmp_path / "file")
 
 
+def test_pictures_whose_numbers_have_more_digits_are_gone_on_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As after frame_999999.png: names are not in the order of their numbers any more."""
+    monkeypatch.setattr(video, "_picture_name", lambda number: f"frame_{number}.png")
+    there = tmp_path / ".pictures"
+    there.mkdir()
+    for number in range(13):
+        Image.fromarray(flat()).save(there / f"frame_{number}.png")
+    with FrameWriter(tmp_path / "frames", partial=there, done=11) as writer:
+        assert not (there / "frame_11.png").exists()
+        writer.write(flat())
+    assert len(list((tmp_path / "frames").iterdir())) == 12
+
+
 def test_failed_frames_leave_nothing(tmp_path: Path) -> None:
     (tmp_path / "frames").mkdir()
     with (  # noqa: PT012
@@ -452,7 +467,7 @@ def test_failed_frames_leave_nothing(tmp_path: Path) -> None:
 
 
 def test_both_writers_are_sinks(tmp_path: Path) -> None:
-    sinks: list[FrameSink] = [
+    sinks: list[VideoWriter | FrameWriter] = [
         VideoWriter(tmp_path / "a.mp4", 64, 48, 25, sound=None),
         FrameWriter(tmp_path / "f"),
     ]

@@ -91,6 +91,19 @@ class TestLength:
         assert len(frames(pipeline, None, duration=0.2)) == 5
         with pytest.raises(InputError, match="duration"):
             pipeline.stream(portrait(), None)
+        with pytest.raises(InputError, match="start 5"):
+            pipeline.stream(portrait(), None, duration=0.2, start=5.0)
+
+    @pytest.mark.parametrize("name", ["fps", "order", "prompt", "steps"])
+    def test_nothing_is_no_value(self, pipeline: AvatarPipeline, name: str) -> None:
+        if name == "steps":  # the model's own
+            assert len(frames(pipeline, noise(640), steps=None)) == 1
+        else:
+            with pytest.raises(InputError, match=f"{name} None"):
+                pipeline.stream(portrait(), noise(640), **{name: None})
+
+    def test_upstream_speech_may_end_long_before_the_video(self, pipeline: AvatarPipeline) -> None:
+        assert len(frames(pipeline, noise(5 * 640), compat="upstream", duration=2.0)) == 49
 
     def test_the_last_window_is_full(self, pipeline: AvatarPipeline) -> None:
         """Fault 2: its speech is not stretched and nothing is padded with zeros that are attended to."""

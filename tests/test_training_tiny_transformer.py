@@ -20,6 +20,7 @@ from transformers import UMT5EncoderModel, Wav2Vec2Model
 
 from clip_folders import write_clip
 from command_line import portrait, speech
+from stableavatar.checkpoints import layout
 from stableavatar.checkpoints.layout import TINY
 from stableavatar.conditioning.image import picture_tensor, portrait_embeddings
 from stableavatar.conditioning.text import encode_prompts
@@ -328,7 +329,7 @@ def test_what_has_two_names_is_exported_as_one(encoders: Path, cache: Path, tmp_
 
 
 def test_a_prompt_encoder_that_was_trained_before_stays_as_it_is(
-    encoders: Path, cache: Path, tmp_path: Path
+    encoders: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = shutil.copytree(encoders, tmp_path / "encoders")
     torch.manual_seed(3)
@@ -338,6 +339,11 @@ def test_a_prompt_encoder_that_was_trained_before_stays_as_it_is(
     kept = UMT5EncoderModel.from_pretrained(made / "text_encoder", dtype=torch.float32).state_dict()
     for name, value in given.state_dict().items():
         torch.testing.assert_close(kept[name], value.bfloat16().float())
+    monkeypatch.setattr(layout, "TINY", source)
+    embedded = prepared(Path("tiny"), tmp_path / "tiny", f"data.cache={cache}", "trainer.steps=2").avatar
+    assert isinstance(embedded, TinyAvatar)
+    for name, value in given.state_dict().items():
+        assert torch.equal(embedded.text_encoder.state_dict()[name], value)
     (source / "text_encoder" / "model.safetensors").write_bytes(b"cut off")
     with pytest.raises(CheckpointError, match="text_encoder cannot be started from"):
         prepared(source, tmp_path / "other", f"data.cache={cache}", "trainer.steps=2")

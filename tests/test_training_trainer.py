@@ -17,11 +17,10 @@ from fitting import Fit, Points, assert_same_run, final, losses, make, settings
 from stableavatar.errors import CheckpointError, InputError
 from stableavatar.models.transformer import StableAvatarTransformer3DModel
 from stableavatar.training.checkpoints import (
-    TrainingState,
+    CheckpointWriter,
     list_checkpoints,
     load_checkpoint,
     random_state,
-    save_checkpoint,
 )
 from stableavatar.training.ema import MovingAverage
 from stableavatar.training.objective import StepLoss
@@ -93,12 +92,18 @@ def test_ten_kills_at_any_moment_change_nothing(tmp_path: Path) -> None:
     assert not list(tmp_path.glob(".step-*"))
 
 
-def state(value: float) -> TrainingState:
-    return TrainingState({"w": torch.tensor([value])}, None, {}, random_state(), {"step": int(value)})
+def save_checkpoint(folder: Path, step: int, keep: int) -> Path:
+    """One of a run in one process, whose weight is the step."""
+    writer = CheckpointWriter(folder, step)
+    writer.begin()
+    writer.write_tensors("model.safetensors", {"w": torch.tensor([float(step)])})
+    writer.write_object("optimizer.pt", {})
+    writer.write_object("random-0.pt", random_state())
+    return writer.finish({"step": step}, keep)
 
 
 def test_a_failed_write_leaves_the_last_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    save_checkpoint(tmp_path, 1, state(1.0), keep=2)
+    save_checkpoint(tmp_path, 1, keep=2)
 
     def full_disk(*_: object) -> None:
         raise OSError(28, "No space left on device")
@@ -106,16 +111,16 @@ def test_a_failed_write_leaves_the_last_checkpoint(tmp_path: Path, monkeypatch: 
     with monkeypatch.context() as patch:
         patch.setattr(torch, "save", full_disk)
         with pytest.raises(CheckpointError, match="No space left"):
-            save_checkpoint(tmp_path, 2, state(2.0), keep=2)
+            save_checkpoint(tmp_path, 2, keep=2)
     assert [path.name for path in list_checkpoints(tmp_path)] == ["step-00000001"]
     for step in (2, 3, 4):
-        save_checkpoint(tmp_path, step, state(float(step)), keep=2)
+        save_checkpoint(tmp_path, step, keep=2)
     assert [path.name for path in list_checkpoints(tmp_path)] == ["step-00000003", "step-00000004"]
     assert load_checkpoint(tmp_path / "step-00000004").model["w"].item() == 4
 
 
 def test_a_damaged_checkpoint_is_named(tmp_path: Path) -> None:
-    path = save_checkpoint(tmp_path, 1, state(1.0), keep=1)
+    path = save_checkpoint(tmp_path, 1, keep=1)
     (path / "model.safetensors").write_bytes(b"cut off")
     with pytest.raises(CheckpointError, match="step-00000001"):
         load_checkpoint(path)

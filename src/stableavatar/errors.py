@@ -1,5 +1,7 @@
 """Errors whose text is for the user: what was wrong, in which file, and what to do."""
 
+import errno
+
 # What torch and its devices say; only some of them raise `torch.OutOfMemoryError`.
 _OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
 
@@ -20,12 +22,22 @@ class CheckpointError(StableAvatarError):
     """A checkpoint is missing, damaged, or belongs to another model."""
 
 
+class SamplingError(StableAvatarError):
+    """The latents became NaN or infinite."""
+
+
 class StoppedError(StableAvatarError):
     """A run was asked to stop, and has saved what it goes on from."""
 
 
 class ProcessError(StableAvatarError):
     """Another of the processes that make a video together was lost, or has ended."""
+
+
+def is_out_of_room(error: BaseException) -> bool:
+    """Whether an error says that a disk is full, of Python's or of the libraries that write for it."""
+    number = getattr(error, "errno", None)
+    return number in (errno.ENOSPC, errno.EDQUOT) or "os error 28" in str(error).lower()
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -23,7 +23,7 @@ from stableavatar.placement.autoencoder import bring_autoencoder, decoder_device
 from stableavatar.placement.processes import Processes
 from stableavatar.sampling.decoding import StreamDecoder
 from stableavatar.sampling.denoiser import Conditions, Denoiser, Schedule
-from stableavatar.sampling.engine import Sampler, SamplingError
+from stableavatar.sampling.engine import Sampler
 from stableavatar.sampling.guidance import GUIDANCE_RULES
 from stableavatar.sampling.noise import GivenNoise, Noise
 from stableavatar.sampling.orders import Cell
@@ -155,6 +155,8 @@ class Run:
             "speech": speech_hash(self.speech),
             "noise": tensor_hash(self.noise.latents) if isinstance(self.noise, GivenNoise) else None,
             "weights": weights_fingerprint(modules),
+            "scheduler": {name: str(value) for name, value in self.pipeline.scheduler.config.items()},
+            "step cache's coefficients": list(self.pipeline.defaults.step_cache_coefficients),
         }
 
     def _frames(self, keeper: Keeper | None, saved: SavedState | None) -> Iterator[Frame]:
@@ -169,15 +171,12 @@ class Run:
         for part in parts.sampler:
             assert parts.decoder is not None
             for latent in part.unbind(1):
+                if parts.frames == self._total():
+                    break  # a window may be longer than what is left
                 for frame in parts.decoder.decode(latent):
                     if parts.frames == self._total():
                         break
                     parts.frames += 1
-                    if not torch.isfinite(frame).all():
-                        raise SamplingError(
-                            f"frame {parts.frames} came out of the autoencoder without finite numbers: try "
-                            "--dtype float32"
-                        )
                     pixels = as_pixels(frame)
                     pace.frame()
                     self._report(pace)

@@ -67,6 +67,8 @@ def open_speech(
         InputError: it cannot be read or used.
     """
     if speech is None:
+        if options.start:
+            raise InputError(f"start {options.start:g}: a video without speech has nothing to begin in")
         return None
     if isinstance(speech, LiveRecording):
         return speech.speech

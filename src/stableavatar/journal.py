@@ -20,10 +20,10 @@ from torch import nn
 
 from stableavatar.errors import InputError
 from stableavatar.media.audio import SPEECH_RATE, Speech
-from stableavatar.media.files import cannot_write, hidden_name, locked, reason_of, to_disk
+from stableavatar.media.files import cannot_write, hidden_name, locked, reason_of, shortened, to_disk
 from stableavatar.media.segments import segment_name
 
-FORMAT = 2
+FORMAT = 3
 # Model and LoRAs are paths; the weights have a hash. Where a decoder ran out of memory, another device may
 # go on.
 _MAY_CHANGE = {"model", "lora", "decoder_device"}
@@ -68,7 +68,7 @@ class Journal:
     @property
     def unfinished(self) -> Path:
         """Where an interrupted run puts what is finished."""
-        return self.output.with_name(f"{self.output.stem}.unfinished.mp4")
+        return self.output.with_name(shortened(self.output.stem, ".unfinished.mp4"))
 
     def finish(self) -> None:
         """The video is complete: there is nothing to go on from."""
@@ -158,7 +158,9 @@ class Journal:
             (self.folder / old).unlink(missing_ok=True)
 
     def clear(self) -> None:
-        """Remove everything that the folder holds."""
+        """Remove everything that the folder holds, first what says that there is something to go on from."""
+        (self.folder / _INDEX).unlink(missing_ok=True)
+        to_disk(self.folder)
         for path in self.folder.iterdir():
             if path.is_dir():
                 shutil.rmtree(path)
@@ -202,11 +204,15 @@ def journal_folder(output: Path) -> Path:
 
 
 def weights_fingerprint(modules: Mapping[str, nn.Module]) -> str:
-    """A hash of every tensor's name, shape, dtype and of some 4096 of its values, evenly spaced: other
-    weights have another one, and billions of them take seconds. Of one that is spread over processes, the
-    values that this process has."""
+    """A hash of every tensor's name, shape, dtype and of some 4096 of its values, evenly spaced, and of how
+    strongly adapters beside them act: other weights have another one, and billions of them take seconds. Of
+    one that is spread over processes, the values that this process has."""
     digest = hashlib.blake2b(digest_size=16)
     for part, module in sorted(modules.items()):
+        for name, layer in module.named_modules():
+            if hasattr(layer, "active_adapters") and hasattr(layer, "scaling"):  # peft's
+                acts = {it: layer.scaling.get(it) for it in layer.active_adapters}
+                digest.update(f"{part}.{name} {acts} {layer.disable_adapters};".encode())
         for name, tensor in module.state_dict().items():
             digest.update(f"{part}.{name} {tuple(tensor.shape)} {tensor.dtype};".encode())
             if tensor.device.type == "meta":  # offloaded piece by piece

@@ -382,6 +382,8 @@ def _check_values(options: Any) -> None:
     for f in fields(options):
         value = getattr(options, f.name)
         if value is None:
+            if type(None) not in _members(types[f.name]):
+                raise InputError(f"{f.name.replace('_', ' ')} None: give a value, or leave it out")
             continue
         kinds = [kind for kind in (bool, int, float, str, Path) if kind in _members(types[f.name])]
         if kinds and not _is_a(value, kinds):

@@ -280,14 +280,20 @@ class AvatarPipeline(DiffusionPipeline, WanLoraLoaderMixin):
 
     def decode_latents(self, made: AvatarLatents) -> Iterator[Frame]:
         """The frames of latents that `sample_latents` has made, uint8 `[height, width, 3]`, one after the
-        other: those that `stream` gives."""
+        other: those that `stream` gives.
+
+        Raises:
+            SamplingError: frames came out NaN or infinite.
+        """
         device = decoder_device(self.vae, made.options.decoder_device) or self._execution_device
         bring_autoencoder(self.vae, device)
         decoder = StreamDecoder(self.vae, device, tiling=made.options.decoder_tiling)
         frames = (frame for latent in made.latents.unbind(1) for frame in decoder.decode(latent))
-        for frame in islice(frames, made.frame_count):
-            yield as_pixels(frame)
-        self.maybe_free_model_hooks()
+        try:
+            for frame in islice(frames, made.frame_count):
+                yield as_pixels(frame)
+        finally:
+            self.maybe_free_model_hooks()
 
     def assist(self, portrait: Portrait, speech: SpeechInput | None, processes: Processes) -> None:
         """Share the windows of a video that the first of several processes makes, by `generate` or `stream`

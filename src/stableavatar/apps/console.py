@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from stableavatar.errors import StableAvatarError, StoppedError, is_out_of_memory
+from stableavatar.errors import StableAvatarError, StoppedError, is_out_of_memory, is_out_of_room
 
 if TYPE_CHECKING:
     from stableavatar.placement.processes import Processes
@@ -39,7 +39,12 @@ def plain_errors() -> Iterator[None]:
     except KeyboardInterrupt:
         typer.secho("Interrupted.", err=True, fg="yellow")
         raise typer.Exit(INTERRUPTED) from None
-    except (MemoryError, RuntimeError) as error:
+    except Exception as error:
+        if is_out_of_room(error):
+            where = getattr(error, "filename", None) or "the disk"
+            _fail(
+                f"{where or 'the disk'}: there is no room left. Make some, then give the command again", FAULT
+            )
         if not is_out_of_memory(error):
             raise
         _fail(

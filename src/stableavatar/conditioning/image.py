@@ -58,11 +58,23 @@ def reference_condition(vae: AutoencoderKLWan, picture: torch.Tensor, frames: in
         picture: `[3, H, W]` in [-1, 1], on the device that the autoencoder computes on.
         frames: T = 4·(F-1)+1 frames of a window.
     """
-    clip = picture.new_zeros(1, 3, frames, *picture.shape[1:])
-    clip[0, :, 0] = picture
-    raw = vae.encode(clip.to(vae.dtype)).latent_dist.mode()
-    latents = normalise_latents(vae, raw.float())
+    latents = encode_clips(vae, reference_clips(picture[None], frames))
     return torch.cat([reference_mask(latents), latents], dim=1)
+
+
+def reference_clips(pictures: torch.Tensor, frames: int) -> torch.Tensor:
+    """Clips `[B, 3, frames, H, W]` of pictures `[B, 3, H, W]`: each picture, then mid-grey."""
+    clips = pictures.new_zeros(len(pictures), 3, frames, *pictures.shape[2:])
+    clips[:, :, 0] = pictures
+    return clips
+
+
+@torch.no_grad()
+def encode_clips(vae: AutoencoderKLWan, clips: torch.Tensor) -> torch.Tensor:
+    """Normalised latents, float32 `[B, C, F, H/8, W/8]`, of clips float32 `[B, 3, T, H, W]` in [-1, 1], all
+    on the autoencoder's device: the mode of what it gives."""
+    raw = vae.encode(clips.to(vae.dtype)).latent_dist.mode()
+    return normalise_latents(vae, raw.float())
 
 
 def reference_mask(latents: torch.Tensor) -> torch.Tensor:

@@ -114,7 +114,8 @@ class WindowSpeech:
         if self.plan.compat != "upstream":
             return self._position(first), self._position(first + 4 * (window.length - 1) + 1)
         if isinstance(self.speech, Speech) and self.plan.window(window.index + 1) is None:
-            return self._position(first), len(self.speech)
+            own = self._position(first + 4 * (window.length - 1) + 1)  # a video may be longer than its speech
+            return self._position(first), max(len(self.speech), own)
         return self._position(first), self._position(first + 4 * window.length)
 
     def _position(self, frame: int) -> int:

@@ -1,12 +1,13 @@
 """Encoder results on disk, so that no encoder runs inside the training loop.
 
-A cache is a folder of safetensors shards and a manifest, which names the finished shards: a cache that is
-still being written can be trained on, and an interrupted one is written on where it stopped. A sample is
+A cache is a folder of safetensors shards and a manifest, which names the finished shards, so that an
+interrupted one is written on where it stopped; it can be trained on when it is complete. A sample is
 kept by clip and pass, so that what is drawn anew for every pass (start, reference) is there as often as
 passes were written. Several processes write one cache: each takes its share of the blocks and leaves a note
 of every finished one, which the first process takes over into the manifest.
 """
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -25,8 +26,8 @@ from torch.utils.data import Dataset
 from stableavatar.data.dataset import ClipDataset
 from stableavatar.data.encoding import EncodedSample, Encoders
 from stableavatar.data.sampler import ClipKey
-from stableavatar.errors import InputError
-from stableavatar.media.files import write_file
+from stableavatar.errors import InputError, StorageError
+from stableavatar.media.files import reason_of, to_disk, write_file
 
 logger = logging.getLogger(__name__)
 
@@ -59,6 +60,7 @@ class CacheWriter:
     Raises:
         InputError: the folder holds a cache of other encoders, of another data set or of other settings, or
             one that the first process has not begun.
+        StorageError: it cannot be written, now or later.
     """
 
     dataset: ClipDataset
@@ -78,7 +80,8 @@ class CacheWriter:
         frames, window = self.dataset.settings.frames, self.window_frames
         if window is not None and (window % 4 != 1 or not 5 <= window <= frames):
             raise InputError(f"window_frames must be 4n+1, from 5 to the {frames} of a sample, not {window}")
-        self.folder.mkdir(parents=True, exist_ok=True)
+        with self._errors():
+            self.folder.mkdir(parents=True, exist_ok=True)
         origin = {
             "dataset": asdict(self.dataset.settings),
             "clips": self.dataset.clips_digest(),
@@ -141,7 +144,7 @@ class CacheWriter:
                 "shards": shards,
                 "skipped": self.dataset.skipped,
             }
-            write_file(self.folder / NOTES.replace("*", f"{block:05d}"), json.dumps(note).encode())
+            self._write_file(NOTES.replace("*", f"{block:05d}"), note)
             if self.process == 0:
                 self._gather()
 
@@ -186,7 +189,7 @@ class CacheWriter:
             note.unlink()
 
     def _write_manifest(self) -> None:
-        write_file(self.folder / MANIFEST, json.dumps(self.manifest, indent=1).encode())
+        self._write_file(MANIFEST, self.manifest, indent=1)
 
     def _save(self, name: str, pairs: list[tuple[ClipKey, EncodedSample]]) -> dict[str, Any]:
         samples = [sample for _, sample in pairs]
@@ -209,8 +212,28 @@ class CacheWriter:
     def _write(self, name: str, tensors: dict[str, torch.Tensor]) -> None:
         # Two processes may come upon one prompt.
         partial = self.folder / f".{name}.{self.process}.partial"
-        save_file(tensors, partial)
-        partial.replace(self.folder / name)
+        with self._errors():
+            try:
+                save_file(tensors, partial)
+                to_disk(partial)
+                partial.replace(self.folder / name)
+            finally:
+                partial.unlink(missing_ok=True)
+
+    def _write_file(self, name: str, content: Any, indent: int | None = None) -> None:
+        with self._errors():
+            write_file(self.folder / name, json.dumps(content, indent=indent).encode())
+
+    @contextlib.contextmanager
+    def _errors(self) -> Iterator[None]:
+        """Raises StorageError where the disk is full or the folder cannot be written."""
+        try:
+            yield
+        except (OSError, SafetensorError) as error:
+            raise StorageError(
+                f"the cache {self.folder} cannot be written ({reason_of(error)}). Make room; the same "
+                "command goes on"
+            ) from error
 
 
 def _parts(keys: Sequence[ClipKey], size: int) -> Iterator[Sequence[ClipKey]]:
@@ -237,10 +260,10 @@ class LatentCache(Dataset[EncodedSample]):
             raise InputError(
                 f"the cache {folder} is not complete: the command that began it (cache-latents) goes on"
             )
-        self._shards: list[Any] = []
+        self._open_shards: list[Any] | None = []
         places: dict[int, dict[int, tuple[int, int]]] = {}
         for number, shard in enumerate(self.manifest["shards"]):
-            self._shards.append(self._open(shard["file"]))
+            self._open_shards.append(self._open(shard["file"]))
             for row, (clip, epoch) in enumerate(shard["keys"]):
                 places.setdefault(clip, {})[epoch] = (number, row)
         if not places:
@@ -257,7 +280,7 @@ class LatentCache(Dataset[EncodedSample]):
     def __getitem__(self, key: ClipKey) -> EncodedSample:
         passes = self._places[key[0]]
         number, row = passes[key[1] % len(passes)]
-        shard = self._shards[number]
+        shard = self._shards()[number]
         there = set(shard.keys())
         tensors: dict[str, Any] = {
             name: shard.get_slice(name)[row] if name in there else None for name in TENSORS
@@ -269,6 +292,15 @@ class LatentCache(Dataset[EncodedSample]):
             prompt_embeddings=self._prompt(prompt),
             empty_prompt=self._prompt(""),
         )
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For processes that read ahead, where they are not forked: open files stay behind."""
+        return {**self.__dict__, "_open_shards": None}
+
+    def _shards(self) -> list[Any]:
+        if self._open_shards is None:
+            self._open_shards = [self._open(shard["file"]) for shard in self.manifest["shards"]]
+        return self._open_shards
 
     def check_files(self, encoder_files: str | None) -> None:
         """Raises InputError: the cache was made with encoders in other files than these; None: not known."""

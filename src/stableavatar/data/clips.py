@@ -23,6 +23,7 @@ from PIL import Image
 from stableavatar.conditioning.speech import Loudness
 from stableavatar.errors import InputError
 from stableavatar.media.audio import Speech
+from stableavatar.media.decoding import picture_delay
 from stableavatar.media.reading import read_frames, square_width
 from stableavatar.media.timing import sample_position
 
@@ -178,9 +179,12 @@ class FolderClip:
         Raises:
             InputError: the sound cannot be read, or ends more than a frame too early.
         """
-        recording = self.folder / "audio.wav"
-        path = recording if recording.exists() else self.folder / "sub_clip.mp4"
-        first, last, frame = (sample_position(k, SAMPLE_RATE, self.fps) for k in (start, start + count, 1))
+        path, begin = self.folder / "audio.wav", 0
+        if not path.exists():
+            path = self.folder / "sub_clip.mp4"
+            begin = round(picture_delay(path) * SAMPLE_RATE)
+        first, last = (begin + sample_position(k, SAMPLE_RATE, self.fps) for k in (start, start + count))
+        frame = sample_position(1, SAMPLE_RATE, self.fps)
         with Speech.open(path) as speech:
             if len(speech) < last - frame:
                 raise InputError(

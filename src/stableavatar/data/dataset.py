@@ -247,7 +247,8 @@ class ClipDataset(Dataset[ClipSample]):
         clip = self._guarded(name, read)
         if clip is not None:
             self.clips.append(clip)
-            self.groups.append((*clip.size, clip.fps))
+            # Average rates differ in their fourth digit from file to file; their speech is as long.
+            self.groups.append((*clip.size, Fraction(round(clip.fps * 10), 10)))
 
     def _require_clips(self) -> None:
         if not self.clips:

@@ -13,12 +13,17 @@ from numpy.typing import NDArray
 from torch import nn
 from transformers import CLIPVisionModel, PreTrainedTokenizerBase, UMT5EncoderModel, Wav2Vec2Model
 
-from stableavatar.conditioning.image import picture_tensor, portrait_embeddings, reference_mask
+from stableavatar.conditioning.image import (
+    encode_clips,
+    picture_tensor,
+    portrait_embeddings,
+    reference_clips,
+    reference_mask,
+)
 from stableavatar.conditioning.speech import speech_features
 from stableavatar.conditioning.text import encode_prompts
 from stableavatar.data.clips import normalized_speech
 from stableavatar.data.dataset import ClipSample
-from stableavatar.sampling.decoding import normalise_latents
 
 # Prompts whose embeddings are kept: data sets have a few, or one a clip.
 _KEPT_PROMPTS = 64
@@ -108,26 +113,17 @@ def stack_samples(samples: Sequence[EncodedSample]) -> EncodedBatch:
     )
 
 
-@torch.no_grad()
 def encode_videos(vae: AutoencoderKLWan, frames: NDArray[np.uint8]) -> torch.Tensor:
     """Normalised latents, float32 `[B, C, F, H/8, W/8]` on the CPU, of frames uint8 `[B, T, H, W, 3]`."""
-    pixels = torch.from_numpy(frames).permute(0, 4, 1, 2, 3).to(vae.device, vae.dtype) / 127.5 - 1
-    return _encode(vae, pixels)
+    pixels = torch.from_numpy(frames).permute(0, 4, 1, 2, 3).to(vae.device).float() / 127.5 - 1
+    return encode_clips(vae, pixels.contiguous()).cpu()
 
 
-@torch.no_grad()
 def encode_references(vae: AutoencoderKLWan, pictures: NDArray[np.uint8], frames: int) -> torch.Tensor:
-    """Normalised latents of reference clips, float32 `[B, C, F, H/8, W/8]`: each picture, uint8
-    `[B, H, W, 3]`, then mid-grey up to `frames` frames."""
-    pixels = torch.from_numpy(pictures).permute(0, 3, 1, 2).to(vae.device, vae.dtype) / 127.5 - 1
-    clips = pixels.new_zeros(len(pixels), 3, frames, *pixels.shape[2:])
-    clips[:, :, 0] = pixels
-    return _encode(vae, clips)
-
-
-def _encode(vae: AutoencoderKLWan, pixels: torch.Tensor) -> torch.Tensor:
-    raw = vae.encode(pixels.contiguous()).latent_dist.mode()
-    return normalise_latents(vae, raw.float()).cpu()
+    """Normalised latents of reference clips, float32 `[B, C, F, H/8, W/8]` on the CPU, of pictures uint8
+    `[B, H, W, 3]`."""
+    pixels = torch.from_numpy(pictures).permute(0, 3, 1, 2).to(vae.device).float() / 127.5 - 1
+    return encode_clips(vae, reference_clips(pixels, frames)).cpu()
 
 
 @dataclass

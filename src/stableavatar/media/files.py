@@ -120,11 +120,16 @@ def partial_name(stem: str, suffix: str) -> str:
 
 
 def hidden_name(stem: str, suffix: str) -> str:
-    """`.STEM.SUFFIX`; the stem is shortened where the name would be longer than file systems allow."""
-    room = _LONGEST_NAME - len(os.fsencode(suffix)) - 2
+    """`.STEM.SUFFIX`, see `shortened`."""
+    return shortened(f".{stem}", f".{suffix}")
+
+
+def shortened(stem: str, ending: str) -> str:
+    """A name of both; the stem is shortened where it would be longer than file systems allow."""
+    room = _LONGEST_NAME - len(os.fsencode(ending))
     while len(os.fsencode(stem)) > room:
         stem = stem[:-1]
-    return f".{stem}.{suffix}"
+    return stem + ending
 
 
 def refuse_source(output: Path, source: Path) -> None:

@@ -17,7 +17,7 @@ import av
 import numpy as np
 
 from stableavatar.errors import InputError
-from stableavatar.media.audio import SPEECH_RATE, Samples, output_rate, speech_mix
+from stableavatar.media.audio import CANCELLED, SPEECH_RATE, Samples, output_rate, speech_mix
 from stableavatar.media.decoding import (
     LARGEST_SAMPLE,
     Resampler,
@@ -58,6 +58,7 @@ class LiveRecording:
         self._left = None if duration is None else round(Fraction(duration) * sample_rate)
         self._rate = sample_rate
         self._channels = channels
+        self._energies = {"mean": 0.0, "left": 0.0, "right": 0.0}
         self._name = name
         self._ended = False
         self.speech = LiveSpeech(self, sample_rate)
@@ -94,10 +95,22 @@ class LiveRecording:
         if array.size and not float(np.abs(array).max()) <= LARGEST_SAMPLE:
             raise InputError(f"{self._name}: has samples that are no numbers (NaN or infinite)")
         array = array.astype(np.float32)
-        self.speech.push(array.mean(axis=1, keepdims=True))
+        self.speech.push(self._mixed(array))
         self.sound.push(
             np.broadcast_to(array, (len(array), self._channels)) if array.shape[1] == 1 else array
         )
+
+    def _mixed(self, array: Samples) -> Samples:
+        """One channel [n, 1] of a block [n, channels]: see `media.audio.speech_mix`, of what has arrived."""
+        mean = array.mean(axis=1, keepdims=True)
+        if array.shape[1] == 1:
+            return mean
+        for name, channel in (("mean", mean), ("left", array[:, :1]), ("right", array[:, 1:])):
+            self._energies[name] += float(np.square(channel, dtype=np.float64).sum())
+        left, right = self._energies["left"], self._energies["right"]
+        if self._energies["mean"] >= CANCELLED * max(left, right):
+            return mean
+        return array[:, :1] if left >= right else array[:, 1:]
 
     def _finish(self) -> None:
         self._ended = True

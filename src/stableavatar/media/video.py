@@ -9,7 +9,7 @@ from contextlib import suppress
 from fractions import Fraction
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol, get_args
+from typing import Any, get_args
 
 import av
 import numpy as np
@@ -32,7 +32,6 @@ from stableavatar.media.timing import parse_fps
 
 __all__ = [
     "PRESETS",
-    "FrameSink",
     "FrameWriter",
     "MediaInfo",
     "VideoWriter",
@@ -45,21 +44,6 @@ __all__ = [
 PRESETS = get_args(Preset)
 MAX_QUALITY = 51
 STANDARD_OUTPUT = "-"
-
-
-class FrameSink(Protocol):
-    """What frames can be written to: a context manager whose body writes them in order."""
-
-    def write(self, frame: Frame) -> None:
-        """Take the next frame, uint8 [H, W, 3] sRGB."""
-
-    def __enter__(self) -> "FrameSink":
-        """Open for writing."""
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """Complete it, or remove it where the body has failed."""
 
 
 class VideoWriter:
@@ -266,13 +250,14 @@ class FrameWriter:
             if self._partial.exists() and not self._frames:
                 shutil.rmtree(self._partial)
             self._partial.mkdir(exist_ok=True)
-            there = sorted(path.name for path in self._partial.iterdir())
-            if there[: self._frames] != [_picture_name(number) for number in range(self._frames)]:
+            there = {path.name for path in self._partial.iterdir()}
+            made = {_picture_name(number) for number in range(self._frames)}
+            if made - there:
                 raise InputError(
                     f"output {self._folder}: pictures that were made before are missing in {self._partial}. "
                     "Begin anew with --overwrite and without --resume."
                 )
-            for later in there[self._frames :]:
+            for later in there - made:
                 (self._partial / later).unlink()
         except OSError as error:
             raise cannot_write(self._folder, error) from error

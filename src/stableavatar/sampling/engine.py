@@ -6,17 +6,12 @@ from typing import Any
 import torch
 
 from stableavatar.choices import Order, OverlapWeights
-from stableavatar.errors import StableAvatarError
+from stableavatar.errors import SamplingError
 from stableavatar.sampling.noise import Noise
 from stableavatar.sampling.orders import ORDERS, Cell
 from stableavatar.sampling.sharing import Alone, Pace, Sharing, Stopwatch, Wish
 from stableavatar.sampling.trajectory import Trajectory, piece_of
 from stableavatar.sampling.windows import Plan
-
-
-class SamplingError(StableAvatarError):
-    """The latents became NaN or infinite."""
-
 
 # One step of each of some windows: latents `[C, F, H, W]` before the step to latents after it, float32.
 Denoise = Callable[[Sequence[Cell], Sequence[torch.Tensor]], Sequence[torch.Tensor]]

@@ -43,16 +43,15 @@ _UNPICKLING = (pickle.UnpicklingError, EOFError, KeyError)
 
 @dataclass(frozen=True)
 class TrainingState:
-    """All that a training run needs to go on as if it had not stopped.
+    """What a training run goes on from, beside the generators of its processes (`load_random`).
 
     `model` and `ema` are parameters by name, `ema` is None where no mean is kept; `optimizer` is its state
-    dict; `random` holds this process's generators (`random_state`); `counters` whatever JSON can hold.
+    dict; `counters` whatever JSON can hold.
     """
 
     model: Mapping[str, torch.Tensor]
     ema: Mapping[str, torch.Tensor] | None
     optimizer: dict[str, Any]
-    random: dict[str, Any]
     counters: dict[str, Any]
 
 
@@ -155,22 +154,6 @@ def random_file(rank: int) -> str:
     return f"random-{rank}.pt"
 
 
-def save_checkpoint(folder: Path, step: int, state: TrainingState, keep: int) -> Path:
-    """Write `folder/step-N` of a run in one process, and remove all but the newest `keep` checkpoints.
-
-    Raises:
-        CheckpointError: the disk is full or the folder cannot be written.
-    """
-    writer = CheckpointWriter(folder, step)
-    writer.begin()
-    writer.write_tensors("model.safetensors", state.model)
-    if state.ema is not None:
-        writer.write_tensors(EMA_FILE, state.ema)
-    writer.write_object("optimizer.pt", state.optimizer)
-    writer.write_object(random_file(0), state.random)
-    return writer.finish(state.counters, keep)
-
-
 def load_counters(path: Path, needed: Sequence[str] = ()) -> dict[str, Any]:
     """Step, place in the data, counters and settings of a checkpoint. Raises CheckpointError as below, and
     where one of those `needed` is missing."""
@@ -200,8 +183,9 @@ def load_average(path: Path, device: torch.device | str = "cpu") -> dict[str, to
         return load_file(path / EMA_FILE, device=str(device))
 
 
-def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> TrainingState:
-    """Read back a checkpoint of a run whose model was whole, as its first process has it.
+def load_checkpoint(path: Path, device: torch.device | str = "cpu", *, average: bool = True) -> TrainingState:
+    """Read back a checkpoint of a run whose model was whole, as its first process has it; on request without
+    its averaged weights.
 
     Raises:
         CheckpointError: it is missing, damaged or incomplete.
@@ -209,9 +193,8 @@ def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> TrainingS
     with _readable(path):
         return TrainingState(
             model=load_file(path / "model.safetensors", device=str(device)),
-            ema=load_average(path, device) if (path / EMA_FILE).exists() else None,
+            ema=load_average(path, device) if average and (path / EMA_FILE).exists() else None,
             optimizer=torch.load(path / "optimizer.pt", map_location=device, weights_only=True),
-            random=load_random(path, 0) or {},
             counters=load_counters(path),
         )
 

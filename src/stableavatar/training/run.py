@@ -19,7 +19,7 @@ from accelerate.utils import broadcast_object_list
 from stableavatar.data.cache import CacheWriter
 from stableavatar.data.encoding import Encoders, stack_samples
 from stableavatar.errors import InputError
-from stableavatar.media.files import check_folder
+from stableavatar.media.files import check_folder, to_disk
 from stableavatar.models.transformer import StableAvatarTransformer3DModel
 from stableavatar.training.avatar import Avatar
 from stableavatar.training.devices import process_device
@@ -240,6 +240,8 @@ def _save_transformer(
         written = StableAvatarTransformer3DModel.from_config(transformer.config)
     written.load_state_dict(state, assign=True)
     written.save_pretrained(partial)
+    for file in (*partial.iterdir(), partial):
+        to_disk(file)
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)
 

@@ -70,7 +70,7 @@ class WholeState:
         writer.write_object("optimizer.pt", self.optimizer.state_dict())
 
     def load(self, path: Path) -> None:
-        state = load_checkpoint(path)
+        state = load_checkpoint(path, average=False)
         expected = {name: tuple(value.shape) for name, value in self.parameters.items()}
         found = {name: tuple(value.shape) for name, value in state.model.items()}
         if expected != found:

@@ -55,7 +55,7 @@ def start_embedded(recipe: Recipe, encoders: Encoders) -> TinyAvatar:
     assert recipe.model.embedded is not None
     if recipe.model.embedded.start is not None:
         avatar.start_from(model_folder(recipe.model.embedded.start))
-    text_encoder = recipe.model.source / TEXT_ENCODER
+    text_encoder = model_folder(recipe.model.source) / TEXT_ENCODER
     if text_encoder.is_dir():
         avatar.take_text_encoder(text_encoder)
     return avatar

@@ -72,7 +72,10 @@ class ValidationVideos:
         pipeline = self._pipeline(encoders)
         precision = self.recipe.trainer.precision
         with contextlib.ExitStack() as stack:
-            stack.enter_context(torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"))
+            # Without its cache, which would keep a second copy of all trained weights to the end.
+            stack.enter_context(
+                torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16", cache_enabled=False)
+            )
             stack.enter_context(_placed(encoders, device))
             if not self.leads:
                 folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))

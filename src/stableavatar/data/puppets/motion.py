@@ -23,7 +23,7 @@ EXPRESSIONS = (
 """What a prompt can ask for; each is visible in the picture."""
 _SHARES = (0.28, 0.2, 0.2, 0.1, 0.1, 0.06, 0.06)
 _RAMP_SECONDS = 0.5
-_FREE = 0.25
+_FREE = 0.2
 """How much of its sway a head has of itself, against one that ignores the speech."""
 
 
@@ -130,7 +130,7 @@ def make_motion(
     """Motion for a clip; frame 0 is at rest, speech and expression take hold within half a second.
 
     Args:
-        seed: of what nothing else tells: blinks, glances, how strong an expression is, a quarter of the sway.
+        seed: of what nothing else tells: blinks, glances, how strong an expression is, a fifth of the sway.
         articulation: what the speech calls for; the rest of the sway, nods and shakes go with it.
         expression: one of :data:`EXPRESSIONS`.
         fps: frames a second.
@@ -150,12 +150,12 @@ def make_motion(
     stress = drive.stress * ramp
     sides = drive.sides * ramp
 
-    shift_x = 0.007 * sides + 0.009 * liveliness * _wander(rng, frames, fps, 1.3)
-    shift_y = 0.012 * stress + 0.006 * liveliness * _wander(rng, frames, fps, 1.1)
-    roll = -0.016 * sides + 0.022 * liveliness * _wander(rng, frames, fps, 1.6)
-    turn = 0.035 * sides + 0.045 * liveliness * _wander(rng, frames, fps, 1.5)
-    nod = 0.05 * stress + 0.02 * liveliness * _wander(rng, frames, fps, 1.2)
-    zoom = 1 + 0.012 * stress + 0.006 * liveliness * _wander(rng, frames, fps, 2.0)
+    shift_x = 0.004 * sides + 0.009 * liveliness * _wander(rng, frames, fps, 1.3)
+    shift_y = 0.005 * stress + 0.006 * liveliness * _wander(rng, frames, fps, 1.1)
+    roll = -0.01 * sides + 0.022 * liveliness * _wander(rng, frames, fps, 1.6)
+    turn = 0.02 * sides + 0.045 * liveliness * _wander(rng, frames, fps, 1.5)
+    nod = 0.025 * stress + 0.02 * liveliness * _wander(rng, frames, fps, 1.2)
+    zoom = 1 + 0.005 * stress + 0.006 * liveliness * _wander(rng, frames, fps, 2.0)
     brow = 0.15 * _wander(rng, frames, fps, 0.9) + 0.4 * stress
     smile = 0.04 * _wander(rng, frames, fps, 1.2)
     wide = np.zeros(frames)
@@ -174,15 +174,15 @@ def make_motion(
         wide += 0.9 * ramp
     elif expression == "nodding":
         swing = np.clip(drive.beat, -1.6, 1.6) * ramp
-        nod += 0.055 * swing
+        nod += 0.045 * swing
         shift_y += 0.01 * swing
     elif expression == "shaking the head":
         swing = np.clip(drive.turnings, -1.6, 1.6) * ramp
-        turn += 0.1 * swing
+        turn += 0.08 * swing
         shift_x += 0.007 * swing
     elif expression == "tilting the head":
-        roll += 0.15 * ramp
-        shift_x += 0.015 * ramp
+        roll += 0.11 * ramp
+        shift_x += 0.01 * ramp
     tracks = {
         "shift_x": shift_x, "shift_y": shift_y, "roll": roll, "turn": turn, "nod": nod, "zoom": zoom,
         "blink": _blinks(rng, frames, fps), "brow": np.clip(brow, -1, 1.2), "smile": np.clip(smile, -1, 1),
