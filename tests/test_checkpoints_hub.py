@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -11,8 +12,10 @@ import pytest
 from huggingface_hub import constants
 
 import published_toy as toy
+from command_line import run
 from hub_server import COMMIT, Hub, hub_with_published, published_files
 from stableavatar.checkpoints import hub
+from stableavatar.checkpoints.defaults import read_defaults
 from stableavatar.checkpoints.layout import find_published
 from stableavatar.errors import CheckpointError, InputError
 
@@ -105,11 +108,16 @@ def test_what_a_killed_download_left_is_removed_and_another_ones_is_not(server: 
     old, fresh = folder / "old.incomplete", folder / "fresh.incomplete"
     for path in (old, fresh):
         path.write_bytes(bytes(1000))
-    os.utime(old, (0, 0))
+    other = tmp_path / "others" / "download.incomplete"  # of another program
+    other.parent.mkdir()
+    other.touch()
+    for path in (old, other):
+        os.utime(path, (0, 0))
     told: list[tuple[int, int]] = []
     hub.download(tmp_path, progress=lambda *there: told.append(there))
     assert not old.exists()
     assert fresh.exists()
+    assert other.exists()
     assert told[-1][0] == told[-1][1] > 0
 
 
@@ -173,6 +181,27 @@ def test_paths_stay_paths_and_ids_become_cached_folders(server: Hub, tmp_path: P
     shutil.rmtree(tmp_path / "cache")
     with pytest.raises(CheckpointError, match="cannot be reached"):
         hub.resolve("someone/tuned")
+
+
+def test_the_settings_of_an_own_repository_are_known_without_its_weights(server: Hub) -> None:
+    index = {"sampling_defaults": {"steps": 7, "sizes": {"square": [128, 128]}}}
+    server.repositories["someone/tuned"] = {"model_index.json": json.dumps(index).encode()}
+    defaults = read_defaults("someone/tuned")
+    assert (defaults.steps, dict(defaults.sizes)) == (7, {"square": (128, 128)})
+    assert read_defaults(hub.PUBLISHED_REPOSITORY, variant="rec-vec").steps == 50
+    assert set(server.fetched) == {"model_index.json"}
+
+
+def test_a_download_that_lacks_something_is_not_called_complete(server: Hub, tmp_path: Path) -> None:
+    files = server.repositories[hub.PUBLISHED_REPOSITORY]
+    (transformer,) = (name for name in files if name.endswith("transformer3d-rec-vec.pt"))
+    del files[transformer]
+    result = run("download", "--output", tmp_path, "--variant", "rec-vec")
+    assert result.exit_code == 2
+    assert "rec-vec" in result.stderr
+    result = run("download", "--output", tmp_path)
+    assert result.exit_code == 0
+    assert "--model" in result.stdout
 
 
 def test_an_own_repository_is_fetched_as_asked(server: Hub, tmp_path: Path) -> None:

@@ -225,3 +225,15 @@ def test_published_settings_become_ours() -> None:
         names.transformer_config_to_ours({"qk_norm": False})
     with pytest.raises(CheckpointError, match="num_heads = 7"):
         names.transformer_config_to_ours({"dim": 100, "num_heads": 7})
+
+
+def test_a_portrait_encoder_as_transformers_4_saved_it() -> None:
+    ours = {
+        name: torch.full((2,), float(k))
+        for k, name in enumerate(("post_layernorm.bias", "pre_layrnorm.bias"))
+    }
+    saved = {f"vision_model.{name}": tensor for name, tensor in ours.items()}
+    for more in ({}, {"visual_projection.weight": torch.zeros(2, 2)}):
+        renamed = names.to_ours("image_encoder", {**saved, **more})
+        assert renamed.keys() == ours.keys()
+        assert all(torch.equal(renamed[name], ours[name]) for name in ours)

@@ -136,7 +136,7 @@ def test_damaged_settings_are_named(folder: Path, file: str, settings: dict[str,
 def test_settings_are_read_without_the_model(folder: Path, tmp_path: Path) -> None:
     assert read_defaults(folder) == AvatarPipeline.from_pretrained(folder).defaults
     assert read_defaults("tiny").steps == 10
-    for source in (tmp_path, "FrancisRing/StableAvatar"):
+    for source in (tmp_path, tmp_path / "nothing"):
         assert list(read_defaults(source).sizes) == ["square"]
         assert list(read_defaults(source, variant="rec-vec").sizes) == ["tall", "wide"]
         assert read_defaults(source, size="14b") == SamplingDefaults(**sampling_defaults("square", "14b"))
@@ -146,3 +146,9 @@ def test_a_tokenizer_that_is_cut_off(folder: Path) -> None:
     (folder / "tokenizer" / "tokenizer.json").write_text('{"version": "1.0", "mod')
     with pytest.raises(CheckpointError, match=r"tokenizer\.json: cannot be read as JSON"):
         check_own(folder)
+
+
+def test_parts_may_be_left_out(folder: Path) -> None:
+    parts = ("vae", "speech_encoder", "image_encoder")
+    made = AvatarPipeline.from_pretrained(folder, **dict.fromkeys(parts))
+    assert [getattr(made, name) for name in parts] == [None] * 3

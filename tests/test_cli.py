@@ -243,7 +243,10 @@ def test_download_passes_on_what_is_wanted(tmp_path: Path, monkeypatch: pytest.M
     assert result.exit_code == 0, result.output
     options = {"repo_id": "a/b", "revision": "c", "vocal_separator": True}
     assert calls == [((tmp_path, "rec-vec", "14b"), options)]
-    assert f"--model {tmp_path}" in result.stdout
+    assert "for training a transformer of 14B" in result.stdout
+    refused = run("download", "--landmarks", "--vocals")
+    assert refused.exit_code == 2
+    assert "--landmarks" in refused.stderr
 
 
 def test_the_download_command_that_is_advised_can_be_typed(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from stableavatar.errors import InputError
+from stableavatar.jobs.job import JOURNAL
 from stableavatar.jobs.store import MOST_CRASHES, MOST_KILLS, JobStore, QueueFullError
 from stored_jobs import add, found
 
@@ -181,10 +182,12 @@ def test_a_lost_worker_loses_no_job_but_one_that_kills_workers_is_given_up(jobs:
     jobs.take("worker-0")
     jobs.worker_lost("worker-0", crashed=False)  # the server was told to end: no fault of the job
     assert found(jobs, job).state == "queued"
+    (job.folder / JOURNAL).mkdir()
     jobs.take("worker-0")
     jobs.worker_lost("worker-0", crashed=True)
     assert found(jobs, job).state == "failed"
     assert "broke off" in (found(jobs, job).error or "")
+    assert not (job.folder / JOURNAL).exists()
 
 
 def test_a_job_that_gets_further_is_not_given_up(jobs: JobStore) -> None:
@@ -301,6 +304,36 @@ def test_finished_videos_expire(jobs: JobStore) -> None:
     assert jobs.get("ann", old.id) is None
     assert not old.folder.exists()
     assert waiting.folder.exists()
+
+
+def test_what_ended_without_a_video_expires_sooner(jobs: JobStore) -> None:
+    failed, cancelled, stopped, made = (add(jobs) for _ in range(4))
+    for job, state in ((failed, "failed"), (cancelled, "cancelled"), (stopped, "cancelled")):
+        jobs.take("worker-0")
+        jobs.finish(job.id, state)
+    (stopped.folder / "video.unfinished.mp4").touch()  # plays what was there
+    assert jobs.expire_without_video(3600) == 0
+    assert jobs.expire_without_video(-1) == 2
+    assert [job.id for job in jobs.list("ann")] == [made.id, stopped.id]
+    assert not failed.folder.exists()
+    assert not cancelled.folder.exists()
+
+
+def test_a_removal_that_broke_off_is_done_again(jobs: JobStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = add(jobs)
+    jobs.take("worker-0")
+    jobs.finish(job.id, "completed")
+
+    def full(*_: object, **__: object) -> None:
+        raise sqlite3.OperationalError("database or disk is full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(JobStore, "_purge", full)
+        with pytest.raises(sqlite3.Error):
+            jobs.delete("ann", job.id)
+    assert job.folder.exists()
+    assert jobs.expire(3600) == 0
+    assert not job.folder.exists()
 
 
 def test_pages_follow_each_other(jobs: JobStore) -> None:

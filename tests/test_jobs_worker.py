@@ -1,6 +1,7 @@
 """A worker makes what `generate` makes, also where several took turns at it."""
 
 import json
+import signal
 import sqlite3
 from collections.abc import Iterator
 from fractions import Fraction
@@ -10,13 +11,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from command_line import toy_model
 from stableavatar import load
 from stableavatar.errors import CheckpointError, InputError, StorageError
-from stableavatar.jobs.job import Job
+from stableavatar.jobs import worker as worker_module
+from stableavatar.jobs.job import JOURNAL, Job
 from stableavatar.jobs.store import LEAST_ROOM, JobStore, NoRoomError
-from stableavatar.jobs.worker import FAULT, FAULTY, NO_MODEL, TOO_LITTLE_MEMORY, ModelChoice, make
+from stableavatar.jobs.worker import FAULT, FAULTY, NO_MODEL, TOO_LITTLE_MEMORY, ModelChoice, make, run_worker
 from stableavatar.jobs.workers import Workers, _Keeper
 from stableavatar.journal import Journal, SavedState, journal_folder
 from stableavatar.media.audio import Sound
@@ -249,6 +252,69 @@ def test_a_full_disk_loses_no_job(
     assert jobs.take("worker-0", stopped_alone=True) is not None
     with pytest.raises(NoRoomError):
         jobs.check_room("ann")
+
+
+def test_a_disk_that_fills_after_the_first_state_loses_no_job(
+    jobs: JobStore, pipeline: AvatarPipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the video's own writers say it, through everything that lies between."""
+    job = interrupted(jobs, pipeline)
+
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    taken = jobs.take("worker-1")
+    assert taken is not None
+    with monkeypatch.context() as patch:
+        patch.setattr("stableavatar.journal.save_file", full)
+        patch.setattr(JobStore, "free_bytes", lambda self: 10)
+        make(jobs, taken, pipeline, MODEL)
+    assert found(jobs, job).state == "queued"
+    taken = jobs.take("worker-1")
+    assert taken is not None
+    make(jobs, taken, pipeline, MODEL)
+    assert found(jobs, job).state == "completed"
+
+
+@pytest.mark.parametrize("index", ['{"format": 0}', "", "{"])
+def test_a_journal_that_cannot_be_read_is_begun_anew(
+    jobs: JobStore, pipeline: AvatarPipeline, index: str
+) -> None:
+    job = interrupted(jobs, pipeline)
+    assert job.folder / JOURNAL == journal_folder(job.output)
+    (job.folder / JOURNAL / "journal.json").write_text(index)
+    taken = jobs.take("worker-1")
+    assert taken is not None
+    make(jobs, taken, pipeline, MODEL)
+    assert found(jobs, job).state == "completed"
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [(torch.OutOfMemoryError("CUDA out of memory"), "too little memory"), (ValueError("a fault"), "a fault")],
+)
+def test_a_model_that_cannot_be_loaded_is_said_to_be_none(
+    jobs: JobStore,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    error: Exception,
+    words: str,
+) -> None:
+    def load(_choice: ModelChoice) -> None:
+        raise error
+
+    monkeypatch.setattr(ModelChoice, "load", load)
+    monkeypatch.setattr(worker_module, "end_with_parent", lambda: None)
+    monkeypatch.setattr(worker_module.os, "nice", lambda _: 0)
+    before = [signal.getsignal(it) for it in (signal.SIGTERM, signal.SIGINT)]
+    try:
+        with pytest.raises(SystemExit) as ended:
+            run_worker("worker-0", jobs.folder, MODEL)
+    finally:
+        for name, handler in zip((signal.SIGTERM, signal.SIGINT), before, strict=True):
+            signal.signal(name, handler)
+    assert ended.value.code == NO_MODEL
+    assert words in capsys.readouterr().err
 
 
 def test_a_worker_that_cannot_load_its_model_again_is_tried_again(

@@ -144,6 +144,10 @@ class TestAlpha:
         scales = {name: layer.scale for name, layer in read_lora(tmp_path, model).layers.items()}
         assert scales.pop("blocks.0.attn1.to_q") == 4
         assert set(scales.values()) == {2}
+        published = {**settings, "alpha_pattern": {"blocks.0.self_attn.q": 12}}
+        (tmp_path / "adapter_config.json").write_text(json.dumps(published))
+        assert read_lora(tmp_path, model).layers["blocks.0.attn1.to_q"].scale == 4
+        assert read_lora(tmp_path, model).layers["blocks.1.attn1.to_out.0"].scale == 2
         (tmp_path / "adapter_config.json").write_text(json.dumps({**settings, "use_rslora": True}))
         stabilised = read_lora(tmp_path, model).layers["proj_out"].scale
         assert stabilised == pytest.approx(6 / RANK**0.5)
@@ -397,3 +401,17 @@ def test_how_strongly_adapters_act_is_part_of_what_a_run_is_made_of() -> None:
     transformer.disable_lora()
     seen.add(weights_fingerprint({"transformer": transformer}))
     assert len(seen) == 4
+
+
+@pytest.mark.parametrize(
+    "name", ["blocks.0.modulation.lora_{}.weight", "vocal_projector.proj_model.proj.lora_{}.weight"]
+)
+def test_what_is_no_layer_or_has_no_bias_is_named(name: str) -> None:
+    state = {name.format("down"): torch.zeros(1, 4), name.format("up"): torch.zeros(4, 1)}
+    if "proj_model" in name:
+        model = toy_transformer()
+        shape = dict(model.named_parameters())["vocal_projector.proj_model.proj.weight"].shape
+        state = {name.format("A"): torch.zeros(1, shape[1]), name.format("B"): torch.zeros(shape[0], 1)}
+        state[name.format("B").replace("weight", "bias")] = torch.zeros(shape[0])
+    with pytest.raises(CheckpointError, match="place in this model"):
+        lora_from_state(state, toy_transformer())

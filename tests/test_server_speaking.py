@@ -3,6 +3,7 @@
 import base64
 import contextlib
 import json
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,13 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
+from fastapi import WebSocketDisconnect
 from fastapi.testclient import TestClient
 from websockets.sync.client import connect
 
 import stableavatar
 from serving import QUICK, Server, files_to_send, servers_of, states, until
+from stableavatar.apps.server import speaking
 from stableavatar.apps.server.access import Keys
 from stableavatar.apps.server.app import Service, create_app
 from stableavatar.apps.server.speaking import _MOST_UNKNOWN
@@ -158,6 +161,39 @@ def articulated_speech(seconds: float) -> Any:
     demo = Path(stableavatar.__file__).parent / "assets" / "demo" / "speech.flac"
     samples = Speech.open(demo).samples(0, round(seconds * 16000))
     return (np.clip(samples, -1, 1) * 32767).astype("<i2")
+
+
+def test_a_session_that_lasts_too_long_is_told_so(
+    files: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    service = Service(tmp_path / "jobs", [ModelChoice("toy")])
+    monkeypatch.setattr(speaking, "_LONGER_SECONDS", 1.0 - service.limits.seconds)
+    with TestClient(create_app(service, service.store()), base_url="http://127.0.0.1") as client:
+        monkeypatch.setattr(client.app.state.line, "open", lambda *_: StalledSession())  # type: ignore[attr-defined]
+        with client.websocket_connect("ws://127.0.0.1/v1/sessions") as line:
+            line.send_json(spoken(files))
+            assert line.receive_json()["type"] == "ready"
+            answer = line.receive_json()
+            assert answer["type"] == "error"
+            assert "too long" in answer["error"]["message"]
+            with pytest.raises(WebSocketDisconnect):
+                line.receive_json()
+
+
+class StalledSession:
+    """Whose worker says nothing."""
+
+    def __init__(self) -> None:
+        self.closed = threading.Event()
+
+    def send(self, _letter: str, _content: bytes = b"") -> None:
+        pass
+
+    def receive(self) -> None:
+        self.closed.wait(60)
+
+    def close(self) -> None:
+        self.closed.set()
 
 
 def test_of_those_whom_nobody_knows_few_may_begin(tmp_path: Path) -> None:

@@ -45,15 +45,18 @@ class LoadStableAvatar:
                     "STRING",
                     {"default": "", "multiline": True, "tooltip": "FILE or FILE:SCALE, one a line"},
                 ),
+                "size": (["default", "1.3b", "14b"], {"tooltip": "Of published weights alone."}),
             },
         }
 
-    def load(self, model: str, variant: str, dtype: str, lora: str = "") -> tuple[Any]:
+    def load(self, model: str, variant: str, dtype: str, lora: str = "", size: str = "default") -> tuple[Any]:
         """Load it where ComfyUI computes."""
         files = [line.strip() for line in lora.splitlines() if line.strip()]
-        chosen = None if variant == "default" else variant
+        published = {
+            name: value for name, value in (("variant", variant), ("size", size)) if value != "default"
+        }
         device = str(comfy.model_management.get_torch_device())
-        return (load(model, device=device, dtype=dtype, variant=chosen, lora=files),)
+        return (load(model, device=device, dtype=dtype, lora=files, **published),)
 
 
 class StableAvatarConditions:

@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from stableavatar.errors import InputError
+from stableavatar.errors import InputError, StorageError
 from stableavatar.media.audio import SPEECH_RATE, Speech
 from stableavatar.media.files import cannot_write, hidden_name, locked, reason_of, shortened, to_disk
 from stableavatar.media.segments import segment_name
@@ -63,7 +63,11 @@ class Journal:
             raise InputError(f"output {output}: another process is making this video") from None
         except OSError as error:
             raise cannot_write(output, error) from error
-        self._index = None if anew else self._read_index()
+        try:
+            self._index = None if anew else self._read_index()
+        except JournalError:
+            self._lock.close()
+            raise
 
     @property
     def unfinished(self) -> Path:
@@ -125,7 +129,7 @@ class Journal:
         """Put a state in the place of the one before; a kill at any moment leaves one of the two.
 
         Raises:
-            InputError: it cannot be written.
+            StorageError: it cannot be written.
         """
         old = None if self._index is None else self._index["state"]
         self._count += 1
@@ -149,7 +153,7 @@ class Journal:
             unfinished.replace(self.folder / _INDEX)
             to_disk(self.folder)
         except (OSError, SafetensorError) as error:
-            raise InputError(
+            raise StorageError(
                 f"output {self.output}: its journal cannot be written ({reason_of(error)}). Make room, then "
                 "go on with --resume."
             ) from error
@@ -159,13 +163,16 @@ class Journal:
 
     def clear(self) -> None:
         """Remove everything that the folder holds, first what says that there is something to go on from."""
-        (self.folder / _INDEX).unlink(missing_ok=True)
-        to_disk(self.folder)
-        for path in self.folder.iterdir():
-            if path.is_dir():
-                shutil.rmtree(path)
-            elif path.name != "lock":
-                path.unlink()
+        try:
+            (self.folder / _INDEX).unlink(missing_ok=True)
+            to_disk(self.folder)
+            for path in self.folder.iterdir():
+                if path.is_dir():
+                    shutil.rmtree(path)
+                elif path.name != "lock":
+                    path.unlink()
+        except OSError as error:
+            raise cannot_write(self.output, error) from error
 
     def close(self) -> None:
         """Let others have it; where there is nothing to go on from, it is removed."""

@@ -107,7 +107,8 @@ class AvatarPipeline(DiffusionPipeline, WanLoraLoaderMixin):
             speech_encoder=speech_encoder,
             scheduler=scheduler,
         )
-        avoid_slow_kernels(self.vae)
+        if self.vae is not None:  # diffusers lets parts be left out
+            avoid_slow_kernels(self.vae)
         self.origin: dict[str, Any] = {}  # what it was loaded from, for the metadata of videos
         self.defaults = SamplingDefaults(**(sampling_defaults or {}))
         self.register_to_config(sampling_defaults=asdict(self.defaults))
@@ -163,7 +164,8 @@ class AvatarPipeline(DiffusionPipeline, WanLoraLoaderMixin):
             check_own(folder, [part for part in OWN_PARTS if part not in kwargs])
             kwargs.setdefault("local_files_only", True)
             pipeline = super().from_pretrained(folder, dtype=dtype, **kwargs)
-            pipeline.speech_encoder.float()  # its features feed every window, and it is small
+            if pipeline.speech_encoder is not None:
+                pipeline.speech_encoder.float()  # its features feed every window, and it is small
             pipeline.origin = {"model": str(source)}
             pipeline._merge(loras)
             return pipeline

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from stableavatar import __version__
-from stableavatar.errors import InputError, ProcessError, StoppedError
+from stableavatar.errors import InputError, ProcessError, StoppedError, StorageError
 from stableavatar.generation import Run
 from stableavatar.journal import Journal, SavedState
 from stableavatar.media.audio import Sound
@@ -61,7 +61,8 @@ def write_video(
     except InputError as error:
         if not journal.has_state or "--resume" in str(error):
             raise
-        raise InputError(f"{error} Then the same command with --resume goes on.") from error
+        kind = StorageError if isinstance(error, StorageError) else InputError
+        raise kind(f"{error} Then the same command with --resume goes on.") from error
     except ProcessError as error:
         if not journal.has_state:
             raise

@@ -321,11 +321,14 @@ def download(
     log_to_stderr(verbose if sys.stderr.isatty() else max(verbose, 1))
     quieten_libraries(verbose)
     if landmarks:
+        if vocals or repository is not None or revision is not None:
+            raise InputError("--landmarks gets those networks alone: leave the other options out")
         from stableavatar.data.landmarks import fetch_networks
 
         typer.echo(f"{fetch_networks()}: complete")
         return
     from stableavatar.checkpoints import hub
+    from stableavatar.checkpoints.layout import find_published
 
     folder = hub.download(
         output,
@@ -335,6 +338,10 @@ def download(
         revision=revision,
         vocal_separator=vocals,
     )
+    if model_size == "14b":  # no transformer with audio was published for it
+        typer.echo(f"{folder}: complete, for training a transformer of 14B: see docs/training.md")
+        return
+    find_published(folder).require(variant, model_size)
     typer.echo(f"{folder}: complete; use it with --model {folder}")
 
 

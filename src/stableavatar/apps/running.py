@@ -14,6 +14,9 @@ from stableavatar.media.files import reason_of
 
 logger = logging.getLogger(__name__)
 
+THREADS = 100
+"""Requests at once that read or write files, or wait until theirs are looked at."""
+
 _BACKLOG = 2048
 _CLOSE_SECONDS = 5  # that answers that go on may take after the server is told to end
 _EXPIRE_SECONDS = 60.0
@@ -50,6 +53,7 @@ def run_with_workers(
     listener: socket.socket,
     save_seconds: float,
     keep_seconds: float | None,
+    forget_seconds: float | None = None,
     most_message: int,
 ) -> None:
     """Serve until told to end (SIGTERM, Ctrl-C); workers then save what they are making.
@@ -57,7 +61,7 @@ def run_with_workers(
     Args:
         listener: of `listen`; closed at the end.
         save_seconds: what they have for it. keep_seconds: finished videos are removed after so long; None:
-            never.
+            never. forget_seconds: the same of what was asked for and has no video.
         most_message: bytes of a message to a WebSocket.
 
     Raises:
@@ -85,9 +89,12 @@ def run_with_workers(
             server.should_exit = True
 
     def expire() -> None:
-        while keep_seconds and not ended.wait(_EXPIRE_SECONDS):
+        while not ended.wait(_EXPIRE_SECONDS):
             try:
-                workers.store.expire(keep_seconds)
+                if keep_seconds is not None:
+                    workers.store.expire(keep_seconds)
+                if forget_seconds is not None:
+                    workers.store.expire_without_video(forget_seconds)
             except sqlite3.Error as error:
                 logger.error("videos cannot be removed (%s)", error)
 

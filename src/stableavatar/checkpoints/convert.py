@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -34,6 +35,9 @@ from stableavatar.errors import InputError
 from stableavatar.models.transformer import StableAvatarTransformer3DModel
 
 logger = logging.getLogger(__name__)
+
+# As diffusers and transformers understand it.
+_SIZE = re.compile(r"[0-9]+(\.[0-9]+)?(KB|MB|GB|TB)", re.IGNORECASE)
 
 
 def convert(
@@ -72,6 +76,8 @@ def convert(
     parts = list(dict.fromkeys(parts))
     if unknown := [part for part in parts if part not in OWN_PARTS] or ([] if parts else ["none"]):
         raise InputError(f"unknown parts {', '.join(unknown)}: choose from {', '.join(OWN_PARTS)}")
+    if not _SIZE.fullmatch(max_shard_size):
+        raise InputError(f"shard size {max_shard_size!r}: give one such as 5GB or 500MB")
     found = find_published(source)
     if overlay is None:
         variant = variant or "square"

@@ -5,6 +5,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, get_origin, get_type_hints
 
+from stableavatar.checkpoints import hub
 from stableavatar.checkpoints.files import read_json
 from stableavatar.checkpoints.layout import MODEL_INDEX, model_folder
 from stableavatar.errors import CheckpointError, InputError
@@ -34,14 +35,15 @@ def read_defaults(
 ) -> SamplingDefaults:
     """The settings of the model that `stableavatar.load` makes of the same arguments.
 
-    What is neither "tiny" nor a folder of this project's layout is taken for published checkpoints, whether
-    they are on the disk or not.
+    Of a hub id, `model_index.json` is fetched. What is neither "tiny" nor of this project's layout is taken
+    for published checkpoints, whether they are on the disk or not.
 
     Raises:
         CheckpointError: its `model_index.json` is damaged, or names settings that cannot be.
     """
-    index = model_folder(source) / MODEL_INDEX
-    if not index.is_file():
+    folder = model_folder(source)
+    index = folder / MODEL_INDEX if folder.exists() else hub.model_index(str(source))
+    if index is None or not index.is_file():
         return SamplingDefaults(**sampling_defaults(variant or "square", size or "1.3b"))
     return check_defaults(index, read_json(index).get("sampling_defaults"))
 

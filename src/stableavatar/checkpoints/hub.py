@@ -14,13 +14,13 @@ import re
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub import HfApi, hf_hub_download, snapshot_download
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
@@ -62,7 +62,8 @@ _REPOSITORY_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _HTTP_ERROR: type[Exception] = HfHubHTTPError.__mro__[1]
 _HASHED_AT_ONCE = 1 << 22
 # How the hub's library ends the names of files that are not whole.
-_ON_ITS_WAY = ".incomplete"
+# Where the hub's library has files of a folder that are on their way.
+_DOWNLOADING, _ON_ITS_WAY = Path(".cache", "huggingface", "download"), ".incomplete"
 _ABANDONED_SECONDS = 600.0  # without a byte; another download may be under way
 _TELL_SECONDS = 0.5
 
@@ -140,8 +141,9 @@ def download(
         planned.append((repository, commit, folder, files))
     _check_space(target, sum(file.size for _, _, folder, files in planned for file in _absent(folder, files)))
     wanted = {folder / file.path: file.size for _, _, folder, files in planned for file in files}
-    _sweep(target)
-    with _watched(target, wanted, progress):
+    on_their_way = [folder / _DOWNLOADING for _, _, folder, _ in planned]
+    _sweep(on_their_way)
+    with _watched(on_their_way, wanted, progress):
         for repository, commit, folder, files in planned:
             _fetch(repository, commit, folder, files)
     return target
@@ -227,6 +229,17 @@ def resolve(
     return folder
 
 
+def model_index(repo_id: str) -> Path | None:
+    """`model_index.json` of a repository in this project's layout; None where there is none, or it cannot be
+    had."""
+    if not _REPOSITORY_ID.fullmatch(repo_id):
+        return None
+    try:
+        return Path(hf_hub_download(repo_id, MODEL_INDEX, endpoint=_endpoint()))
+    except (HfHubHTTPError, OSError, ValueError):
+        return None
+
+
 def _endpoint() -> str | None:
     """The mirror, read at every call: the hub's library reads it once, when it is imported."""
     return os.environ.get("HF_ENDPOINT") or None
@@ -257,17 +270,22 @@ def _fetch(repo_id: str, commit: str, folder: Path, files: list[HubFile]) -> Non
         logger.info("%s: downloaded, %s", path, _readable(file.size))
 
 
-def _sweep(target: Path) -> None:
+def _sweep(folders: Sequence[Path]) -> None:
     """Remove what a download that was killed had of a file: the hub's library begins each anew."""
-    for path in target.rglob(f"*{_ON_ITS_WAY}"):
+    for path in _on_their_way(folders):
         with suppress(OSError):
             if time.time() - path.stat().st_mtime > _ABANDONED_SECONDS:
                 path.unlink()
 
 
+def _on_their_way(folders: Sequence[Path]) -> Iterator[Path]:
+    for folder in folders:
+        yield from folder.rglob(f"*{_ON_ITS_WAY}")
+
+
 @contextmanager
 def _watched(
-    target: Path, wanted: Mapping[Path, int], progress: Callable[[int, int], None] | None
+    folders: Sequence[Path], wanted: Mapping[Path, int], progress: Callable[[int, int], None] | None
 ) -> Iterator[None]:
     """Tell `progress` what is there of the wanted files (bytes each), also of those that are on their way."""
     if progress is None:
@@ -279,7 +297,7 @@ def _watched(
     def watch() -> None:
         while True:
             sizes = (min(size, _size(path)) for path, size in wanted.items())
-            progress(min(total, sum(sizes) + sum(map(_size, target.rglob(f"*{_ON_ITS_WAY}")))), total)
+            progress(min(total, sum(sizes) + sum(map(_size, _on_their_way(folders)))), total)
             if over.wait(_TELL_SECONDS):
                 return
 

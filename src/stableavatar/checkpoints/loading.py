@@ -96,7 +96,8 @@ def load_transformer(
         config: constructor keywords, or a published ``config.json`` as a dict, where they are not to be read
             from files and shapes. Only what is given is fixed; the rest is still read.
         dtype: of the parameters; None for the one that most of them are stored in (bfloat16 where that is 8
-            bits or GGUF). Timestep embedding, norms and modulation stay in float32.
+            bits or GGUF). Timestep embedding, norms and modulation of the
+            blocks stay in float32.
         device: where the parameters go.
         allow_missing_audio: let the audio side be absent, to train it from the plain video model: its keys
             and values in the blocks start at zero, the adapter from a fixed seed.

@@ -278,7 +278,8 @@ class _Parser:
         return LowRank(parts["down"], parts["up"], alpha / rank)
 
     def _alpha(self, place: str, rank: int) -> float:
-        patterns = self.settings.get("alpha_pattern") or {}
+        given = self.settings.get("alpha_pattern") or {}
+        patterns = {self._place(name, self._modules) or name: alpha for name, alpha in given.items()}
         chosen = get_pattern_key(patterns.keys(), place)
         return float(patterns.get(chosen, self.settings.get("lora_alpha") or rank))
 
@@ -298,6 +299,10 @@ class _Parser:
             offsets[f"{patches}.weight"] = _widened(offsets[f"{patches}.weight"], shapes[f"{patches}.weight"])
         found = {f"{name}.weight": (it.up.shape[0], *it.down.shape[1:]) for name, it in layers.items()}
         for name, shape in [*found.items(), *((name, tuple(it.shape)) for name, it in offsets.items())]:
+            if name not in shapes:
+                raise CheckpointError(
+                    f"{self.source}: {name} has no place in this model; it was made for another"
+                )
             if shape != shapes[name]:
                 raise CheckpointError(
                     f"{self.source}: {name} is {list(shape)} in it, {list(shapes[name])} in this model; it "

@@ -216,6 +216,7 @@ IMAGE_ENCODER = NameTable(_image_rules())
 _TABLES = {"transformer": TRANSFORMER, "vae": VAE, "text_encoder": TEXT_ENCODER}
 
 _VISUAL = "visual."
+_TOWER, _PROJECTION = "vision_model.", "visual_projection."
 # What the portrait encoder has no use for: named, so that any other surplus is reported.
 _UNUSED_IMAGE_NAMES = re.compile(r"log_scale|textual\..+|(visual\.)?head")
 _FUSED_ATTENTION = re.compile(r"transformer\.(\d+)\.attn\.to_qkv\.(weight|bias)")
@@ -249,7 +250,14 @@ def to_ours(part: Part, state: Mapping[str, torch.Tensor]) -> StateDict:
     split in three (views, no copies), its class embedding flattened. Unknown names are kept, and shapes
     are not checked.
     """
-    if not is_published(part, state):
+    if part == "image_encoder" and all(name.startswith((_TOWER, _PROJECTION)) for name in state):
+        # As transformers 4 saved it, alone or with the projection of a whole CLIP.
+        renamed = {
+            name.removeprefix(_TOWER): tensor
+            for name, tensor in state.items()
+            if not name.startswith(_PROJECTION)
+        }
+    elif not is_published(part, state):
         renamed = dict(state)
     elif part == "image_encoder":
         renamed = _image_encoder_to_ours(state)

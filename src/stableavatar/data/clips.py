@@ -165,7 +165,7 @@ class FolderClip:
                 f"{folder}: masks of {width}x{height} pixels to frames of {self.size[0]}x{self.size[1]}; "
                 f"make them again (stableavatar extract-{kind.replace('_', '-')})"
             )
-        return _stack(pictures, count, pictures[0].shape, folder) / np.float32(255)
+        return np.asarray(_stack(pictures, count, pictures[0].shape, folder) / np.float32(255), np.float32)
 
     def read_portrait(self) -> NDArray[np.uint8]:
         """The person at rest from `portrait.png`, uint8 `[height, width, 3]`."""

@@ -43,6 +43,7 @@ from stableavatar.evaluation.observation import FaceTrack, Frames, Observation, 
 from stableavatar.evaluation.regions import Regions, person_regions, photograph_regions, puppet_regions
 from stableavatar.evaluation.report import Exhibit, Exhibits
 from stableavatar.evaluation.scores import Scores
+from stableavatar.generation import as_pixels
 from stableavatar.media.image import read_picture
 from stableavatar.pipeline import AvatarPipeline
 from stableavatar.sampling.decoding import normalise_latents, stream_decode
@@ -337,12 +338,7 @@ def code(vae: AutoencoderKLWan, frames: Frames) -> Frames:
     pictures = values.to(vae.device, vae.dtype) / 127.5 - 1
     latents = normalise_latents(vae, vae.encode(pictures).latent_dist.mode().float())
     decoded = stream_decode(vae, latents[0].unbind(1))
-    return np.stack([_as_bytes(frame) for frame in decoded])
-
-
-def _as_bytes(frame: torch.Tensor) -> NDArray[np.uint8]:
-    pixels = ((frame + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
-    return pixels.permute(1, 2, 0).cpu().numpy()
+    return np.stack([as_pixels(frame) for frame in decoded])
 
 
 def pipeline_speaker(pipeline: AvatarPipeline, options: Mapping[str, Any]) -> Speaker:

@@ -178,10 +178,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.development and (options.out is not None or options.portrait):
         logger.error("--development is for choosing settings: leave --out and --portrait out")
         return 2
+    if options.curves is not None and options.out is None:
+        logger.error("--curves are drawn into a document: give --out too")
+        return 2
+    given = {"steps": options.steps, "text_scale": options.text_scale, "audio_scale": options.audio_scale}
+    if options.gate is not None and (any(given.values()) or options.model != "tiny"):
+        logger.error("--gate measures an autoencoder alone: leave --model, --steps and scales out")
+        return 2
     console = Console(width=None if sys.stdout.isatty() else 200)
     started = time.monotonic()
     plan = QUICK if options.quick else DEVELOPMENT if options.development else FULL
-    given = {"steps": options.steps, "text_scale": options.text_scale, "audio_scale": options.audio_scale}
     setup = Setup(
         plan=plan,
         model=options.model,

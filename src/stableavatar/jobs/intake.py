@@ -12,14 +12,12 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures import CancelledError, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, fields
-from multiprocessing import get_context
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 from stableavatar.choices import Order
 from stableavatar.errors import InputError, StableAvatarError
-from stableavatar.lifetimes import end_with_parent
+from stableavatar.jobs.apart import kill_process, start_process
 from stableavatar.options import GenerateOptions, OutputOptions
 
 # What a request may choose. The others concern the machine (devices, memory, windows) or comparisons.
@@ -35,8 +33,6 @@ ORDERS: tuple[Order, ...] = ("wavefront", "causal")
 _MOST_CHECKS = 60
 # Fewer samples a second are no speech, and make files of hours out of little.
 _LEAST_RATE = 4000
-# Enough for the largest picture that is taken by default, and the libraries.
-_MEMORY = 6 * 2**30
 
 
 @dataclass(frozen=True)
@@ -181,16 +177,13 @@ class FileChecker:
     def _processes(self) -> ProcessPoolExecutor:
         """The one process, started where there is none."""
         if self._pool is None:
-            self._pool = ProcessPoolExecutor(1, get_context("spawn"), initializer=_confine)
+            self._pool = start_process()
         return self._pool
 
     def _end(self) -> None:
         pool, self._pool = self._pool, None
-        if pool is None:
-            return
-        for process in _processes(pool):
-            process.kill()
-        pool.shutdown(wait=False, cancel_futures=True)
+        if pool is not None:
+            kill_process(pool)
 
 
 class _Turns:
@@ -274,15 +267,3 @@ def without_folder(text: str, folder: Path) -> str:
             text = text.replace(f"{role} {folder / name}", name)
         text = text.replace(str(folder / name), name)
     return text.replace(str(folder), "")
-
-
-def _confine() -> None:
-    end_with_parent()
-    with contextlib.suppress(ImportError):  # Windows has none
-        import resource
-
-        resource.setrlimit(resource.RLIMIT_AS, (_MEMORY, resource.getrlimit(resource.RLIMIT_AS)[1]))
-
-
-def _processes(pool: ProcessPoolExecutor) -> list[BaseProcess]:
-    return list((pool._processes or {}).values())

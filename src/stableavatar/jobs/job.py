@@ -10,6 +10,8 @@ STATES: tuple[State, ...] = get_args(State)
 FINISHED: tuple[State, ...] = ("completed", "failed", "cancelled")
 
 PORTRAIT, SPEECH, VIDEO, UNFINISHED = "portrait", "speech", "video.mp4", "video.unfinished.mp4"
+JOURNAL = ".video.journal"
+"""Where `journal.Journal` keeps what a video is gone on with from."""
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from typing import Any
 from stableavatar.errors import InputError, StableAvatarError
 from stableavatar.jobs.calls import Calls
 from stableavatar.jobs.database import Database, as_json
-from stableavatar.jobs.job import STATES, Job, State
+from stableavatar.jobs.job import JOURNAL, STATES, Job, State
 from stableavatar.media.files import check_folder, locked, reason_of, to_disk
 
 # A job that so many workers died of, without getting any further, is the cause.
@@ -225,16 +225,34 @@ class JobStore:
             return dict(database.execute("SELECT name, value FROM totals").fetchall())
 
     def expire(self, seconds: float) -> int:
-        """Remove jobs that finished so long ago; how many."""
+        """Remove jobs that finished so long ago, and what is left of deleted ones; how many finished."""
         with self._database.transaction() as database:
+            count = database.execute(
+                "UPDATE jobs SET deleted = 1 WHERE finished < ? AND NOT deleted", (time.time() - seconds,)
+            ).rowcount
+            database.execute("DELETE FROM turns WHERE started < ?", (time.time() - seconds,))
+        self._purge_deleted()
+        return count
+
+    def expire_without_video(self, seconds: float) -> int:
+        """Remove jobs that failed or were stopped so long ago and have no video; how many."""
+        with self._database.reading() as database:
             rows = database.execute(
-                "UPDATE jobs SET deleted = 1 WHERE finished < ? AND NOT deleted RETURNING id",
+                "SELECT * FROM jobs WHERE state IN ('failed', 'cancelled') AND finished < ? AND NOT deleted",
                 (time.time() - seconds,),
             ).fetchall()
-            database.execute("DELETE FROM turns WHERE started < ?", (time.time() - seconds,))
+        empty = [job for job in map(self._job, rows) if job.video is None]
+        for job in empty:
+            self.delete(job.owner, job.id)
+        self._purge_deleted()
+        return len(empty)
+
+    def _purge_deleted(self) -> None:
+        """Also those whose removal was interrupted before, by a full disk or an end."""
+        with self._database.reading() as database:
+            rows = database.execute("SELECT id FROM jobs WHERE deleted AND state != 'in_progress'").fetchall()
         for row in rows:
             self._purge(row["id"])
-        return len(rows)
 
     # Who makes them.
 
@@ -342,9 +360,10 @@ class JobStore:
                 (int(crashed), name),
             )
             gone = database.execute("SELECT id FROM jobs WHERE deleted AND state = 'queued'").fetchall()
-            _give_up(database)
+            given_up = _give_up(database)
         for row in gone:
             self._purge(row["id"])
+        self._forget_states(given_up)
         return ready
 
     # The one process that owns the folder.
@@ -370,10 +389,11 @@ class JobStore:
                 "UPDATE jobs SET state = 'queued', worker = NULL, kills = kills + 1 "
                 "WHERE state = 'in_progress' AND NOT deleted"
             )
-            _give_up(database)
+            given_up = _give_up(database)
             rows = database.execute("SELECT id FROM jobs WHERE deleted").fetchall()
         for row in rows:
             self._purge(row["id"], running=True)
+        self._forget_states(given_up)
         for folder in (self.folder / "incoming").iterdir():
             self.discard(folder)
         with self._database.reading() as database:
@@ -406,6 +426,11 @@ class JobStore:
             ).fetchone()
         if gone is not None:
             shutil.rmtree(self._folder(job_id), ignore_errors=True)
+
+    def _forget_states(self, job_ids: Sequence[str]) -> None:
+        """Nobody goes on with jobs that were given up."""
+        for job_id in job_ids:
+            shutil.rmtree(self._folder(job_id) / JOURNAL, ignore_errors=True)
 
     def _folder(self, job_id: str) -> Path:
         return self.folder / "jobs" / job_id
@@ -453,16 +478,17 @@ def _in_turn(rows: Sequence[sqlite3.Row], turns: Mapping[str, float]) -> Iterato
             heapq.heappush(owners, place(owner))
 
 
-def _give_up(database: sqlite3.Connection) -> None:
-    """Fail the jobs that workers or servers are lost at, again and again."""
+def _give_up(database: sqlite3.Connection) -> list[str]:
+    """Fail the jobs that workers or servers are lost at, again and again; their ids."""
     lost = database.execute(
         "UPDATE jobs SET state = 'failed', finished = ?, "
         "error = 'The program that makes videos broke off ' || "
         "MAX(crashes, kills) || ' times at this one, perhaps for want of memory.' "
-        "WHERE state = 'queued' AND (crashes >= ? OR kills >= ?)",
+        "WHERE state = 'queued' AND (crashes >= ? OR kills >= ?) RETURNING id",
         (time.time(), MOST_CRASHES, MOST_KILLS),
-    )
-    _add_totals(database, {"videos_failed": float(lost.rowcount)})
+    ).fetchall()
+    _add_totals(database, {"videos_failed": float(len(lost))})
+    return [row["id"] for row in lost]
 
 
 def _add_totals(database: sqlite3.Connection, values: Mapping[str, float]) -> None:

@@ -114,8 +114,11 @@ def run_worker(name: str, folder: Path, model: ModelChoice, verbosity: int = 0) 
 
             torch.set_num_threads(model.threads)
         pipeline = model.load()
-    except StableAvatarError as error:
-        print(f"Error: {error}", file=sys.stderr, flush=True)
+    except Exception as error:
+        if not isinstance(error, StableAvatarError) and not is_out_of_memory(error):
+            logger.exception("the model cannot be loaded")
+        reason = "there is too little memory for the model" if is_out_of_memory(error) else error
+        print(f"Error: {reason}", file=sys.stderr, flush=True)
         sys.exit(NO_MODEL)
     store = JobStore(folder)
     store.worker_ready(name)
@@ -229,10 +232,12 @@ def _generate(
             **options,
         )
 
+    video: GeneratedVideo | None = None
     try:
         video = generate(resume=True)
     except JournalError as error:  # such as one of an earlier release
         logger.warning("%s of %s: begun anew: %s", job.id, job.owner, error)
+    if video is None:  # out of the handler, whose error would keep alive what it came from
         video = generate(resume=False)
     settings = json.loads(read_metadata(job.output)[METADATA_KEY])
     return {

@@ -397,9 +397,9 @@ def decoded_samples(frame: "av.AudioFrame", path: str | Path) -> Samples:
     channels = frame.layout.nb_channels
     array = array.T if frame.format.is_planar else array.reshape(-1, channels)
     if array.dtype == np.uint8:
-        return (array.astype(np.float32) - np.float32(128)) / np.float32(128)
+        return np.asarray((array.astype(np.float32) - 128) / 128, np.float32)
     if array.dtype.kind == "i":
-        return array.astype(np.float32) / np.float32(-int(np.iinfo(array.dtype).min))
+        return np.asarray(array.astype(np.float32) / 2.0 ** (8 * array.dtype.itemsize - 1), np.float32)
     # A double beyond float32 becomes infinite here, and is refused later as what it is.
     with np.errstate(over="ignore"):
         return array.astype(np.float32)

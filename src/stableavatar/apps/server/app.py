@@ -15,7 +15,7 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from stableavatar import __version__
-from stableavatar.apps.running import listen, run_with_workers
+from stableavatar.apps.running import THREADS, listen, run_with_workers
 from stableavatar.apps.server import health, speaking, videos
 from stableavatar.apps.server.access import Gate, Keys, check_host
 from stableavatar.apps.server.health import Counted, Metrics
@@ -27,8 +27,6 @@ from stableavatar.jobs.worker import ModelChoice
 from stableavatar.jobs.workers import Workers
 
 logger = logging.getLogger(__name__)
-
-_THREADS = 100  # of requests that read or write files
 
 DESCRIPTION = """\
 A portrait says a recording: send both, ask how far the video is, watch it while it is made, fetch it.
@@ -78,7 +76,7 @@ def create_app(service: Service, store: JobStore) -> FastAPI:
 
     @contextlib.asynccontextmanager
     async def life(app: FastAPI) -> AsyncIterator[None]:
-        anyio.to_thread.current_default_thread_limiter().total_tokens = _THREADS
+        anyio.to_thread.current_default_thread_limiter().total_tokens = THREADS
         yield
         checker.close()
         line.close()

@@ -8,6 +8,7 @@ little-endian mono) of any length, at last `{"type": "end"}`. It is answered wit
 import asyncio
 import base64
 import binascii
+import contextlib
 import json
 import shutil
 from pathlib import Path
@@ -76,6 +77,7 @@ async def speak(socket: WebSocket) -> None:
         gone = hearing.done() and isinstance(hearing.exception(), WebSocketDisconnect)
         if not gone:  # all has been said, or the worker takes no more: what it made is shown
             await asyncio.wait({showing}, timeout=_left(until))
+        late = not gone and not showing.done()
     finally:
         hearing.cancel()
         showing.cancel()
@@ -83,6 +85,15 @@ async def speak(socket: WebSocket) -> None:
         # What they raise says that the client went away, or takes nothing.
         await asyncio.gather(hearing, showing, return_exceptions=True)
         _sessions(socket).discard(owner)
+    if late:
+        with contextlib.suppress(Exception):  # the client may take nothing
+            await asyncio.wait_for(_time_is_over(socket), _SILENT_SECONDS)
+
+
+async def _time_is_over(socket: WebSocket) -> None:
+    message = "the session lasted too long, and is ended"
+    await socket.send_json({"type": "error", "error": {"message": message}})
+    await socket.close()
 
 
 def _left(until: float) -> float:

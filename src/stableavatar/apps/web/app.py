@@ -18,6 +18,9 @@ from stableavatar.jobs.store import JobStore
 from stableavatar.jobs.worker import ModelChoice
 from stableavatar.jobs.workers import Workers
 
+# What was asked for and has no video shows in no gallery: nobody can remove it.
+_FORGET_SECONDS = 3600.0
+
 
 @dataclass(frozen=True)
 class PageService:
@@ -70,5 +73,6 @@ def run_page(service: PageService, host: str, port: int, announce: Callable[[str
             listener=listener,
             save_seconds=service.save_seconds,
             keep_seconds=service.keep_seconds,
+            forget_seconds=_FORGET_SECONDS,
             most_message=2**20,
         )

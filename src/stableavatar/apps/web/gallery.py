@@ -1,6 +1,8 @@
 """The tab of what was made: each video with its settings, to be used again."""
 
 import html
+from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -41,9 +43,7 @@ def gallery_tab(studio: Studio, texts: Texts, tab: gr.Tab, tabs: gr.Tabs, talk: 
                 delete = gr.Button(texts["delete"], variant="stop", elem_id="delete")
 
     def show(request: gr.Request) -> Any:
-        jobs = [
-            job for job in studio.store.list(owner(request), limit=_MOST) if job.is_finished and job.video
-        ]
+        jobs = list(islice(_with_video(studio, owner(request)), _MOST))
         return (
             [(thumbnail(job.video), _caption(job)) for job in jobs if job.video],
             [job.id for job in jobs],
@@ -75,6 +75,14 @@ def gallery_tab(studio: Studio, texts: Texts, tab: gr.Tab, tabs: gr.Tabs, talk: 
     pictures.select(choose, ids, [chosen, screen, settings, about], **quiet)
     again.click(use, chosen, [tabs, *talk.fields], **quiet)
     delete.click(remove, chosen, None, **quiet).then(show, None, listing, **quiet)
+
+
+def _with_video(studio: Studio, whose: str) -> Iterator[Job]:
+    """The finished ones, newest first."""
+    after: str | None = None
+    while jobs := studio.store.list(whose, limit=_MOST, after=after):
+        yield from (job for job in jobs if job.is_finished and job.video)
+        after = jobs[-1].id
 
 
 def _caption(job: Job) -> str:

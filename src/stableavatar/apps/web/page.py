@@ -1,11 +1,16 @@
 """The page: its tabs, its look, and the videos that it shows."""
 
+import contextlib
+from collections.abc import AsyncIterator
 from pathlib import Path
 
+import anyio
+import anyio.to_thread
 import gradio as gr
 from fastapi import FastAPI, HTTPException, Request
 from fastapi.responses import RedirectResponse, Response
 
+from stableavatar.apps.running import THREADS
 from stableavatar.apps.watching import live_response, video_response
 from stableavatar.apps.web.gallery import gallery_tab
 from stableavatar.apps.web.models import models_tab
@@ -21,7 +26,13 @@ _STYLE = Path(__file__).with_name("style.css")
 
 def create_page(studio: Studio) -> FastAPI:
     """The application: a page in each language, and the addresses of videos."""
-    app = FastAPI(openapi_url=None)
+
+    @contextlib.asynccontextmanager
+    async def life(_app: FastAPI) -> AsyncIterator[None]:
+        anyio.to_thread.current_default_thread_limiter().total_tokens = THREADS
+        yield
+
+    app = FastAPI(openapi_url=None, lifespan=life)
 
     def job_of(request: Request, job_id: str) -> Job:
         who = owner_of(dict(request.cookies))

@@ -41,6 +41,7 @@ class Scratch:
     def folder(self) -> Path:
         """An empty one."""
         root = Path(self._root.name)
+        root.mkdir(mode=0o700, exist_ok=True)  # systems clean folders of this kind
         for old in root.iterdir():
             with suppress(OSError):
                 if old not in self._held and time.time() - old.stat().st_mtime > self._SECONDS:

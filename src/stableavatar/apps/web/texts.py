@@ -201,6 +201,10 @@ TEXTS: dict[str, tuple[str, str]] = {
         "需要网络 Kim_Vocal_2.onnx。请用 --vocals FILE 启动，或在模型页下载。",
     ),
     "result": ("Result", "结果"),
+    "broken_file": (
+        "This file could not be read to its end, or not in time. Save it as WAV or MP4, or send less of it.",
+        "无法读完该文件，或耗时过长。请另存为 WAV 或 MP4，或发送较短的文件。",
+    ),
     "no_file": ("Choose a file first.", "请先选择文件。"),
     # Gallery.
     "refresh": ("Refresh", "刷新"),

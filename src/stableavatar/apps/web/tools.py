@@ -11,17 +11,18 @@ from stableavatar.apps.web.sentences import in_words
 from stableavatar.apps.web.studio import Studio, sent
 from stableavatar.apps.web.texts import Texts
 from stableavatar.errors import StableAvatarError
+from stableavatar.jobs.apart import BrokenFileError, run_apart
+
+_SEPARATING = 4.0  # seconds that separating a second of the longest recording may take
 
 
 def audio_tab(studio: Studio, texts: Texts) -> None:
     """Extract audio; to be called within its tab."""
-    from stableavatar.data.extract import extract_audio
-
     gr.Markdown(texts["extract_help"])
 
     def extract(file: str | None) -> str:
         with _told(studio, texts, file) as (source, output):
-            extract_audio(source, output, most_seconds=studio.limits.seconds)
+            run_apart(_extract, source, output, studio.limits.seconds, seconds=studio.limits.check_seconds)
         return str(output)
 
     _tool(texts, "extract", extract)
@@ -34,14 +35,24 @@ def vocals_tab(studio: Studio, texts: Texts) -> None:
     def separate(file: str | None) -> str:
         if not studio.vocals.is_file():
             raise gr.Error(texts["no_network"], print_exception=False)
-        from stableavatar.data.vocals import VocalSeparator, separate_vocals
-
         with _told(studio, texts, file) as (source, output):
-            separator = VocalSeparator(studio.vocals)
-            separate_vocals(separator, source, output, most_seconds=studio.limits.seconds)
+            most = studio.limits.seconds
+            run_apart(_separate, studio.vocals, source, output, most, seconds=_SEPARATING * most)
         return str(output)
 
     _tool(texts, "separate", separate)
+
+
+def _extract(source: Path, output: Path, most_seconds: float) -> None:
+    from stableavatar.data.extract import extract_audio
+
+    extract_audio(source, output, most_seconds=most_seconds)
+
+
+def _separate(network: Path, source: Path, output: Path, most_seconds: float) -> None:
+    from stableavatar.data.vocals import VocalSeparator, separate_vocals
+
+    separate_vocals(VocalSeparator(network), source, output, most_seconds=most_seconds)
 
 
 def _tool(texts: Texts, name: str, work: Any) -> None:
@@ -64,5 +75,7 @@ def _told(studio: Studio, texts: Texts, file: str | None) -> Iterator[tuple[Path
     with studio.scratch.held() as folder:
         try:
             yield source, folder / f"{source.stem}.wav"
+        except BrokenFileError as error:
+            raise gr.Error(texts["broken_file"], print_exception=False) from error
         except StableAvatarError as error:
             raise gr.Error(in_words(str(error), texts.language), print_exception=False) from error

@@ -60,7 +60,7 @@ def paint_background(identity: Identity, size: int) -> Array:
     axis = (np.arange(size, dtype=np.float32) + 0.5) / size
     x, y = np.meshgrid(axis, axis)
     first, second, third = (np.asarray(c, dtype=np.float32) for c in identity.background_colours)
-    canvas = np.broadcast_to(first, (size, size, 3)).astype(np.float32).copy()
+    canvas: Array = np.broadcast_to(first, (size, size, 3)).astype(np.float32).copy()
     kind = identity.background
     angle = rng.uniform(0, 2 * math.pi)
     ramp = (x - 0.5) * math.cos(angle) + (y - 0.5) * math.sin(angle)
@@ -149,7 +149,7 @@ def paint_body(identity: Identity, size: int) -> Array:
     cloth_shade = (
         0.86 + 0.07 * folds + 0.015 * weave + 0.14 * lx * np.clip(x, -1, 1) - 0.1 * smoothstep(1.1, 1.9, y)
     )
-    fabric = np.broadcast_to(np.asarray(identity.cloth, dtype=np.float32), (size, size, 3)).copy()
+    fabric: Array = np.broadcast_to(np.asarray(identity.cloth, dtype=np.float32), (size, size, 3)).copy()
     if identity.clothes == "stripes":
         over(fabric, identity.cloth_second, smoothstep(-0.4, 0.4, np.sin(y * 42 + 2 * folds * 0.1)))
     if identity.clothes in ("suit", "collar"):

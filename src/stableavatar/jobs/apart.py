@@ -1,0 +1,56 @@
+"""Work on strangers' files in processes of their own, with bounded memory and time: a file that crashes a
+library, or keeps it busy for ever, takes nothing else along."""
+
+import contextlib
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import get_context
+from typing import Any
+
+from stableavatar.errors import StableAvatarError
+from stableavatar.lifetimes import end_with_parent
+
+# Enough for the largest picture that is taken by default, and the libraries.
+_MEMORY = 6 * 2**30
+
+
+class BrokenFileError(StableAvatarError):
+    """What worked on a file broke off, or was made to: it took too long."""
+
+
+def start_process() -> ProcessPoolExecutor:
+    """A process for such work, started when there is some."""
+    return ProcessPoolExecutor(1, get_context("spawn"), initializer=_confine)
+
+
+def kill_process(pool: ProcessPoolExecutor) -> None:
+    """End it, whatever it is doing."""
+    for process in list((pool._processes or {}).values()):
+        process.kill()
+    pool.shutdown(wait=False, cancel_futures=True)
+
+
+def run_apart(work: Callable[..., Any], *arguments: Any, seconds: float) -> Any:
+    """What `work` returns, of a process of its own; its errors are raised here.
+
+    Raises:
+        BrokenFileError: it took more than so many seconds, or was lost.
+    """
+    pool = start_process()
+    try:
+        return pool.submit(work, *arguments).result(seconds)
+    except TimeoutError as error:
+        raise BrokenFileError(f"it took more than {seconds:g} s") from error
+    except BrokenProcessPool as error:
+        raise BrokenFileError("it broke off") from error
+    finally:
+        kill_process(pool)
+
+
+def _confine() -> None:
+    end_with_parent()
+    with contextlib.suppress(ImportError):  # Windows has none
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_AS, (_MEMORY, resource.getrlimit(resource.RLIMIT_AS)[1]))
