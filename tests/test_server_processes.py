@@ -60,7 +60,7 @@ def test_a_kill_in_the_middle_of_five_jobs_loses_none(
         )
         assert answer.status_code == 200, answer.text
         ids.append(answer.json()["id"])
-    killed, saved = 0, dict[Path, int]()
+    killed, saved, counted_on = 0, dict[Path, int](), 0
     for _ in range(3):  # killed three times, each time in the middle of a video
 
         def under_way(server: Server = server) -> bool:
@@ -74,10 +74,11 @@ def test_a_kill_in_the_middle_of_five_jobs_loses_none(
         killed += any(it["status"] == "in_progress" for it in states(server).values())
         server.kill()
         saved = saved_segments(server.folder)
+        counted_on += len(saved)  # nothing where a quick machine has made them all
         server = servers().wait_ready()
         assert set(states(server)) == set(ids)
     assert killed > 0
-    assert saved
+    assert counted_on > 0
 
     def over() -> bool:
         assert as_they_were(saved)  # what was saved is gone on from, and not made again

@@ -12,7 +12,7 @@ from stableavatar import __version__
 from stableavatar.conditioning.image import portrait_embeddings, reference_condition
 from stableavatar.conditioning.speech import WindowSpeech
 from stableavatar.conditioning.text import encode_prompts
-from stableavatar.errors import InputError, StoppedError
+from stableavatar.errors import InputError, SamplingError, StoppedError
 from stableavatar.journal import SavedState, differences, speech_hash, tensor_hash, weights_fingerprint
 from stableavatar.media.audio import SPEECH_RATE, Speech
 from stableavatar.media.live import LiveSpeech
@@ -155,7 +155,11 @@ class Run:
             "speech": speech_hash(self.speech),
             "noise": tensor_hash(self.noise.latents) if isinstance(self.noise, GivenNoise) else None,
             "weights": weights_fingerprint(modules),
-            "scheduler": {name: str(value) for name, value in self.pipeline.scheduler.config.items()},
+            "scheduler": {
+                name: str(value)
+                for name, value in self.pipeline.scheduler.config.items()
+                if not name.startswith("_")  # of the library, and not the same in every process
+            },
             "step cache's coefficients": list(self.pipeline.defaults.step_cache_coefficients),
         }
 
@@ -177,7 +181,7 @@ class Run:
                     if parts.frames == self._total():
                         break
                     parts.frames += 1
-                    pixels = as_pixels(frame)
+                    pixels = finite_pixels(frame, parts.frames)
                     pace.frame()
                     self._report(pace)
                     yield pixels
@@ -438,6 +442,15 @@ def as_pixels(frame: torch.Tensor) -> Frame:
     """A decoded frame [3, H, W] in -1..1 as uint8 [H, W, 3]."""
     pixels = ((frame + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
     return pixels.permute(1, 2, 0).cpu().numpy()
+
+
+def finite_pixels(frame: torch.Tensor, number: int) -> Frame:
+    """The same of the `number`-th frame of a video. Raises SamplingError: it is not of finite numbers."""
+    if not torch.isfinite(frame).all():
+        raise SamplingError(
+            f"frame {number} came out of the autoencoder without finite numbers: try --dtype float32"
+        )
+    return as_pixels(frame)
 
 
 def _no_speech(_window: Window) -> None:

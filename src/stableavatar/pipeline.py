@@ -29,7 +29,7 @@ from stableavatar.checkpoints.own import check_own
 from stableavatar.checkpoints.published import load_published
 from stableavatar.conditioning.image import picture_tensor
 from stableavatar.errors import CheckpointError, InputError
-from stableavatar.generation import ProgressCallback, Run, as_pixels
+from stableavatar.generation import ProgressCallback, Run, finite_pixels
 from stableavatar.inputs import (
     Portrait,
     SpeechInput,
@@ -292,8 +292,8 @@ class AvatarPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         decoder = StreamDecoder(self.vae, device, tiling=made.options.decoder_tiling)
         frames = (frame for latent in made.latents.unbind(1) for frame in decoder.decode(latent))
         try:
-            for frame in islice(frames, made.frame_count):
-                yield as_pixels(frame)
+            for number, frame in enumerate(islice(frames, made.frame_count), 1):
+                yield finite_pixels(frame, number)
         finally:
             self.maybe_free_model_hooks()
 
