@@ -55,12 +55,14 @@ def speech(tmp_path: Path) -> Path:
     return write_wav(tmp_path / "speech.wav", tone(3.0, 16000), 16000)
 
 
-def fill_in(page: Page, speech: Path, *, steps: int = 1, portrait: Path = DEMO / "portrait.png") -> None:
-    """Portrait and speech, and settings with which the toy model is quick."""
+def fill_in(
+    page: Page, speech: Path, *, steps: int = 1, portrait: Path = DEMO / "portrait.png", shown: str = "0:03"
+) -> None:
+    """Portrait and speech (whose length is `shown`), and settings with which the toy model is quick."""
     page.set_input_files("#portrait input[type=file]", portrait)
     page.set_input_files("#speech input[type=file]", speech)
     expect(page.locator("#portrait img")).to_be_visible(timeout=20 * SECONDS)
-    expect(page.locator("#speech").get_by_text("0:03").first).to_be_visible(timeout=20 * SECONDS)
+    expect(page.locator("#speech").get_by_text(shown).first).to_be_visible(timeout=20 * SECONDS)
     if not page.locator("#steps input[type=number]").is_visible():
         page.locator("#advanced button").first.click()
     for name, value in (("steps", steps), ("text-scale", 1), ("audio-scale", 1)):
@@ -132,7 +134,7 @@ def test_a_second_video_of_one_page_takes_the_place_of_the_first(
     page: Page, tmp_path: Path, served: tuple[str, JobStore]
 ) -> None:
     speech = write_wav(tmp_path / "speech.wav", tone(9.0, 16000), 16000)
-    fill_in(page, speech, steps=100)
+    fill_in(page, speech, steps=100, shown="0:09")
     page.locator("#make").click()
     expect(page.locator("#status")).to_contain_text("Window", timeout=60 * SECONDS)
     first = page.locator("#screen video").get_attribute("data-job")

@@ -28,7 +28,8 @@ def kill_process(pool: ProcessPoolExecutor) -> None:
     """End it, whatever it is doing."""
     for process in list((pool._processes or {}).values()):
         process.kill()
-    pool.shutdown(wait=False, cancel_futures=True)
+    # Waited for, which is soon: else its thread may outlive it, and is woken in vain at the exit.
+    pool.shutdown(wait=True, cancel_futures=True)
 
 
 def run_apart(work: Callable[..., Any], *arguments: Any, seconds: float) -> Any:
