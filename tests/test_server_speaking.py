@@ -168,8 +168,9 @@ def test_a_session_that_lasts_too_long_is_told_so(
 ) -> None:
     service = Service(tmp_path / "jobs", [ModelChoice("toy")])
     monkeypatch.setattr(speaking, "_LONGER_SECONDS", 1.0 - service.limits.seconds)
-    with TestClient(create_app(service, service.store()), base_url="http://127.0.0.1") as client:
-        monkeypatch.setattr(client.app.state.line, "open", lambda *_: StalledSession())  # type: ignore[attr-defined]
+    app = create_app(service, service.store())
+    monkeypatch.setattr(app.state.line, "open", lambda *_: StalledSession())
+    with TestClient(app, base_url="http://127.0.0.1") as client:
         with client.websocket_connect("ws://127.0.0.1/v1/sessions") as line:
             line.send_json(spoken(files))
             assert line.receive_json()["type"] == "ready"

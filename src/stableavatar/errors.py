@@ -23,7 +23,7 @@ class CheckpointError(StableAvatarError):
 
 
 class SamplingError(StableAvatarError):
-    """The latents became NaN or infinite."""
+    """Latents or frames became NaN or infinite."""
 
 
 class StoppedError(StableAvatarError):

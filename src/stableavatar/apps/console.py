@@ -42,9 +42,7 @@ def plain_errors() -> Iterator[None]:
     except Exception as error:
         if is_out_of_room(error):
             where = getattr(error, "filename", None) or "the disk"
-            _fail(
-                f"{where or 'the disk'}: there is no room left. Make some, then give the command again", FAULT
-            )
+            _fail(f"{where}: there is no room left. Make some, then give the command again", FAULT)
         if not is_out_of_memory(error):
             raise
         _fail(

@@ -182,8 +182,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         logger.error("--curves are drawn into a document: give --out too")
         return 2
     given = {"steps": options.steps, "text_scale": options.text_scale, "audio_scale": options.audio_scale}
-    if options.gate is not None and (any(given.values()) or options.model != "tiny"):
-        logger.error("--gate measures an autoencoder alone: leave --model, --steps and scales out")
+    if options.gate is not None and (
+        any(given.values()) or (options.model, options.dtype) != ("tiny", "auto")
+    ):
+        logger.error("--gate measures an autoencoder alone: leave --model, --dtype, --steps and scales out")
         return 2
     console = Console(width=None if sys.stdout.isatty() else 200)
     started = time.monotonic()

@@ -4,16 +4,13 @@ FOLDER/jobs.sqlite          a row a job
 FOLDER/jobs/ID/             portrait, speech, video.mp4, and while it is made its journal
 """
 
-import heapq
 import json
-import math
 import re
 import secrets
 import shutil
 import sqlite3
 import time
-from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +18,7 @@ from stableavatar.errors import InputError, StableAvatarError
 from stableavatar.jobs.calls import Calls
 from stableavatar.jobs.database import Database, as_json
 from stableavatar.jobs.job import JOURNAL, STATES, Job, State
+from stableavatar.jobs.turns import in_turn
 from stableavatar.media.files import check_folder, locked, reason_of, to_disk
 
 # A job that so many workers died of, without getting any further, is the cause.
@@ -208,7 +206,7 @@ class JobStore:
                 "SELECT number, id, owner, started FROM jobs WHERE state = 'queued' ORDER BY number"
             ).fetchall()
             turns = dict(database.execute("SELECT owner, started FROM turns").fetchall())
-        for place, job_id in enumerate(_in_turn(rows, turns)):
+        for place, job_id in enumerate(in_turn(rows, turns)):
             if job_id == job.id:
                 return int(running) + place
         return 0
@@ -453,29 +451,6 @@ class JobStore:
             crashes=row["crashes"],
             folder=self._folder(row["id"]),
         )
-
-
-def _in_turn(rows: Sequence[sqlite3.Row], turns: Mapping[str, float]) -> Iterator[str]:
-    """The ids of waiting jobs, oldest first, in the order in which `take` would take them."""
-    last = dict(turns)
-    now = max(last.values(), default=0.0)
-    jobs_of: dict[str, deque[sqlite3.Row]] = {}
-    for row in sorted(rows, key=lambda row: row["started"] is None):
-        jobs_of.setdefault(row["owner"], deque()).append(row)
-
-    def place(owner: str) -> tuple[bool, float, int, str]:
-        row = jobs_of[owner][0]
-        return row["started"] is None, last.get(owner, -math.inf), row["number"], owner
-
-    owners = [place(owner) for owner in jobs_of]
-    heapq.heapify(owners)
-    while owners:
-        owner = heapq.heappop(owners)[-1]
-        yield jobs_of[owner].popleft()["id"]
-        now += 1.0
-        last[owner] = now
-        if jobs_of[owner]:
-            heapq.heappush(owners, place(owner))
 
 
 def _give_up(database: sqlite3.Connection) -> list[str]:
