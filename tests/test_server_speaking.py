@@ -170,15 +170,17 @@ def test_a_session_that_lasts_too_long_is_told_so(
     monkeypatch.setattr(speaking, "_LONGER_SECONDS", 1.0 - service.limits.seconds)
     app = create_app(service, service.store())
     monkeypatch.setattr(app.state.line, "open", lambda *_: StalledSession())
-    with TestClient(app, base_url="http://127.0.0.1") as client:
-        with client.websocket_connect("ws://127.0.0.1/v1/sessions") as line:
-            line.send_json(spoken(files))
-            assert line.receive_json()["type"] == "ready"
-            answer = line.receive_json()
-            assert answer["type"] == "error"
-            assert "too long" in answer["error"]["message"]
-            with pytest.raises(WebSocketDisconnect):
-                line.receive_json()
+    with (
+        TestClient(app, base_url="http://127.0.0.1") as client,
+        client.websocket_connect("ws://127.0.0.1/v1/sessions") as line,
+    ):
+        line.send_json(spoken(files))
+        assert line.receive_json()["type"] == "ready"
+        answer = line.receive_json()
+        assert answer["type"] == "error"
+        assert "too long" in answer["error"]["message"]
+        with pytest.raises(WebSocketDisconnect):
+            line.receive_json()
 
 
 class StalledSession:
