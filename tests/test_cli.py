@@ -244,9 +244,10 @@ def test_download_passes_on_what_is_wanted(tmp_path: Path, monkeypatch: pytest.M
     options = {"repo_id": "a/b", "revision": "c", "vocal_separator": True}
     assert calls == [((tmp_path, "rec-vec", "14b"), options)]
     assert "for training a transformer of 14B" in result.stdout
-    refused = run("download", "--landmarks", "--vocals")
-    assert refused.exit_code == 2
-    assert "--landmarks" in refused.stderr
+    for other in (["--vocals"], ["--variant", "square"], ["-o", tmp_path], ["--model-size", "14b"]):
+        refused = run("download", "--landmarks", *other)
+        assert refused.exit_code == 2, other
+        assert "--landmarks" in refused.stderr
 
 
 def test_the_download_command_that_is_advised_can_be_typed(tmp_path: Path) -> None:

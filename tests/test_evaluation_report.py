@@ -10,6 +10,7 @@ from PIL import Image
 from puppet_frames import still
 from stableavatar.data.puppets import PuppetClip
 from stableavatar.errors import InputError
+from stableavatar.evaluation import tiny
 from stableavatar.evaluation.report import Exhibit, Exhibits, write_report
 from stableavatar.evaluation.scores import Scores
 from stableavatar.evaluation.sheets import (
@@ -65,9 +66,20 @@ def test_logs_and_plots_take_gaps(tmp_path: Path) -> None:
     assert (np.asarray(plot) == (31, 119, 180)).all(axis=-1).sum() > 50
     with pytest.raises(ValueError, match="no points"):
         line_plot("none", {"loss": (np.array([np.nan]), np.array([1.0]))}, "steps")
-    log.write_text("[1]\n")
-    with pytest.raises(InputError, match="not a JSON object"):
-        read_log(log)
+
+
+def test_a_line_that_a_kill_cut_off_costs_no_report(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    log = tmp_path / "log.jsonl"
+    log.write_text('{"step": 1, "loss": 2.0}\n[1]\n{"step": 2, "lo')
+    assert list(read_log(log)["loss"]) == [2.0]
+    assert [record.args for record in caplog.records] == [(log, 2), (log, 3)]
+
+
+def test_a_folder_without_logs_is_refused_before_the_work(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert tiny.main(["--out", str(tmp_path / "tiny.md"), "--curves", str(tmp_path)]) == 2
+    assert "no training log" in caplog.text
 
 
 def test_contact_sheet_shows_wide_and_shut_mouths(clip: PuppetClip) -> None:

@@ -436,6 +436,19 @@ def test_frames_as_pictures(tmp_path: Path) -> None:
         FrameWriter(tmp_path / "file")
 
 
+def test_what_lies_among_the_pictures_that_were_made_is_removed(tmp_path: Path) -> None:
+    there = tmp_path / ".pictures"
+    there.mkdir()
+    for number in (0, 1, 2):
+        Image.fromarray(flat()).save(there / f"frame_{number:06d}.png")
+    (there / "frame_0.png").touch()
+    with FrameWriter(tmp_path / "frames", partial=there, done=2):
+        assert sorted(path.name for path in there.iterdir()) == ["frame_000000.png", "frame_000001.png"]
+    (tmp_path / "frames").rename(there)
+    with pytest.raises(InputError, match="are missing"), FrameWriter(tmp_path / "f", partial=there, done=3):
+        pass
+
+
 def test_pictures_whose_numbers_have_more_digits_are_gone_on_with(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -81,6 +81,13 @@ class TestLength:
         assert probe(made.path).frames == 10
         assert probe(made.path).sound_seconds == pytest.approx(0.4, abs=0.001)
 
+    def test_silence_follows_even_a_recording_that_is_shorter_than_a_frame(
+        self, pipeline: AvatarPipeline
+    ) -> None:
+        loud = {"duration": 0.4, "speech_normalisation": "recording"}
+        assert len(frames(pipeline, noise(300), **loud)) == 10
+        assert len(frames(pipeline, noise(300), duration=0.4, order="causal")) == 10
+
     def test_duration_and_start_cut_the_recording(self, pipeline: AvatarPipeline) -> None:
         samples = noise(3 * RATE)
         cut = frames(pipeline, samples, start=1.0, duration=0.4)
@@ -304,7 +311,7 @@ class TestFile:
 
     def test_the_settings_in_a_file_repeat_it(self, pipeline: AvatarPipeline, tmp_path: Path) -> None:
         def make(name: str, **options: object) -> tuple[GeneratedVideo, np.ndarray]:
-            pictures = OutputOptions(frames=tmp_path / name)
+            pictures = OutputOptions(frames=str(tmp_path / name))  # a text will do for a path
             made = pipeline.generate(
                 portrait(), noise(10 * 640), tmp_path / f"{name}.mp4", output_options=pictures, **options
             )

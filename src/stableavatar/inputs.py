@@ -164,17 +164,15 @@ def _live_latents(speech: LiveSpeech, fps: Fraction, wanted: int) -> int | None:
 def _frames(recording: Speech | None, options: Settings) -> int:
     """Frames of the video: of the duration that was asked for, else of the recording."""
     fps = options.frame_rate
-    if recording is not None and Fraction(len(recording), SPEECH_RATE) * fps < 1:
-        what = f"the speech ({recording.seconds:.3f} s)"
-    elif options.duration is not None and Fraction(options.duration) * fps < 1:
-        what = f"a duration of {options.duration} s"
-    elif options.duration is not None:
-        return frame_count(round(Fraction(options.duration) * SPEECH_RATE), SPEECH_RATE, fps)
+    if options.duration is not None:  # silence follows a shorter recording
+        samples, what = round(Fraction(options.duration) * SPEECH_RATE), f"a duration of {options.duration} s"
     elif recording is not None:
-        return frame_count(len(recording), SPEECH_RATE, fps)
+        samples, what = len(recording), f"the speech ({recording.seconds:.3f} s)"
     else:
         raise InputError("a video without speech needs a duration")
-    raise _too_short(what, fps)
+    if Fraction(samples, SPEECH_RATE) * fps < 1:
+        raise _too_short(what, fps)
+    return frame_count(samples, SPEECH_RATE, fps)
 
 
 def _too_short(what: str, fps: Fraction) -> InputError:

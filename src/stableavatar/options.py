@@ -356,6 +356,8 @@ class OutputOptions:
 
     def __post_init__(self) -> None:
         _check_values(self)
+        if isinstance(self.frames, str):
+            object.__setattr__(self, "frames", Path(self.frames))
 
 
 def check_overlap(window: int, overlap: int) -> None:

@@ -43,7 +43,7 @@ from stableavatar.inputs import (
 from stableavatar.journal import Journal, refuse_unfinished
 from stableavatar.media.audio import Speech
 from stableavatar.media.encoding import Writable
-from stableavatar.media.files import check_output
+from stableavatar.media.files import check_frames_folder, check_output
 from stableavatar.media.image import fit_picture
 from stableavatar.media.live import LiveRecording, LiveSound, LiveSpeech
 from stableavatar.media.reading import Frame
@@ -146,6 +146,8 @@ class AvatarPipeline(DiffusionPipeline, WanLoraLoaderMixin):
                 model.
         """
         loras = _chosen_loras(lora)  # what is missing should be said before a large model is read
+        if "torch_dtype" in kwargs:
+            raise InputError("torch_dtype is called dtype here, as in diffusers since 0.40")
         published = {"variant": variant or "square", "size": size or "1.3b"}
         folder = model_folder(source)
         if str(source) == "tiny" and not folder.is_dir():
@@ -416,6 +418,8 @@ class AvatarPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         """
         encoding = output_options or OutputOptions()
         given = check_options(options)
+        if encoding.frames is not None:  # before an earlier run's state gives way
+            check_frames_folder(encoding.frames)
         speech = as_live(speech, given)
         if (
             not isinstance(output, str | Path)

@@ -220,7 +220,7 @@ def generate(
         # What is wrong with the files should be said before a large model is loaded.
         from stableavatar.journal import refuse_unfinished
         from stableavatar.media.audio import Sound
-        from stableavatar.media.files import check_output
+        from stableavatar.media.files import check_frames_folder, check_output
         from stableavatar.media.image import read_picture
         from stableavatar.media.live import LiveRecording, read_live
         from stableavatar.media.video import STANDARD_OUTPUT
@@ -232,6 +232,8 @@ def generate(
             raise InputError(f"output {output}: exists already. Choose another name, or add --overwrite.")
         if not to_stdout and not (overwrite or resume):
             refuse_unfinished(check_output(output))
+        if encoding.frames is not None:
+            check_frames_folder(encoding.frames)
         if processes is not None and str(speech) == STANDARD_INPUT:
             raise InputError("standard input is read by one process: start it without torchrun")
         picture = read_picture(portrait)
@@ -296,6 +298,7 @@ def info(
 
 @app.command()
 def download(
+    context: typer.Context,
     output: Annotated[Path, typer.Option("--output", "-o", help="The folder, made if need be.")] = Path(
         "checkpoints"
     ),
@@ -321,7 +324,8 @@ def download(
     log_to_stderr(verbose if sys.stderr.isatty() else max(verbose, 1))
     quieten_libraries(verbose)
     if landmarks:
-        if vocals or repository is not None or revision is not None:
+        others = set(context.params) - {"landmarks", "verbose"}
+        if any(getattr(context.get_parameter_source(name), "name", "") != "DEFAULT" for name in others):
             raise InputError("--landmarks gets those networks alone: leave the other options out")
         from stableavatar.data.landmarks import fetch_networks
 

@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import re
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,6 +30,7 @@ from stableavatar.checkpoints.layout import (
 )
 from stableavatar.checkpoints.published import SHIFT, TRAINING_STEPS
 from stableavatar.errors import InputError
+from stableavatar.media.files import cannot_write, replacing
 from stableavatar.models.transformer import StableAvatarTransformer3DModel
 
 logger = logging.getLogger(__name__)
@@ -147,7 +146,10 @@ def export_transformer(
     }
     with _complete_or_nothing(target, overwrite) as file:
         if target.suffix == ".pt":
-            torch.save(state, file)
+            try:
+                torch.save(state, file)
+            except RuntimeError as error:  # what torch makes of a full disk
+                raise cannot_write(target, error) from error
         else:
             save_file(state, file, metadata={"format": "pt"})
     return target
@@ -203,26 +205,9 @@ def _complete_or_nothing(target: Path, overwrite: bool) -> Iterator[Path]:
     """A name beside the target to write to; takes the target's place if all goes well, else is removed."""
     if target.exists() and not overwrite:
         raise InputError(f"{target}: exists already; choose another name or ask to overwrite it")
-    partial = target.parent / f".{target.name}.{os.getpid()}.partial"
-    previous = target.parent / f".{target.name}.{os.getpid()}.previous"
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        yield partial
-        if target.exists():
-            target.rename(previous)
-        partial.rename(target)
-        _remove(previous)
+        with replacing(target) as partial:
+            yield partial
     except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise InputError(f"{target}: cannot be written ({reason})") from error
-    finally:
-        if previous.exists() and not target.exists():
-            previous.rename(target)
-        _remove(partial)
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    elif path.is_file():
-        path.unlink()
+        raise cannot_write(target, error) from error

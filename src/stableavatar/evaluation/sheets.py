@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -12,8 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-from stableavatar.errors import InputError
 from stableavatar.evaluation.observation import Frames, Track
+
+logger = logging.getLogger(__name__)
 
 _INK = (40, 40, 40)
 _PALETTE = ((31, 119, 180), (214, 39, 40), (44, 160, 44), (148, 103, 189), (255, 127, 14))
@@ -101,18 +103,18 @@ def line_plot(
 def read_log(path: Path) -> dict[str, NDArray[np.float64]]:
     """Columns of numbers of a log of JSON lines; a line without a column's number gives NaN there.
 
-    Raises:
-        InputError: a line is not a JSON object.
+    A line that was cut off, as by a kill, is left out, and said so.
     """
     entries = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
         try:
             entry = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise InputError(f"{path}, line {number} is not JSON: {error}") from error
-        if not isinstance(entry, dict):
-            raise InputError(f"{path}, line {number} is not a JSON object.")
-        entries.append(entry)
+        except json.JSONDecodeError:
+            entry = None
+        if isinstance(entry, dict):
+            entries.append(entry)
+        else:
+            logger.warning("%s: line %d cannot be read and is left out", path, number)
     names = dict.fromkeys(
         name
         for entry in entries

@@ -32,7 +32,7 @@ from stableavatar.evaluation.cases import DEVELOPMENT, FULL, QUICK, Plan
 from stableavatar.evaluation.embedded import Evaluation, Part, Task, code, find_people, pipeline_speaker
 from stableavatar.evaluation.faces import FaceReader
 from stableavatar.evaluation.meter import shipped_meter
-from stableavatar.evaluation.report import write_report
+from stableavatar.evaluation.report import find_logs, write_report
 from stableavatar.evaluation.scores import rich_table
 from stableavatar.pipeline import load
 
@@ -199,6 +199,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         portraits=options.portrait,
     )
     try:
+        if options.curves is not None:  # not after an hour's work
+            find_logs(options.curves)
         measured = measure(setup, options.processes)
         minutes = (time.monotonic() - started) / 60
         title = (

@@ -136,7 +136,8 @@ def _repeatable() -> str:
     Its AVX-512 code for macroblock trees reads memory that nothing was written to, unless the width is a
     multiple of 128 pixels (480, the released width of a tall picture, is none). AVX2 is nearly as fast.
     """
-    found = numpy_config(mode="dicts")["SIMD Extensions"]["found"]
+    # Absent where the processor has nothing beyond what numpy was built for.
+    found = numpy_config(mode="dicts").get("SIMD Extensions", {}).get("found", [])
     return ":asm=AVX2" if any(name.startswith(("AVX512", "X86_V4")) for name in found) else ""
 
 

@@ -3,6 +3,8 @@
 import contextlib
 import hashlib
 import os
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
@@ -92,6 +94,20 @@ def check_output(path: str | Path) -> Path:
     return absolute
 
 
+def check_frames_folder(path: str | Path) -> Path:
+    """The absolute path of a folder that pictures can be written to; to be called before long work begins.
+
+    Raises InputError: its parent is missing or cannot be written, or it is a file, or not empty.
+    """
+    absolute = Path(path).expanduser().absolute()
+    check_parent(absolute, path)
+    if absolute.exists() and not absolute.is_dir():
+        raise InputError(f"output {path}: there is a file of this name. Name a folder for the frames.")
+    if absolute.is_dir() and any(absolute.iterdir()):
+        raise InputError(f"output {path}: this folder is not empty. Name a new or an empty one.")
+    return absolute
+
+
 def check_parent(absolute: Path, given: str | Path) -> None:
     """Raise InputError, which names `given`, unless the folder of a path is there and can be written."""
     folder = absolute.parent
@@ -173,6 +189,51 @@ def to_disk(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+@contextlib.contextmanager
+def replacing(target: Path, *, alone: bool = False) -> Iterator[Path]:
+    """A name beside a file or a folder to write it under; afterwards it is complete under its own, and on the
+    disk, or not there. What had the name before has it until then.
+
+    Args:
+        alone: nobody else writes this one, so what a killed process left of it can be removed.
+
+    Raises:
+        OSError: of the disk, beside what the body raises.
+    """
+    partial, previous = (
+        target.with_name(hidden_name(target.name, end) if alone else partial_name(target.name, end))
+        for end in ("partial", "previous")
+    )
+    if alone:
+        _put_back(previous, target)
+        remove(partial)
+    try:
+        yield partial
+        for path in (*partial.rglob("*"), partial):
+            to_disk(path)
+        if target.is_dir() or (target.exists() and partial.is_dir()):  # a file takes a file's place at once
+            target.rename(previous)
+        partial.replace(target)
+        to_disk(target.parent)
+    finally:
+        _put_back(previous, target)
+        remove(partial)
+
+
+def _put_back(previous: Path, target: Path) -> None:
+    if previous.exists() and not target.exists():
+        previous.rename(target)
+    remove(previous)
+
+
+def remove(path: Path) -> None:
+    """Remove a file or a folder, if there is one. Raises OSError."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def write_file(path: Path, content: bytes) -> None:

@@ -3,6 +3,7 @@
 Neither appears under its final name before it is complete; after a failure nothing is left behind.
 """
 
+import os
 import shutil
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -19,7 +20,7 @@ from stableavatar.choices import Preset
 from stableavatar.errors import InputError
 from stableavatar.media.audio import Sound
 from stableavatar.media.encoding import SoundTrack, VideoTrack, Writable, open_mp4
-from stableavatar.media.files import cannot_write, check_output, check_parent, partial_name, to_disk
+from stableavatar.media.files import cannot_write, check_frames_folder, check_output, partial_name, to_disk
 from stableavatar.media.live import LiveSound
 from stableavatar.media.reading import (
     Frame,
@@ -226,14 +227,9 @@ class FrameWriter:
         """`partial` is where the pictures lie until they are complete, `done` how many of those there belong
         to this run, and `keep` says after a failure whether they are to stay there.
 
-        Raises InputError: the parent folder is missing or cannot be written, or `folder` is not empty.
+        Raises InputError as `check_frames_folder` does.
         """
-        self._folder = Path(folder).expanduser().absolute()
-        check_parent(self._folder, folder)
-        if self._folder.exists() and not self._folder.is_dir():
-            raise InputError(f"output {folder}: there is a file of this name. Name a folder for the frames.")
-        if self._folder.is_dir() and any(self._folder.iterdir()):
-            raise InputError(f"output {folder}: this folder is not empty. Name a new or an empty one.")
+        self._folder = check_frames_folder(folder)
         self._keep = keep
         self._synced = done
         self._partial = partial or self._folder.with_name(partial_name(self._folder.name, "partial"))
@@ -250,15 +246,18 @@ class FrameWriter:
             if self._partial.exists() and not self._frames:
                 shutil.rmtree(self._partial)
             self._partial.mkdir(exist_ok=True)
-            there = {path.name for path in self._partial.iterdir()}
-            made = {_picture_name(number) for number in range(self._frames)}
-            if made - there:
+            there = 0
+            with os.scandir(self._partial) as entries:  # one by one: of hours there are hundreds of thousands
+                for entry in entries:
+                    if _is_picture_before(self._frames, entry.name):
+                        there += 1
+                    else:  # of frames that will be made again
+                        Path(entry).unlink()
+            if there < self._frames:
                 raise InputError(
                     f"output {self._folder}: pictures that were made before are missing in {self._partial}. "
                     "Begin anew with --overwrite and without --resume."
                 )
-            for later in there - made:
-                (self._partial / later).unlink()
         except OSError as error:
             raise cannot_write(self._folder, error) from error
         return self
@@ -306,3 +305,8 @@ class FrameWriter:
 
 def _picture_name(number: int) -> str:
     return f"frame_{number:06d}.png"
+
+
+def _is_picture_before(end: int, name: str) -> bool:
+    digits = name.removeprefix("frame_").removesuffix(".png")
+    return digits.isdecimal() and int(digits) < end and name == _picture_name(int(digits))

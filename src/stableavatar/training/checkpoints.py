@@ -16,7 +16,6 @@ last complete one is what there is.
 
 import json
 import logging
-import os
 import pickle
 import random
 import shutil
@@ -33,6 +32,7 @@ from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint.api import CheckpointException
 
 from stableavatar.errors import CheckpointError
+from stableavatar.media.files import to_disk
 
 logger = logging.getLogger(__name__)
 
@@ -130,11 +130,11 @@ class CheckpointWriter:
         with self.errors():
             (self.partial / "state.json").write_text(json.dumps(counters, indent=1), encoding="utf-8")
             for path in (*self.partial.rglob("*"), self.partial):
-                _flush(path)
+                to_disk(path)
             if self.final.exists():
                 _remove(self.final)
             self.partial.rename(self.final)
-            _flush(self.folder)
+            to_disk(self.folder)
             for old in list_checkpoints(self.folder)[:-keep]:
                 _remove(old)
         logger.info("saved %s", self.final)
@@ -212,11 +212,3 @@ def _remove(checkpoint: Path) -> None:
     hidden = checkpoint.with_name(f".{checkpoint.name}.removed.partial")
     checkpoint.rename(hidden)
     shutil.rmtree(hidden)
-
-
-def _flush(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

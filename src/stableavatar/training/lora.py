@@ -12,7 +12,7 @@ from peft import LoraConfig
 from stableavatar.checkpoints.lora import LORA_FILES
 from stableavatar.checkpoints.names import ADAPTER_WORD
 from stableavatar.errors import InputError
-from stableavatar.media.files import to_disk
+from stableavatar.media.files import replacing
 from stableavatar.models.transformer import StableAvatarTransformer3DModel
 
 _ADAPTER = "default"  # peft's name of the first one
@@ -118,16 +118,15 @@ def save_lora(factors: Mapping[str, torch.Tensor], settings: LoraSettings, folde
         if is_factor(name)
     }
     folder.mkdir(parents=True, exist_ok=True)
-    partial = f".{LORA_FILES[0]}.partial"
-    WanLoraLoaderMixin.save_lora_weights(
-        folder,
-        transformer_lora_layers=state,
-        transformer_lora_adapter_metadata={
-            "r": settings.rank,
-            "lora_alpha": settings.alpha or settings.rank,
-            "target_modules": list(settings.targets),
-        },
-        weight_name=partial,
-    )
-    to_disk(folder / partial)
-    return (folder / partial).replace(folder / LORA_FILES[0])
+    with replacing(folder / LORA_FILES[0], alone=True) as partial:
+        WanLoraLoaderMixin.save_lora_weights(
+            folder,
+            transformer_lora_layers=state,
+            transformer_lora_adapter_metadata={
+                "r": settings.rank,
+                "lora_alpha": settings.alpha or settings.rank,
+                "target_modules": list(settings.targets),
+            },
+            weight_name=partial.name,
+        )
+    return folder / LORA_FILES[0]

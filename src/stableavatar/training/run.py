@@ -5,7 +5,6 @@ recipe -> transformer and encoders -> clips (or a cache of them) -> trainer -> t
 
 import contextlib
 import logging
-import shutil
 import signal
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -19,7 +18,7 @@ from accelerate.utils import broadcast_object_list
 from stableavatar.data.cache import CacheWriter
 from stableavatar.data.encoding import Encoders, stack_samples
 from stableavatar.errors import InputError
-from stableavatar.media.files import check_folder, to_disk
+from stableavatar.media.files import check_folder, replacing
 from stableavatar.models.transformer import StableAvatarTransformer3DModel
 from stableavatar.training.avatar import Avatar
 from stableavatar.training.devices import process_device
@@ -234,16 +233,11 @@ def _save_transformer(
     transformer: StableAvatarTransformer3DModel, state: Mapping[str, torch.Tensor], folder: Path
 ) -> None:
     """In diffusers' layout; complete under its name, or not there."""
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
     with torch.device("meta"):
         written = StableAvatarTransformer3DModel.from_config(transformer.config)
     written.load_state_dict(state, assign=True)
-    written.save_pretrained(partial)
-    for file in (*partial.iterdir(), partial):
-        to_disk(file)
-    shutil.rmtree(folder, ignore_errors=True)
-    partial.rename(folder)
+    with replacing(folder, alone=True) as partial:
+        written.save_pretrained(partial)
 
 
 @contextlib.contextmanager

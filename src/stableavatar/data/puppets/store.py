@@ -13,8 +13,6 @@ from __future__ import annotations
 import json
 import logging
 import multiprocessing
-import os
-import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -33,6 +31,7 @@ from stableavatar.data.puppets.clip import FPS, PuppetClip, make_clip
 from stableavatar.data.puppets.identity import Identity
 from stableavatar.data.puppets.speech import SAMPLE_RATE
 from stableavatar.errors import InputError
+from stableavatar.media.files import replacing
 
 logger = logging.getLogger(__name__)
 
@@ -148,31 +147,25 @@ class ClipStore:
 
     def __getitem__(self, index: int) -> StoredClip:
         folder = self.folders[index]
-        about = json.loads((folder / "about.json").read_text(encoding="utf-8"))
-        return StoredClip(
-            folder=folder,
-            seed=int(about["seed"]),
-            prompt=str(about["prompt"]),
-            expression=str(about["expression"]),
-            frames=np.load(folder / "frames.npy", mmap_mode="r"),
-        )
+        try:
+            about = json.loads((folder / "about.json").read_text(encoding="utf-8"))
+            return StoredClip(
+                folder=folder,
+                seed=int(about["seed"]),
+                prompt=str(about["prompt"]),
+                expression=str(about["expression"]),
+                frames=np.load(folder / "frames.npy", mmap_mode="r"),
+            )
+        except (OSError, KeyError, ValueError, EOFError) as error:
+            raise InputError(
+                f"{folder} cannot be read ({error}); remove the folder and build it again"
+            ) from error
 
     def __iter__(self) -> Iterator[StoredClip]:
         return (self[index] for index in range(len(self)))
 
 
 def _save(clip: PuppetClip, folder: Path) -> None:
-    partial_folder = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
-    partial_folder.mkdir(parents=True, exist_ok=True)
-    np.save(partial_folder / "frames.npy", clip.frames)
-    np.savez(
-        partial_folder / "labels.npz",
-        samples=clip.samples,
-        articulation=clip.articulation.as_array(),
-        face_masks=np.packbits(clip.face_masks > 0, axis=-1),
-        lip_masks=np.packbits(clip.lip_masks > 0, axis=-1),
-        portrait=clip.portrait,
-    )
     about = {
         "seed": clip.seed,
         "prompt": clip.prompt,
@@ -181,11 +174,18 @@ def _save(clip: PuppetClip, folder: Path) -> None:
         "frames": int(clip.frames.shape[0]),
         "size": int(clip.frames.shape[1]),
     }
-    (partial_folder / "about.json").write_text(json.dumps(about), encoding="utf-8")
-    if folder.exists():
-        shutil.rmtree(partial_folder)
-    else:
-        partial_folder.rename(folder)
+    with replacing(folder) as partial:
+        partial.mkdir(parents=True)
+        np.save(partial / "frames.npy", clip.frames)
+        np.savez(
+            partial / "labels.npz",
+            samples=clip.samples,
+            articulation=clip.articulation.as_array(),
+            face_masks=np.packbits(clip.face_masks > 0, axis=-1),
+            lip_masks=np.packbits(clip.lip_masks > 0, axis=-1),
+            portrait=clip.portrait,
+        )
+        (partial / "about.json").write_text(json.dumps(about), encoding="utf-8")
 
 
 def _clip_folder(folder: Path, seed: int, expression: str | None, *, varied: bool) -> Path:

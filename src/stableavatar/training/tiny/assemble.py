@@ -1,7 +1,6 @@
 """Puts the trained parts of `tiny` together as one model folder, of the kind that ships with the package."""
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +8,9 @@ import torch
 from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler
 from transformers import Wav2Vec2Model
 
-from stableavatar.errors import InputError
+from stableavatar.media.files import replacing
 from stableavatar.pipeline import AvatarPipeline
 from stableavatar.training.tiny.avatar import TinyAvatar
-
-MAX_BYTES = 25 * 2**20  # what ships inside the package (spec 6)
 
 # Of the training: windows of 33 frames at 128x128, prompts dropped to "".
 SAMPLING_DEFAULTS: dict[str, Any] = {
@@ -48,22 +45,12 @@ def assemble(avatar: TinyAvatar, vae: AutoencoderKLWan, speech_encoder: Wav2Vec2
     """Write the model folder, in bfloat16, complete under its name or not there; its size in bytes.
 
     The parts are in bfloat16 afterwards.
-
-    Raises:
-        InputError: it is larger than what may ship.
     """
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    embedded_pipeline(avatar, vae, speech_encoder).to(torch.bfloat16).save_pretrained(partial)
-    for config in partial.rglob("config.json"):  # diffusers writes where it was loaded from
-        settings = json.loads(config.read_text(encoding="utf-8"))
-        settings.pop("_name_or_path", None)
-        config.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-    size = sum(file.stat().st_size for file in partial.rglob("*") if file.is_file())
-    if size > MAX_BYTES:
-        raise InputError(
-            f"{partial}: {size / 2**20:.1f} MiB is more than the {MAX_BYTES / 2**20:.0f} that may ship"
-        )
-    shutil.rmtree(folder, ignore_errors=True)
-    partial.rename(folder)
-    return size
+    pipeline = embedded_pipeline(avatar, vae, speech_encoder).to(torch.bfloat16)
+    with replacing(folder, alone=True) as partial:
+        pipeline.save_pretrained(partial)
+        for config in partial.rglob("config.json"):  # diffusers writes where it was loaded from
+            settings = json.loads(config.read_text(encoding="utf-8"))
+            settings.pop("_name_or_path", None)
+            config.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())

@@ -30,6 +30,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch.multiprocessing.spawn import spawn
 
+from stableavatar.media.files import to_disk
 from stableavatar.training.muon import Muon
 from stableavatar.training.tiny.arguments import add_settings, chosen_settings
 from stableavatar.training.tiny.autoencoder_model import build_autoencoder, measure_latents, start_from
@@ -320,6 +321,7 @@ class AutoencoderTrainer:
         }
         partial = self.out / ".checkpoint.pt.partial"
         torch.save(state, partial)
+        to_disk(partial)
         partial.replace(self.out / "checkpoint.pt")
 
     def load(self) -> None:
