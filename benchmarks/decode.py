@@ -23,8 +23,9 @@ from benchmarks.measuring import (
 )
 from benchmarks.sizes import Sizes
 from stableavatar import load
+from stableavatar.models.latents import denormalise_latents
 from stableavatar.placement.slow_kernels import avoid_slow_kernels
-from stableavatar.sampling.decoding import denormalise_latents, stream_decode
+from stableavatar.sampling.decoding import stream_decode
 
 PEER = "diffusers"
 _SHAPE = (16, 16)  # height and width of the latents of tiny's pictures

@@ -3,13 +3,13 @@
 from benchmarks.measuring import Times, interleaved, table
 from benchmarks.sizes import Sizes
 from benchmarks.wan import DTYPES, PEER, Pair, calls, check_agreement
-from stableavatar.config import model_sizes
+from stableavatar.config import SIZES
 
 
 def measure(sizes: Sizes, threads: int) -> str:
     """The text with the table."""
     few, many = sizes.blocks
-    released = model_sizes("1.3b").transformer["num_layers"]
+    released = SIZES["1.3b"].transformer["num_layers"]
     rows, agreements = [], []
     for name, dtype in DTYPES.items():
         made = {blocks: calls(Pair.of(blocks, dtype), sizes, dtype) for blocks in sizes.blocks}

@@ -11,7 +11,7 @@ from torch import nn
 
 from benchmarks.measuring import BenchmarkError
 from benchmarks.sizes import Sizes
-from stableavatar.config import model_sizes
+from stableavatar.config import SIZES
 from stableavatar.models.attention import ContextCache
 from stableavatar.models.transformer import StableAvatarTransformer3DModel
 
@@ -43,7 +43,7 @@ class Pair:
     @classmethod
     def of(cls, blocks: int, dtype: torch.dtype) -> "Pair":
         """Random weights, in the dtypes that each of the two libraries would load them in."""
-        settings = {**model_sizes("1.3b").transformer, "num_layers": blocks}
+        settings = {**SIZES["1.3b"].transformer, "num_layers": blocks}
         torch.manual_seed(0)
         ours = StableAvatarTransformer3DModel(**settings).eval()
         for block in ours.blocks:

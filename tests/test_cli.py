@@ -27,7 +27,7 @@ from stableavatar.apps.command_options import flag_of, parse_size, repeating_com
 from stableavatar.checkpoints import hub
 from stableavatar.errors import InputError
 from stableavatar.generation import Progress
-from stableavatar.media.video import probe, read_frames, read_metadata
+from stableavatar.media.reading import probe, read_frames, read_metadata
 from stableavatar.options import GenerateOptions, OutputOptions
 
 # A value for every option that is not its default, and fits the others.

@@ -12,11 +12,11 @@ from stableavatar.conditioning.image import (
     portrait_pixels,
     reference_condition,
 )
-from stableavatar.conditioning.speech import Loudness, WindowSpeech, speech_features
+from stableavatar.conditioning.speech import Normalisation, WindowSpeech, speech_features
 from stableavatar.conditioning.text import encode_prompts
 from stableavatar.media.audio import Speech
+from stableavatar.models.latents import normalise_latents
 from stableavatar.pipeline import AvatarPipeline
-from stableavatar.sampling.decoding import normalise_latents
 from stableavatar.sampling.windows import WindowPlan, plan_windows
 from toy import toy_pipeline, toy_speech_encoder, toy_vae
 
@@ -155,12 +155,12 @@ class TestSpeech:
         samples = np.random.default_rng(0).standard_normal(4 * 16000).astype(np.float32) * 0.1
         samples[2 * 16000 :] *= 0.001
         whole = Speech.from_array(samples, 16000)
-        loudness = Loudness.of_recording(whole, block=5000)
-        assert loudness.mean == pytest.approx(samples.mean(), abs=1e-6)
-        assert loudness.variance == pytest.approx(samples.var(), rel=1e-4)
+        found = Normalisation.of_recording(whole, block=5000)
+        assert found.mean == pytest.approx(samples.mean(), abs=1e-6)
+        assert found.variance == pytest.approx(samples.var(), rel=1e-4)
         pause = samples[2 * 16000 :]
-        assert loudness.normalise(pause).std() < 0.01
-        assert Loudness.of(pause).normalise(pause).std() > 0.3
+        assert found.normalise(pause).std() < 0.01
+        assert Normalisation.of(pause).normalise(pause).std() > 0.3
         plan = plan_windows(24, 5, 2)
         by_window, by_recording = (
             WindowSpeech(toy_speech_encoder(), whole, plan, Fraction(25), normalisation=how)(plan.windows[-1])

@@ -6,10 +6,12 @@ from collections import Counter
 from fractions import Fraction
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 from torch.utils.data import DataLoader
 
 from clip_folders import SIDE, write_clip
@@ -137,6 +139,25 @@ def test_what_cannot_be_read_is_named_or_skipped_and_counted(root: Path, what: s
     damage(good, "picture")
     with pytest.raises(InputError):
         ClipDataset.from_folders([bad, good], ClipDatasetSettings(frames=9, on_error="skip"))[0, 0]
+
+
+def test_what_is_drawn_does_not_depend_on_what_could_not_be_read_before(root: Path) -> None:
+    """Of a clip whose end is damaged the other windows are read, in a run that goes on as in one that did not
+    stop."""
+    clips = [write_clip(root / "speech" / f"{k:05d}", frames=24) for k in range(1, 4)]
+    (clips[0] / "face_masks" / "frame_20.png").unlink()
+    settings = ClipDatasetSettings(frames=9, on_error="skip")
+
+    def drawn(passes: range) -> list[tuple[str, int]]:
+        dataset = ClipDataset.from_folders(clips, settings)
+        samples = (dataset[0, epoch] for epoch in passes)
+        return [(sample.clip.name, sample.window.start) for sample in samples]
+
+    whole = drawn(range(12))
+    assert drawn(range(6, 12)) == whole[6:]
+    names = [name for name, _ in whole]
+    bad = next(number for number, name in enumerate(names) if name != str(clips[0]))
+    assert str(clips[0]) in names[bad + 1 :]
 
 
 def test_no_clip_stands_in_for_all_that_cannot_be_read(root: Path) -> None:
@@ -274,15 +295,56 @@ def test_a_data_set_is_told_by_its_clips_and_settings(root: Path, tmp_path: Path
     assert ClipDataset.from_folders(folders, settings).fingerprint == told
     moved = [shutil.copytree(folder, tmp_path / "elsewhere" / "speech" / folder.name) for folder in folders]
     assert ClipDataset.from_folders(moved, settings).fingerprint == told
-    with (moved[0] / "sub_clip.mp4").open("ab") as file:  # of the same name and length, and another one
-        file.write(b"\0")
-    others = [
-        ClipDataset.from_folders(moved, settings),
+    others = []
+    for number, change in enumerate((_another_video, _another_sound, _another_mask, _another_prompt)):
+        copies = [
+            shutil.copytree(folder, tmp_path / str(number) / "speech" / folder.name) for folder in folders
+        ]
+        change(copies[0])
+        others.append(ClipDataset.from_folders(copies, settings))
+    others += [
         ClipDataset.from_folders(folders[::-1], settings),
         ClipDataset.from_folders(folders[:1], settings),
         ClipDataset.from_folders(folders, ClipDatasetSettings(frames=9, seed=1)),
     ]
-    assert len({told, *(other.fingerprint for other in others)}) == 5
+    assert len({told, *(other.fingerprint for other in others)}) == 8
+
+
+def _another_video(clip: Path) -> None:
+    with (clip / "sub_clip.mp4").open("ab") as file:
+        file.write(b"\0")
+
+
+def _another_sound(clip: Path) -> None:
+    """As long, as after its music was taken out."""
+    content = (clip / "audio.wav").read_bytes()
+    (clip / "audio.wav").write_bytes(content[:44] + bytes(len(content) - 44))
+
+
+def _another_mask(clip: Path) -> None:
+    Image.new("L", (SIDE, SIDE), 255).save(clip / "lip_masks" / "frame_6.png")
+
+
+def _another_prompt(clip: Path) -> None:
+    (clip / "prompt.txt").write_text("Somebody else talks")
+
+
+def test_frames_that_are_not_evenly_spaced_are_refused(root: Path) -> None:
+    """Else frame k would be taken for that of k/fps seconds, and the speech would be another instant's."""
+    clip = write_clip(root / "speech" / "00001", images=False)
+    for name, gap in (("steady", 0), ("jumping", 12)):
+        with av.open(str(clip / "sub_clip.mp4"), "w") as container:
+            stream = container.add_stream("libx264", rate=25)
+            stream.width = stream.height = SIDE
+            for k in range(20):
+                frame = av.VideoFrame.from_ndarray(np.full((SIDE, SIDE, 3), 10 * k, np.uint8), format="rgb24")
+                frame.pts, frame.time_base = k + (gap if k > 10 else 0), Fraction(1, 25)
+                container.mux(stream.encode(frame))
+            container.mux(stream.encode(None))
+        if name == "steady":
+            assert FolderClip.open(clip).length == 20
+    with pytest.raises(InputError, match="not evenly spaced"):
+        FolderClip.open(clip)
 
 
 def test_a_video_is_read_as_its_masks_were_made_from_it(tmp_path: Path) -> None:

@@ -1,14 +1,16 @@
 """Raw videos into clips: what is kept, what is not and why, and that nothing is lost or done twice."""
 
 import fcntl
+import itertools
 import json
 import multiprocessing
+import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from fractions import Fraction
 from pathlib import Path
@@ -20,6 +22,7 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
+from clip_folders import looked_at_or_killed
 from command_line import run
 from media_files import tone, write_video
 from stableavatar.data.clips import FolderClip, read_path_list
@@ -81,6 +84,27 @@ def test_shots_and_what_shows_no_face(tmp_path: Path, landmarker: FaceLandmarker
     assert found == [(0, 25, None), (25, 45, None), (45, 55, "no face"), (55, 60, "only 0.2 s")]
 
 
+def test_people_before_one_backdrop_and_what_was_taken_out(
+    tmp_path: Path, landmarker: FaceLandmarker
+) -> None:
+    """Most of the picture stays the same there, but for the face."""
+
+    def before_the_wall(person: Frames, left: int) -> Frames:
+        room = np.full((len(person), SIZE, 5 * SIZE, 3), 20, np.uint8)
+        room[:, :, left : left + SIZE] = person
+        return room
+
+    one, other = puppet(950_000, 1.6), puppet(950_001, 0.8)
+    shots = [
+        before_the_wall(one[:20], 2 * SIZE),
+        before_the_wall(other, 2 * SIZE),  # another person in the same place
+        before_the_wall(one[20:], 2 * SIZE + 60),  # the same person, elsewhere
+        before_the_wall(one[20:], 2 * SIZE + 90),  # and moved by less than their width
+    ]
+    found = spans(stretches(video(tmp_path / "a.mp4", shots), landmarker))
+    assert found == [(0, 20, None), (20, 40, None), (40, 60, None), (60, 80, None)]
+
+
 def test_long_stretches_are_cut_and_nothing_lies_between(tmp_path: Path, landmarker: FaceLandmarker) -> None:
     path = video(tmp_path / "a.mp4", [puppet(950_003, 2.6)])
     settings = PrepareSettings(least_seconds=0.5, most_seconds=1.0)
@@ -104,6 +128,13 @@ def test_two_people_a_moving_background_no_sound(tmp_path: Path, landmarker: Fac
 
     (found,) = stretches(video(tmp_path / "silent.mp4", [one], sound=False), landmarker)
     assert "no sound" in str(found.reason)
+
+
+def test_a_length_is_rounded_to_frames(tmp_path: Path, landmarker: FaceLandmarker) -> None:
+    """4.6 s of 25 frames are 114.99999999999999 in floating point, and 115."""
+    path = video(tmp_path / "a.mp4", [puppet(950_003, 4.7)])
+    settings = PrepareSettings(least_seconds=4.6, most_seconds=4.6)
+    assert spans(stretches(path, landmarker, settings))[0] == (0, 115, None)
 
 
 def test_a_small_face_is_dropped(tmp_path: Path, landmarker: FaceLandmarker) -> None:
@@ -216,8 +247,11 @@ class TestFolder:
         video(raw / "three.mp4", [puppet(951_003, 0.8)])
         counts = prepare(raw, data, SHORT, tell=said.append)
         assert counts["kept"] == 4
-        assert said[0] == "3 of 4 videos were prepared before"
-        assert len(said) == 2
+        assert said[:2] == [
+            "left out, no videos by their names: 1 (.txt)",
+            "3 of 4 videos were prepared before, or are copies",
+        ]
+        assert len(said) == 3
         assert all(path.stat().st_mtime_ns == time for path, time in before.items())
         assert len(read_path_list(data / "video_square_path.txt")) == 4
         with pytest.raises(InputError, match="other settings"):
@@ -277,7 +311,7 @@ class TestFolder:
         said: list[str] = []
         (tmp_path / "first").rename(tmp_path / "moved")
         prepare(tmp_path / "moved", tmp_path / "data", SHORT, tell=said.append)
-        assert said == ["1 of 1 videos were prepared before"]
+        assert said == ["1 of 1 videos were prepared before, or are copies"]
 
     def test_lists_keep_what_others_wrote_and_took_out(self, raw: Path, tmp_path: Path) -> None:
         data = tmp_path / "data"
@@ -359,7 +393,7 @@ class TestFolder:
         video(raw / "a.mp4", [puppet(951_041, 0.8)])
         said: list[str] = []
         assert prepare(raw, data, SHORT, tell=said.append)["kept"] == 2
-        assert said[0] == "1 of 2 videos were prepared before"
+        assert said[0] == "1 of 2 videos were prepared before, or are copies"
         assert first.is_dir()
         assert len(read_path_list(data / "video_square_path.txt")) == 2
 
@@ -436,6 +470,64 @@ class TestFolder:
         done = subprocess.run(command, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr
         assert len(states(state.parent)) == 6
+
+    def test_a_video_that_kills_its_worker_is_left_out_and_the_others_are_not(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        raw, data = tmp_path / "raw", tmp_path / "data"
+        raw.mkdir()
+        for name in ("a", "b", "deadly", "e", "f"):
+            (raw / f"{name}.mp4").write_text(name)
+        monkeypatch.setattr("stableavatar.data.prepare.prepare_video", looked_at_or_killed)
+        for _ in range(2):  # it is tried again, and stops nobody then either
+            assert prepare(raw, data, SHORT, workers=3, tell=lambda _: None)["videos"] == 5
+        reasons = {Path(name).stem: entry["stretches"][0]["reason"] for name, entry in states(data).items()}
+        assert "worker was killed" in reasons.pop("deadly")
+        assert set(reasons.values()) == {"looked at"}
+
+    def test_of_copies_one_is_prepared(self, tmp_path: Path) -> None:
+        raw = tmp_path / "raw"
+        first = video(raw / "a.mp4", [puppet(951_000, 0.8)])
+        shutil.copy(first, raw / "b.mp4")
+        for _ in range(2):
+            counts = prepare(raw, tmp_path / "data", SHORT, tell=lambda _: None)
+            assert counts == {"kept": 1, "dropped": 0, "videos": 1}
+
+    def test_a_name_that_is_no_utf8(self, tmp_path: Path) -> None:
+        raw, data = tmp_path / "raw", tmp_path / "data"
+        video(raw / "a.mp4", [puppet(951_000, 0.8)]).rename(raw / os.fsdecode(b"Jos\xe9.mp4"))
+        for _ in range(2):
+            done = run("prepare", raw, data, "--least-seconds", "0.5")
+            assert done.exit_code == 0, done.output
+            assert "1 clips of 1 videos" in done.output.replace("\n", " ")
+        assert "Jos" in (data / "report.html").read_text()
+
+    def test_its_own_clips_are_none_either_where_a_folder_has_two_names(self, tmp_path: Path) -> None:
+        raw, other = tmp_path / "raw", tmp_path / "other"
+        video(raw / "a.mp4", [puppet(951_000, 0.8)])
+        other.symlink_to(raw)
+        for _ in range(2):
+            assert prepare(raw, other / "data", SHORT, tell=lambda _: None)["videos"] == 1
+
+    def test_what_comes_before_a_damaged_place_is_kept(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """As of a long recording whose last part cannot be decoded."""
+        path = video(tmp_path / "a.mp4", [puppet(951_000, 0.8), puppet(951_001, 0.8)])
+
+        def cut_off(path: Path, fps: Fraction) -> Iterator[tuple[int, Frames]]:
+            yield from itertools.islice(read_frames_at(path, fps), 35)
+            raise InputError("damaged after 1.4 s")
+
+        for module in ("prepare", "stretches"):
+            monkeypatch.setattr(f"stableavatar.data.{module}.read_frames_at", cut_off)
+        found = prepare_video(path, tmp_path / "work", SHORT)
+        assert [(it["start"], it["stop"], it["reason"]) for it in found] == [
+            (0, 20, None),
+            (20, 35, None),
+            (35, 35, "damaged after 1.4 s"),
+        ]
+        assert len(list((tmp_path / "work" / "1" / "images").iterdir())) == 15
 
 
 def test_settings_that_cannot_be() -> None:

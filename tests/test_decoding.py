@@ -19,13 +19,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from stableavatar import generation
 from stableavatar.errors import InputError, SamplingError
 from stableavatar.generation import _Pace
+from stableavatar.models.latents import denormalise_latents, normalise_latents
 from stableavatar.options import GenerateOptions
 from stableavatar.pipeline import AvatarPipeline
 from stableavatar.placement.autoencoder import bring_autoencoder, decoder_device
 from stableavatar.sampling.decoding import (
     StreamDecoder,
-    denormalise_latents,
-    normalise_latents,
     stream_decode,
 )
 from stableavatar.sampling.orders import Cell

@@ -24,7 +24,7 @@ from stableavatar.jobs.workers import Workers, _Keeper
 from stableavatar.journal import Journal, SavedState, journal_folder
 from stableavatar.media.audio import Sound
 from stableavatar.media.following import follow
-from stableavatar.media.video import probe, read_frames, read_metadata
+from stableavatar.media.reading import probe, read_frames, read_metadata
 from stableavatar.options import OutputOptions
 from stableavatar.pipeline import AvatarPipeline
 from stored_jobs import add, found

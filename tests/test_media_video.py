@@ -20,15 +20,10 @@ from media_files import click, tone, write_sound, write_video, write_wav
 from stableavatar.errors import InputError
 from stableavatar.media import video
 from stableavatar.media.audio import Sound
+from stableavatar.media.files import check_output
+from stableavatar.media.reading import probe, read_frames, read_metadata
 from stableavatar.media.timing import sample_position
-from stableavatar.media.video import (
-    FrameWriter,
-    VideoWriter,
-    check_output,
-    probe,
-    read_frames,
-    read_metadata,
-)
+from stableavatar.media.video import FrameWriter, VideoWriter
 
 Frame = NDArray[np.uint8]
 SHARED = Path(__file__).parents[2] / "shared" / "samples"

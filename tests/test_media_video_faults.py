@@ -10,11 +10,8 @@ import numpy as np
 import pytest
 
 from stableavatar.errors import InputError
-from stableavatar.media.video import (
-    FrameWriter,
-    VideoWriter,
-    check_output,
-)
+from stableavatar.media.files import check_output
+from stableavatar.media.video import FrameWriter, VideoWriter
 
 
 def _limited(code: str, folder: Path) -> subprocess.CompletedProcess[str]:

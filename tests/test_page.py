@@ -21,7 +21,7 @@ from stableavatar.apps.web.studio import Scratch, sent
 from stableavatar.apps.web.texts import TEXTS, Texts, preferred
 from stableavatar.jobs.intake import OPTIONS
 from stableavatar.jobs.store import JobStore
-from stableavatar.media.video import probe, read_frames
+from stableavatar.media.reading import probe, read_frames
 from stableavatar.options import GenerateOptions
 
 

@@ -16,7 +16,7 @@ import pytest
 from command_line import run
 from documents import COMMANDS, blocks, commands, parse, reader
 from stableavatar.apps import cli
-from stableavatar.media.video import probe
+from stableavatar.media.reading import probe
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

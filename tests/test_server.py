@@ -19,7 +19,7 @@ from stableavatar.apps import watching
 from stableavatar.apps.server import videos
 from stableavatar.apps.server.app import Service, create_app
 from stableavatar.jobs.job import Job
-from stableavatar.media.video import probe, read_frames, read_metadata
+from stableavatar.media.reading import probe, read_frames, read_metadata
 from stableavatar.pipeline import AvatarPipeline
 
 

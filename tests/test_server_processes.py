@@ -33,7 +33,7 @@ from stableavatar.apps.server.app import Service, create_app
 from stableavatar.errors import InputError
 from stableavatar.jobs.store import JobStore
 from stableavatar.jobs.worker import ModelChoice
-from stableavatar.media.video import probe, read_frames
+from stableavatar.media.reading import probe, read_frames
 
 KEY = "a-key-of-the-test"
 

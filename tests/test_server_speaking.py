@@ -23,7 +23,7 @@ from stableavatar.apps.server.app import Service, create_app
 from stableavatar.apps.server.speaking import _MOST_UNKNOWN
 from stableavatar.jobs.worker import ModelChoice
 from stableavatar.media.audio import Speech
-from stableavatar.media.video import probe
+from stableavatar.media.reading import probe
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Sizes of the two released models: the constructor settings of every part.
+"""Sizes of the two released models: the constructor settings of every part, and their noise schedule.
 
 The embedded model ``tiny`` carries its sizes in the ``config.json`` of each of its folders instead.
 """
@@ -9,7 +9,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from stableavatar.errors import InputError
+# Of the sigmas they were trained and are sampled with (`spec/1-model.md`).
+TRAINING_STEPS = 1000
+SHIFT = 5.0
 
 
 @dataclass(frozen=True)
@@ -119,15 +121,3 @@ SIZES: Mapping[str, ModelSizes] = {
         **_ENCODERS,
     ),
 }
-
-
-def model_sizes(name: str) -> ModelSizes:
-    """The sizes of a released model by name, upper or lower case.
-
-    Raises:
-        InputError: no released model is called so.
-    """
-    sizes = SIZES.get(name.lower())
-    if sizes is None:
-        raise InputError(f"unknown model size {name!r}: choose one of {', '.join(SIZES)}")
-    return sizes

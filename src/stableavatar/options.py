@@ -1,6 +1,7 @@
 """Options of generation: one typed source of names, defaults, checks and help for the Python API and the
 command line."""
 
+import difflib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from fractions import Fraction
@@ -358,6 +359,17 @@ class OutputOptions:
         _check_values(self)
         if isinstance(self.frames, str):
             object.__setattr__(self, "frames", Path(self.frames))
+
+
+def generate_options(values: Mapping[str, Any]) -> GenerateOptions:
+    """The options of `AvatarPipeline.generate` and `stream`. Raises InputError: there is no such option, or
+    not with this value."""
+    known = [f.name for f in fields(GenerateOptions)]
+    for name in values:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            raise InputError(f"there is no option {name}" + (f"; did you mean {near[0]}?" if near else ""))
+    return GenerateOptions(**values)
 
 
 def check_overlap(window: int, overlap: int) -> None:

@@ -8,11 +8,10 @@ file.
 """
 
 import contextlib
-import difflib
 import secrets
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, ClassVar
@@ -49,7 +48,7 @@ from stableavatar.media.live import LiveRecording, LiveSound, LiveSpeech
 from stableavatar.media.reading import Frame
 from stableavatar.media.video import STANDARD_OUTPUT
 from stableavatar.models.transformer import StableAvatarTransformer3DModel
-from stableavatar.options import GenerateOptions, OutputOptions, SamplingDefaults, Settings
+from stableavatar.options import GenerateOptions, OutputOptions, SamplingDefaults, Settings, generate_options
 from stableavatar.placement.autoencoder import bring_autoencoder, decoder_device
 from stableavatar.placement.device import choose_device, choose_dtype
 from stableavatar.placement.processes import Processes
@@ -250,8 +249,9 @@ class AvatarPipeline(DiffusionPipeline, WanLoraLoaderMixin):
 
         Raises:
             InputError: a file or an option that cannot be used.
+            SamplingError: while iterating: latents or a frame became NaN or infinite.
         """
-        given = check_options(options)
+        given = generate_options(options)
         live = as_live(speech, given)
         if isinstance(live, LiveRecording) and live is not speech:
             live.sound.wanted = False  # frames alone are asked for
@@ -272,9 +272,9 @@ class AvatarPipeline(DiffusionPipeline, WanLoraLoaderMixin):
             portrait: see `stream`. speech: a recording that is there as a whole. progress, options: as there.
 
         Raises:
-            InputError: see `stream`; or speech that is still arriving.
+            InputError, SamplingError: see `stream`; or speech that is still arriving.
         """
-        given = check_options(options)
+        given = generate_options(options)
         if isinstance(as_live(speech, given), LiveRecording):
             raise InputError("latents of a whole video need speech that is there as a whole: use stream")
         run = self._open(portrait, speech, given, None, progress, None)
@@ -414,10 +414,11 @@ class AvatarPipeline(DiffusionPipeline, WanLoraLoaderMixin):
             InputError: a file or an option that cannot be used, an output that cannot be written, another
                 process that makes this video, or a journal of other inputs, settings or weights.
             ProcessError: another process was lost, or has ended.
+            SamplingError: latents or a frame became NaN or infinite.
             StoppedError: `stop` said so.
         """
         encoding = output_options or OutputOptions()
-        given = check_options(options)
+        given = generate_options(options)
         if encoding.frames is not None:  # before an earlier run's state gives way
             check_frames_folder(encoding.frames)
         speech = as_live(speech, given)
@@ -477,17 +478,6 @@ def generate(
 ) -> GeneratedVideo:
     """Write the portrait saying the speech as an MP4 with sound; see `AvatarPipeline.generate`."""
     return load(model).generate(portrait, speech, output, **options)
-
-
-def check_options(values: dict[str, Any]) -> GenerateOptions:
-    """The options of `AvatarPipeline.generate` and `stream`. Raises InputError: there is no such option, or
-    not with this value."""
-    known = [f.name for f in fields(GenerateOptions)]
-    for name in values:
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            raise InputError(f"there is no option {name}" + (f"; did you mean {near[0]}?" if near else ""))
-    return GenerateOptions(**values)
 
 
 def _chosen_loras(lora: LoraChoice | Sequence[LoraChoice]) -> list[tuple[str | Path, float]]:

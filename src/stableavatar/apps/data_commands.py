@@ -17,7 +17,7 @@ RootOption = Annotated[
     Path, typer.Option("--folder-root", "--folder_root", help="A folder of clip folders 00001, 00002, ...")
 ]
 StartOption = Annotated[int, typer.Option(min=0, help="The first number.")]
-EndOption = Annotated[int, typer.Option(min=0, help="The last number.")]
+EndOption = Annotated[int, typer.Option(min=0, help="The number after the last.")]
 
 
 def prepare(
@@ -29,7 +29,7 @@ def prepare(
     prompt: Annotated[str | None, typer.Option(help="By default what the kind says.")] = None,
     least_seconds: Annotated[float, typer.Option(help="Shorter stretches are dropped.")] = 3.24,
     most_seconds: Annotated[float, typer.Option(help="Longer ones are cut into several clips.")] = 20.0,
-    least_face: Annotated[float, typer.Option(help="Height of the face, in heights of the clip.")] = 0.08,
+    least_face: Annotated[float, typer.Option(help="Height of the face, in heights of the picture.")] = 0.08,
     most_motion: Annotated[
         float, typer.Option(help="Of the background: mean difference, of 255, from a stretch's beginning.")
     ] = 12.0,

@@ -28,7 +28,7 @@ from stableavatar.checkpoints.layout import (
     PublishedLayout,
     find_published,
 )
-from stableavatar.checkpoints.published import SHIFT, TRAINING_STEPS
+from stableavatar.config import SHIFT, TRAINING_STEPS
 from stableavatar.errors import InputError
 from stableavatar.media.files import cannot_write, replacing
 from stableavatar.models.transformer import StableAvatarTransformer3DModel

@@ -1,8 +1,9 @@
 """Names of tensors, both ways: published checkpoints on one side, the classes used here on the other.
 
-The only file that knows published names. A table is a list of rules, each a pair of templates in which
-``{}`` stands for a block number; ``weight``, ``bias`` and ``gamma`` at the end go along. A name that no rule
-knows is passed on as it is, so that the loader can report it under the name that the user sees in the file.
+The only file that knows published names of tensors; those of files are in `layout`. A table is a list of
+rules, each a pair of templates in which ``{}`` stands for a block number; ``weight``, ``bias`` and ``gamma``
+at the end go along. A name that no rule knows is passed on as it is, so that the loader can report it under
+the name that the user sees in the file.
 
 Published naming, and what it becomes (`spec/3-checkpoints.md`):
 

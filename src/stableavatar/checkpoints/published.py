@@ -9,10 +9,8 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from stableavatar.checkpoints import loading
 from stableavatar.checkpoints.defaults import sampling_defaults
 from stableavatar.checkpoints.layout import PublishedLayout
+from stableavatar.config import SHIFT, TRAINING_STEPS
 from stableavatar.errors import CheckpointError
-
-SHIFT = 5.0
-TRAINING_STEPS = 1000
 
 
 def load_published(found: PublishedLayout, variant: str, size: str, dtype: torch.dtype) -> dict[str, Any]:

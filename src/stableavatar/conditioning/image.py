@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 from transformers import CLIPVisionModel
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
-from stableavatar.sampling.decoding import normalise_latents
+from stableavatar.models.latents import normalise_latents
 
 
 def picture_tensor(picture: NDArray[np.uint8]) -> torch.Tensor:

@@ -28,19 +28,19 @@ class SpeechSource(Protocol):
 
 
 @dataclass(frozen=True)
-class Loudness:
+class Normalisation:
     """Mean and variance by which samples are normalised."""
 
     mean: float
     variance: float
 
     @classmethod
-    def of(cls, samples: NDArray[np.float32]) -> "Loudness":
+    def of(cls, samples: NDArray[np.float32]) -> "Normalisation":
         """Of a stretch of samples."""
         return cls(float(np.mean(samples)), float(np.var(samples)))
 
     @classmethod
-    def of_recording(cls, speech: Speech, block: int = 60 * SPEECH_RATE) -> "Loudness":
+    def of_recording(cls, speech: Speech, block: int = 60 * SPEECH_RATE) -> "Normalisation":
         """Of a whole recording, read block by block."""
         total = square = 0.0
         for start in range(0, len(speech), block):
@@ -59,16 +59,16 @@ class Loudness:
 def speech_features(
     speech_encoder: Wav2Vec2Model,
     samples: NDArray[np.float32],
-    loudness: Loudness | None = None,
+    normalisation: Normalisation | None = None,
     device: torch.device | None = None,
 ) -> torch.Tensor:
     """Features `[1, S, audio_dim]` of samples `[n]`, about 50 a second.
 
     Args:
-        loudness: what to normalise by; by default the samples' own.
+        normalisation: what to normalise by; by default the samples' own.
         device: where the encoder computes, by default where its weights lie.
     """
-    normalised = (loudness or Loudness.of(samples)).normalise(samples)
+    normalised = (normalisation or Normalisation.of(samples)).normalise(samples)
     values = torch.from_numpy(normalised)[None].to(device or speech_encoder.device, speech_encoder.dtype)
     return speech_encoder(values).last_hidden_state
 
@@ -101,11 +101,11 @@ class WindowSpeech:
         self.plan = plan
         self.fps = fps
         self.device = device
-        self.loudness = None
+        self.normalisation = None
         if normalisation == "recording":
             if not isinstance(speech, Speech):
                 raise ValueError("the loudness of a whole recording is not known while it arrives")
-            self.loudness = Loudness.of_recording(speech)
+            self.normalisation = Normalisation.of_recording(speech)
         self._features: dict[int, torch.Tensor] = {}
 
     def stretch(self, window: Window) -> tuple[int, int]:
@@ -125,7 +125,7 @@ class WindowSpeech:
         """Features `[1, S, audio_dim]` of a window, kept in main memory from the first call to `release`."""
         if window.index not in self._features:
             samples = self.speech.samples(*self.stretch(window))
-            features = speech_features(self.speech_encoder, samples, self.loudness, self.device)
+            features = speech_features(self.speech_encoder, samples, self.normalisation, self.device)
             self._features[window.index] = features.cpu()
         return self._features[window.index]
 

@@ -8,25 +8,28 @@
 """
 
 import contextlib
+import hashlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import islice
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal, Protocol, get_args
 
 import av
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from stableavatar.conditioning.speech import Loudness
+from stableavatar.conditioning.speech import Normalisation
 from stableavatar.errors import InputError
 from stableavatar.media.audio import Speech
 from stableavatar.media.decoding import picture_delay
-from stableavatar.media.reading import read_frames, square_width
+from stableavatar.media.files import open_media, reason_of
+from stableavatar.media.reading import read_frames, square_width, video_stream
 from stableavatar.media.timing import sample_position
 
+_EVEN = 1e-3  # by which the rate that a video's time stamps suggest may differ from its frames a second
 SAMPLE_RATE = 16_000  # of the speech that is handed on, mono
 PROMPTS = {
     "speech": "The protagonist is talking",
@@ -51,7 +54,7 @@ class TrainingClip(Protocol):
 
     @property
     def mark(self) -> str:
-        """By which another clip of the same name and length is told, without reading it."""
+        """By which another clip of the same name, prompt and length is told, without reading all of it."""
         ...
 
     @property
@@ -96,7 +99,7 @@ class TrainingClip(Protocol):
 def normalized_speech(clip: TrainingClip, start: int, count: int) -> NDArray[np.float32]:
     """A clip's speech of some frames with zero mean and unit variance."""
     samples = clip.read_speech(start, count)
-    return Loudness.of(samples).normalise(samples)
+    return Normalisation.of(samples).normalise(samples)
 
 
 @dataclass(frozen=True)
@@ -137,10 +140,11 @@ class FolderClip:
 
     @property
     def mark(self) -> str:
-        """Bytes of its video, or of its first frame."""
-        video = self.folder / "sub_clip.mp4"
-        file = video if video.exists() else self.folder / "images" / "frame_0.png"
-        return str(file.stat().st_size)
+        """Of its video, sound, and middle picture and masks: how many bytes, and some of them."""
+        middle = f"frame_{self.length // 2}.png"
+        files = [self.folder / name for name in ("sub_clip.mp4", "audio.wav")]
+        files += [self.folder / kind / middle for kind in ("images", *get_args(MaskKind))]
+        return " ".join(_piece(file) for file in files)
 
     def read_frames(self, start: int, count: int) -> NDArray[np.uint8]:
         """Frames `start` to `start + count` as uint8 `[count, height, width, 3]`."""
@@ -193,6 +197,19 @@ class FolderClip:
             return speech.samples(first, last)
 
 
+def _piece(file: Path) -> str:
+    """A file's size and a hash of 4 KiB in its middle; nothing where there is none."""
+    if not file.exists():
+        return "-"
+    try:
+        size = file.stat().st_size
+        with file.open("rb") as stream:
+            stream.seek(max(0, size // 2 - 2048))
+            return f"{size}:{hashlib.sha256(stream.read(4096)).hexdigest()[:16]}"
+    except OSError as error:
+        raise InputError(f"cannot read {file}: {error}") from error
+
+
 def clip_length(folder: Path) -> int:
     """Frames of a clip folder. Raises InputError where neither `images` nor `sub_clip.mp4` can be read."""
     images = folder / "images"
@@ -242,26 +259,42 @@ def find_clips(root: Path) -> list[Path]:
 
 
 def _probe(video: Path) -> tuple[int, Fraction, tuple[int, int]]:
-    """Frames, frame rate, width and height of a video."""
-    try:
-        with av.open(str(video)) as container:
-            if not container.streams.video:
-                raise InputError(f"{video} has no picture track")
-            stream = container.streams.video[0]
-            rate = stream.average_rate
-            # Some muxers leave the number of frames out of the header.
-            frames = stream.frames
-            seconds = float((stream.duration or 0) * (stream.time_base or 0))
+    """Frames, frame rate, width and height of a video.
+
+    Raises InputError: it cannot be read, or its frames are not evenly spaced, so that their numbers say
+    nothing of when they are.
+    """
+    with open_media(video, "video") as container:
+        stream = video_stream(container, video, "video")
+        rate = stream.average_rate
+        # Some muxers leave the number of frames out of the header.
+        frames = stream.frames
+        seconds = float((stream.duration or 0) * (stream.time_base or 0))
+        uneven = rate and stream.guessed_rate and abs(stream.guessed_rate / rate - 1) > _EVEN
+        try:
             # Of those that are there an edit list may show fewer.
-            if not frames or abs(seconds * float(rate or 0) - frames) > 1.5:
-                frames = sum(packet.size > 0 and not packet.is_discard for packet in container.demux(stream))
-            codec = stream.codec_context
-            size = (square_width(codec.width, stream.sample_aspect_ratio), codec.height)
-    except (OSError, av.error.FFmpegError) as error:
-        raise InputError(f"cannot read the video {video}: {error}") from error
+            if uneven or not frames or abs(seconds * float(rate or 0) - frames) > 1.5:
+                packets = [packet for packet in container.demux(stream) if packet.size > 0]
+                shown = [packet.pts for packet in packets if not packet.is_discard]
+                frames = len(shown)
+                if uneven and _spacing(shown, stream.time_base * rate) > 0.5:
+                    raise InputError(
+                        f"video {video}: its frames are not evenly spaced. stableavatar prepare makes clips "
+                        "of it whose frames are."
+                    )
+        except av.FFmpegError as error:
+            raise InputError(f"video {video}: damaged ({reason_of(error)}). Fetch it again.") from error
+        codec = stream.codec_context
+        size = (square_width(codec.width, stream.sample_aspect_ratio), codec.height)
     if rate is None or rate <= 0 or frames < 1:
         raise InputError(f"{video} does not say its frame rate, or holds no frame")
     return frames, Fraction(rate), size
+
+
+def _spacing(times: list[int | None], step: Fraction) -> float:
+    """By how many frames the frame that is furthest from its place is off it; `step` is frames a tick."""
+    known = sorted(time for time in times if time is not None)
+    return max((abs(float((time - known[0]) * step) - k) for k, time in enumerate(known)), default=0.0)
 
 
 def _prompt(folder: Path) -> str:

@@ -152,7 +152,9 @@ class ClipDataset(Dataset[ClipSample]):
     reproducibly.
 
     Attributes:
-        skipped: what was left out with `on_error="skip"`: names and reasons.
+        skipped: what could not be read with `on_error="skip"`: names, and the first reason. Other windows of
+            such a clip may be readable, and are read: what is drawn does not depend on what was drawn before,
+            so that a resumed run, or one of more readers or processes, draws the same.
         groups: width, height and frame rate of every clip: what may share a batch.
 
     Args:
@@ -194,10 +196,10 @@ class ClipDataset(Dataset[ClipSample]):
 
     def clips_digest(self, count: int | None = None) -> str:
         """Of the first `count` clips, or of all: names of their own folders (where these lie does not count),
-        lengths, sizes, rates, and what tells them from others of the same name."""
+        prompts, lengths, sizes, rates, and what tells them from others of the same name."""
         return _digest(
             [
-                (Path(clip.name).name, clip.mark, clip.length, *map(str, group))
+                (Path(clip.name).name, clip.mark, clip.prompt, clip.length, *map(str, group))
                 for clip, group in zip(self.clips[:count], self.groups[:count], strict=True)
             ]
         )
@@ -215,12 +217,12 @@ class ClipDataset(Dataset[ClipSample]):
         drawn = (self.settings.seed, index, epoch)
         alike = [other for other, group in enumerate(self.groups) if group == self.groups[index]]
         for number, other in enumerate(np.random.default_rng((*drawn, 0)).permutation(alike), 1):
-            # A generator of its own: what is drawn must not depend on what was found unreadable before.
             sample = self._sample(int(other), np.random.default_rng((*drawn, number)))
             if sample is not None:
                 return sample
         raise InputError(
-            f"no clip of {self.clips[index].size} pixels can be read; {len(self.skipped)} were skipped"
+            f"no clip of {self.clips[index].size} pixels can be read; the first of {len(self.skipped)} that "
+            f"cannot: {next(iter(self.skipped.values()))}"
         )
 
     @property
@@ -231,8 +233,6 @@ class ClipDataset(Dataset[ClipSample]):
 
     def _sample(self, index: int, rng: np.random.Generator) -> ClipSample | None:
         clip = self.clips[index]
-        if clip.name in self.skipped:
-            return None
         window = draw_window(clip, self.settings, rng)
         return self._guarded(clip.name, partial(read_sample, clip, window, self.settings))
 
@@ -274,8 +274,9 @@ class ClipDataset(Dataset[ClipSample]):
         except InputError as error:
             if self.settings.on_error == "raise":
                 raise
-            self.skipped[name] = str(error)
-            logger.warning("skipped (%d so far): %s", len(self.skipped), error)
+            if name not in self.skipped:
+                self.skipped[name] = str(error)
+                logger.warning("skipped (%d so far): %s", len(self.skipped), error)
             return None
 
 

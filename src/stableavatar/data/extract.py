@@ -1,7 +1,7 @@
 """Single steps from a video to a clip folder: its sound, its frames, masks of face and lips."""
 
+import contextlib
 import math
-import shutil
 from collections import deque
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -13,7 +13,7 @@ from stableavatar.data.landmarks import FaceLandmarker, Points, face_mask, lip_m
 from stableavatar.errors import InputError
 from stableavatar.media.audio import SPEECH_RATE, speech_mix
 from stableavatar.media.decoding import picture_delay, stream_sound
-from stableavatar.media.files import cannot_write, check_parent, hidden_name, refuse_source
+from stableavatar.media.files import cannot_write, check_parent, refuse_source, replacing
 from stableavatar.media.reading import Frame, read_frames
 from stableavatar.media.wav import write_wav
 
@@ -44,21 +44,15 @@ def extract_frames(video: Path, folder: Path) -> int:
     check_parent(target, folder)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise InputError(f"output {folder}: is not empty. Name a new or an empty folder.")
-    partial = target.with_name(hidden_name(target.name, "partial"))
     count = 0
     try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir()
-        for frame in read_frames(video):
-            Image.fromarray(frame).save(partial / f"frame_{count}.png", compress_level=3)
-            count += 1
-        if target.is_dir():
-            target.rmdir()
-        partial.replace(target)
+        with replacing(target) as partial:
+            partial.mkdir()
+            for frame in read_frames(video):
+                Image.fromarray(frame).save(partial / f"frame_{count}.png", compress_level=3)
+                count += 1
     except OSError as error:
         raise cannot_write(target, error) from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return count
 
 
@@ -77,33 +71,27 @@ def extract_masks(
     missing = [kind for kind in kinds if not _complete(clip / kind, count)]
     if not missing:
         return count
-    partial = {kind: clip / hidden_name(kind, "partial") for kind in missing}
     try:
-        for folder in partial.values():
-            shutil.rmtree(folder, ignore_errors=True)
-            folder.mkdir()
-        for number, (frame, points) in enumerate(_tracked(landmarker, clip)):
-            if points is None:
-                raise InputError(
-                    f"clip {clip}: frame {number} shows no face: leave the clip out, or cut it there"
-                )
-            size = (frame.shape[1], frame.shape[0])
-            for kind, folder in partial.items():
-                mask = face_mask(points, size) if kind == "face_masks" else lip_mask(points, size)
-                Image.fromarray(mask).save(folder / f"frame_{number}.png")
-        for kind, folder in partial.items():
-            shutil.rmtree(clip / kind, ignore_errors=True)
-            folder.replace(clip / kind)
+        with contextlib.ExitStack() as stack:
+            folders = {kind: stack.enter_context(replacing(clip / kind)) for kind in missing}
+            for folder in folders.values():
+                folder.mkdir()
+            for number, (frame, points) in enumerate(_tracked(landmarker, clip)):
+                if points is None:
+                    raise InputError(
+                        f"clip {clip}: frame {number} shows no face: leave the clip out, or cut it there"
+                    )
+                size = (frame.shape[1], frame.shape[0])
+                for kind, folder in folders.items():
+                    mask = face_mask(points, size) if kind == "face_masks" else lip_mask(points, size)
+                    Image.fromarray(mask).save(folder / f"frame_{number}.png")
     except OSError as error:
         raise cannot_write(clip, error) from error
-    finally:
-        for folder in partial.values():
-            shutil.rmtree(folder, ignore_errors=True)
     return count
 
 
 def numbered_clips(root: Path, start: int, end: int) -> list[Path]:
-    """Clip folders 00001, 00002, ... below `root` from number `start` to `end`, both included.
+    """Clip folders 00001, 00002, ... below `root` from number `start` on, up to `end`, which is left out.
 
     Raises:
         InputError: there is none.
@@ -111,11 +99,11 @@ def numbered_clips(root: Path, start: int, end: int) -> list[Path]:
     if not root.is_dir():
         raise InputError(f"{root}: there is no such folder")
     found = sorted(
-        (folder for folder in root.glob("*") if folder.name.isdigit() and start <= int(folder.name) <= end),
+        (folder for folder in root.glob("*") if folder.name.isdigit() and start <= int(folder.name) < end),
         key=lambda folder: int(folder.name),
     )
     if not found:
-        raise InputError(f"{root}: has no clip folders numbered {start} to {end}")
+        raise InputError(f"{root}: has no clip folders numbered {start} to {end - 1}")
     return found
 
 

@@ -11,6 +11,7 @@ is new.
 import contextlib
 import hashlib
 import logging
+import os
 import shutil
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -42,7 +43,10 @@ logger = logging.getLogger(__name__)
 
 Tell = Callable[[str], None]
 
-VIDEO_SUFFIXES = {".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v", ".mpg", ".mpeg", ".ts", ".flv"}
+VIDEO_SUFFIXES = {
+    ".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v", ".mpg", ".mpeg", ".ts", ".mts", ".m2ts", ".flv", ".wmv",
+    ".asf", ".3gp", ".3g2", ".mxf", ".ogv", ".vob", ".qt",
+}  # fmt: skip
 REPORT = "report.html"
 
 
@@ -135,6 +139,8 @@ def prepare_video(video: Path, work: Path, settings: PrepareSettings) -> list[di
         frames = read_frames_at(video, FPS)
         for number, stretch in enumerate(stretches):
             folder = work / str(number)
+            if stretch.start == stretch.stop:  # of what cannot be read there is nothing to be shown
+                continue
             part = _between(frames, stretch)
             if stretch.reason is not None or sounds is None:
                 results[stretch.start] = _dropped(part, stretch)
@@ -192,13 +198,15 @@ def prepare(
     if data.exists() and not data.is_dir():
         raise InputError(f"{data}: is a file: name a folder for the clips")
     data = data.absolute()
-    videos = sorted(
-        path
-        for path in raw.rglob("*")
-        if path.suffix.lower() in VIDEO_SUFFIXES and data not in path.absolute().parents
+    files = sorted(
+        path for path in raw.rglob("*") if path.is_file() and data.resolve() not in path.resolve().parents
     )
+    videos = [path for path in files if path.suffix.lower() in VIDEO_SUFFIXES]
     if not videos:
         raise InputError(f"{raw}: holds no video ({', '.join(sorted(VIDEO_SUFFIXES))})")
+    if len(videos) < len(files):
+        others = sorted({path.suffix or path.name for path in files} - {path.suffix for path in videos})
+        tell(f"left out, no videos by their names: {len(files) - len(videos)} ({', '.join(others)})")
     FaceLandmarker()  # what is missing should be said before the work begins
     try:
         data.mkdir(parents=True, exist_ok=True)
@@ -226,17 +234,18 @@ def _prepare(
     work = data / ".prepare"
     waiting = state.take(videos)
     if len(waiting) < len(videos):
-        tell(f"{len(videos) - len(waiting)} of {len(videos)} videos were prepared before")
+        tell(f"{len(videos) - len(waiting)} of {len(videos)} videos were prepared before, or are copies")
     jobs = ((video, work / _digest(video, raw), settings) for video in waiting)
     with contextlib.closing(_in_workers(jobs, workers)) as results:
         for number, ((video, *_), result) in enumerate(results, 1):
             entry, settled = _result(result)
             state.add(video, entry, settled=settled)
             kept = sum(it["reason"] is None for it in entry)
-            tell(f"{number}/{len(waiting)} {video}: {kept} clips, {len(entry) - kept} stretches dropped")
+            name = os.fsencode(video).decode(errors="replace")
+            tell(f"{number}/{len(waiting)} {name}: {kept} clips, {len(entry) - kept} stretches dropped")
     shutil.rmtree(work, ignore_errors=True)
     state.write_lists()
-    write_file(data / REPORT, report(state.videos, FPS, THUMBNAILS).encode())
+    write_file(data / REPORT, report(state.videos, FPS, THUMBNAILS).encode(errors="replace"))
     return state.counts()
 
 
@@ -244,9 +253,30 @@ _Job = tuple[Path, Path, PrepareSettings]
 _Made = list[dict[str, Any]]
 
 
+_Results = Generator[tuple[_Job, "Future[_Made]"], None, list[_Job]]
+
+
 def _in_workers(jobs: Iterator[_Job], workers: int) -> Generator[tuple[_Job, "Future[_Made]"], None, None]:
-    """Results as they come. No more jobs are begun than there are workers, and where the caller leaves, by
-    Ctrl-C or an error, and closes this, what runs is ended: it would be done again anyway."""
+    """Results as they come.
+
+    A worker that is killed, for want of memory or by a file that brings its decoder down, takes the others'
+    work with it. What was going on is then done once more, one after another: only what is killed then too
+    ends as that.
+    """
+    while torn := (yield from _in_pool(jobs, workers)):
+        for job in torn:
+            for again in (yield from _in_pool(iter([job]), 1)):
+                killed: Future[_Made] = Future()
+                killed.set_exception(BrokenProcessPool())
+                yield again, killed
+
+
+def _in_pool(jobs: Iterator[_Job], workers: int) -> _Results:
+    """Results as they come, until there are no more jobs, or a worker was killed; the jobs that this tore.
+
+    No more jobs are begun than there are workers, and where the caller leaves, by Ctrl-C or an error, and
+    closes this, what runs is ended: it would be done again anyway.
+    """
     others = set(active_children())
     # Each worker has a thread: the networks are small, and there are as many videos as one likes.
     pool = ProcessPoolExecutor(workers, get_context("spawn"), initializer=end_with_parent)
@@ -254,10 +284,15 @@ def _in_workers(jobs: Iterator[_Job], workers: int) -> Generator[tuple[_Job, "Fu
     try:
         while True:
             for job in islice(jobs, workers - len(running)):
-                running[pool.submit(prepare_video, *job)] = job
+                try:
+                    running[pool.submit(prepare_video, *job)] = job
+                except BrokenProcessPool:
+                    return [*running.values(), job]
             if not running:
-                break
+                return []
             for result in wait(running, return_when=FIRST_COMPLETED).done:
+                if isinstance(result.exception(), BrokenProcessPool):
+                    return list(running.values())
                 yield running.pop(result), result
     except BaseException:
         for worker in set(active_children()) - others:
@@ -272,10 +307,9 @@ def _result(job: "Future[_Made]") -> tuple[_Made, bool]:
     error of another kind is left out with that, and tried again another time."""
     try:
         return job.result(), True
-    except BrokenProcessPool as error:
-        raise InputError(
-            "a worker was killed, perhaps for want of memory: use fewer of them; the same command goes on"
-        ) from error
+    except BrokenProcessPool:
+        reason = "its worker was killed, perhaps for want of memory; another run tries again"
+        return [asdict(Stretch(0, 0, reason))], False
     except (OSError, StorageError):
         raise
     except Exception as error:
@@ -315,4 +349,4 @@ def _focus(
 
 
 def _digest(video: Path, raw: Path) -> str:
-    return hashlib.sha256(str(video.relative_to(raw)).encode()).hexdigest()[:16]
+    return hashlib.sha256(os.fsencode(video.relative_to(raw))).hexdigest()[:16]

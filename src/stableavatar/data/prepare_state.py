@@ -79,7 +79,8 @@ class PrepareState:
         return state
 
     def take(self, videos: Sequence[Path]) -> list[Path]:
-        """Those of some videos that were not prepared yet. Entries go along with files that were moved."""
+        """Those of some videos that were not prepared yet, of copies the first. Entries go along with files
+        that were moved."""
         self._prints = {_place(video): _fingerprint(video) for video in videos}
         places: dict[str, list[str]] = {}
         for place, fingerprint in self._prints.items():
@@ -92,8 +93,14 @@ class PrepareState:
                 self.videos[found[0]] = self.videos.pop(place)
         if list(self.videos) != [place for place, _ in before]:
             self._write()  # another video may take that place
-        known = {entry["file"] for entry in self.videos.values()}
-        return [video for video in videos if self._prints[_place(video)] not in known - {""}]
+        known = {entry["file"] for entry in self.videos.values()} - {""}
+        waiting = []
+        for video in videos:
+            fingerprint = self._prints[_place(video)]
+            if fingerprint not in known:
+                waiting.append(video)
+                known |= {fingerprint} - {""}
+        return waiting
 
     def add(
         self, video: Path, stretches: list[dict[str, Any]], *, settled: bool = True
@@ -205,7 +212,8 @@ def _clips_of(entry: dict[str, Any]) -> list[str]:
 
 
 def _line(content: dict[str, Any]) -> bytes:
-    return json.dumps(content, ensure_ascii=False).encode() + b"\n"
+    # As `json.loads` decodes: names of files may be no UTF-8.
+    return json.dumps(content, ensure_ascii=False).encode(errors="surrogatepass") + b"\n"
 
 
 def _place(video: Path) -> str:

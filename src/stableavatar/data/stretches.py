@@ -28,6 +28,10 @@ FPS = Fraction(25)
 _SMALL = (64, 36)  # what shots and backgrounds are compared at
 _CUT = 24.0  # of 255: mean difference of two neighbouring frames of which the second begins another shot
 _CUT_RATIO = 4.0  # and so many times as large as differences before it
+_FACE_SIZE = (16, 20)  # what faces are compared at
+_OTHER = 25.0  # of 255: mean difference of the faces of two neighbouring frames, of which one is another's
+_JUMP = 0.15  # of its height: how far a face's middle may move from frame to frame
+_GROWS = 1.2  # so many times as high, or as low, a face may become
 _FACES_EVERY = 12  # frames between looks for further faces
 _OTHER_FACE = 0.5  # of the largest one's size: a smaller face is somebody in the background
 _SILENT = 1e-3  # root mean square of a stretch without sound
@@ -40,7 +44,7 @@ class PrepareSettings:
     Attributes:
         kind: of all of them; it says the prompt, unless `prompt` does.
         least_seconds, most_seconds: of a clip; longer stretches are cut into several.
-        least_face: height of the face, in heights of the clip.
+        least_face: height of the face, in heights of the video's picture.
         most_motion: of the background: mean difference, of 255, from the stretch's first frame.
     """
 
@@ -57,7 +61,7 @@ class PrepareSettings:
         if self.prompt is not None and not self.prompt.strip():
             raise InputError("the prompt is empty: leave it out, or say what is to be seen")
         if not 0 <= self.least_face < 1:
-            raise InputError(f"least_face is a share of the clip's height, 0 to 1, not {self.least_face}")
+            raise InputError(f"least_face is a share of the picture's height, 0 to 1, not {self.least_face}")
         if not 0 <= self.most_motion < math.inf:
             raise InputError(f"most_motion must be at least 0 and finite, not {self.most_motion}")
         if not 0.2 <= self.least_seconds <= self.most_seconds < math.inf:
@@ -116,28 +120,65 @@ class _Run:
         return Stretch(self.start, stop, reason, (x, y), self.heights / self.count)
 
 
+@dataclass
+class _Cuts:
+    """Whether a frame begins another shot: the whole picture changes at once, or the face in it is another
+    one, or elsewhere, as where two people stand before one backdrop or a sentence was taken out."""
+
+    picture: NDArray[np.float32] | None = None
+    face: tuple[Points, NDArray[np.float32]] | None = None
+    usual: float = 0.0
+    usual_of_face: float = 0.0
+
+    def begins(self, frame: Frame, small: NDArray[np.float32], points: Points | None) -> bool:
+        """Take the next frame, its small picture and its face."""
+        cut = False
+        if self.picture is not None:
+            change = float(np.abs(small - self.picture).mean())
+            cut = change > _CUT and change > _CUT_RATIO * self.usual
+            self.usual = self.usual if cut else 0.9 * self.usual + 0.1 * change
+        self.picture = small
+        face = None if points is None else (points, _face_square(frame, points))
+        if face is not None and self.face is not None:
+            change = float(np.abs(face[1] - self.face[1]).mean())
+            another = change > _OTHER and change > _CUT_RATIO * self.usual_of_face
+            self.usual_of_face = self.usual_of_face if another else 0.9 * self.usual_of_face + 0.1 * change
+            cut = cut or another or _jumps(self.face[0], face[0])
+        self.face = face
+        return cut
+
+
 def find_stretches(video: Path, landmarker: FaceLandmarker, settings: PrepareSettings) -> Iterator[Stretch]:
     """The stretches of a video in order, kept ones and others.
 
+    Where it cannot be read any further, what comes then is an empty stretch with that reason.
+
     Raises:
-        InputError: the video cannot be read.
+        InputError: nothing of the video can be read.
     """
     frames = Last(read_frames_at(video, FPS))
     run: _Run | None = None
     bad: Stretch | None = None
     several = False
-    last = None
-    usual = 0.0
-    longest = int(settings.most_seconds * FPS)
+    cuts = _Cuts()
+    longest = round(settings.most_seconds * FPS)
     number = -1
-    for points in landmarker.track(frame for _, frame in frames):
+    damaged: InputError | None = None
+    faces = landmarker.track(frame for _, frame in frames)
+    while True:
+        try:
+            points = next(faces)
+        except StopIteration:
+            break
+        except InputError as error:
+            if number < 0:
+                raise
+            damaged = error
+            break
         number, frame = frames.item
         height, width = frame.shape[:2]
         small = _small(frame)
-        change = 0.0 if last is None else float(np.abs(small - last).mean())
-        cut = last is not None and change > _CUT and change > _CUT_RATIO * usual
-        usual = change if cut or last is None else 0.9 * usual + 0.1 * change
-        last = small
+        cut = cuts.begins(frame, small, points)
         if cut or number % _FACES_EVERY == 0:
             several = _faces(landmarker, frame) > 1
         reason = "no face" if points is None else "more than one face" if several else None
@@ -157,6 +198,8 @@ def find_stretches(video: Path, landmarker: FaceLandmarker, settings: PrepareSet
         yield run.ended(number + 1, settings)
     if bad is not None:
         yield replace(bad, stop=number + 1)
+    if damaged is not None:
+        yield Stretch(number + 1, number + 1, str(damaged))
 
 
 def judge(stretch: Stretch, speech: SoundTape, settings: PrepareSettings) -> Stretch:
@@ -207,6 +250,23 @@ class Last(Generic[Item]):
 
 def _small(frame: Frame) -> NDArray[np.float32]:
     return np.asarray(Image.fromarray(frame).resize(_SMALL, Image.Resampling.BOX), np.float32)
+
+
+def _face_square(frame: Frame, points: Points) -> NDArray[np.float32]:
+    """The face alone, small, cut out by its landmarks: where it is in the picture, and how large, is all the
+    same."""
+    (left, top), (right, bottom) = np.floor(points.min(axis=0)), np.ceil(points.max(axis=0)) + 1
+    face = Image.fromarray(frame).crop((int(left), int(top), int(right), int(bottom)))
+    return np.asarray(face.resize(_FACE_SIZE, Image.Resampling.BOX), np.float32)
+
+
+def _jumps(before: Points, now: Points) -> bool:
+    """Whether a face is elsewhere, or of another size, than it can be a frame later."""
+    (low, high), (last_low, last_high) = ((it.min(axis=0), it.max(axis=0)) for it in (now, before))
+    height, last_height = float(high[1] - low[1]), float(last_high[1] - last_low[1])
+    moved = float(np.abs(low + high - last_low - last_high).max()) / 2
+    ratio = max(height, last_height) / max(min(height, last_height), 1e-6)
+    return moved > _JUMP * last_height or ratio > _GROWS
 
 
 def _background(points: Points, width: int, height: int) -> NDArray[np.bool_]:

@@ -45,8 +45,9 @@ from stableavatar.evaluation.report import Exhibit, Exhibits
 from stableavatar.evaluation.scores import Scores
 from stableavatar.generation import as_pixels
 from stableavatar.media.image import read_picture
+from stableavatar.models.latents import normalise_latents
 from stableavatar.pipeline import AvatarPipeline
-from stableavatar.sampling.decoding import normalise_latents, stream_decode
+from stableavatar.sampling.decoding import stream_decode
 
 logger = logging.getLogger(__name__)
 

@@ -38,8 +38,9 @@ from stableavatar.conditioning.text import encode_tokens
 from stableavatar.errors import StableAvatarError
 from stableavatar.media.audio import Speech
 from stableavatar.media.image import read_picture
+from stableavatar.models.latents import normalise_latents
 from stableavatar.models.transformer import StableAvatarTransformer3DModel
-from stableavatar.sampling.decoding import normalise_latents, stream_decode
+from stableavatar.sampling.decoding import stream_decode
 from stableavatar.sampling.denoiser import Conditions, Denoiser, Schedule
 from stableavatar.sampling.engine import Denoise, one_by_one, sample_all
 from stableavatar.sampling.guidance import Branch, Guidance, Predictions

@@ -233,6 +233,3 @@ class _Line:
 def _say(connection: Connection, text: str) -> None:
     with contextlib.suppress(OSError):
         connection.send_bytes(ERROR + text.encode())
-
-
-__all__ = ["DONE", "END", "ERROR", "PROGRESS", "SPEECH", "VIDEO", "Session", "SessionLine", "speak"]

@@ -152,8 +152,8 @@ class Sound:
     """A recording as it goes into the output file: its own rate up to 48 kHz, one or two channels, streamed.
 
     `sample_rate` (samples a second) and `channels` (1 or 2; more are mixed to stereo by ITU-R BS.775) are
-    known at once; `blocks` decodes from the beginning each time it is called. Nothing else is changed: what
-    is silent or of opposite phase on one side stays so.
+    known at once; `blocks` decodes from the beginning each time it is called (of `from_blocks`, it calls what
+    was given). Nothing else is changed: what is silent or of opposite phase on one side stays so.
     """
 
     def __init__(self, path: str | Path, start: float = 0.0, duration: float | None = None) -> None:

@@ -66,7 +66,7 @@ def read_frames(path: str | Path, role: str = "video") -> Generator[Frame, None,
     Raises InputError: missing, a folder, empty, no video, cut off or damaged.
     """
     with open_media(path, role) as container:
-        stream = _video_stream(container, path, role)
+        stream = video_stream(container, path, role)
         stream.thread_type = "AUTO"
         count = hidden = 0
         try:
@@ -94,7 +94,7 @@ def read_frames_at(
     picture begins later, so does k. Frames as in `read_frames`; raises InputError as it does.
     """
     with open_media(path, role) as container:
-        stream = _video_stream(container, path, role)
+        stream = video_stream(container, path, role)
         stream.thread_type = "AUTO"
         starts = [
             Fraction(it.start_time) * it.time_base
@@ -147,7 +147,7 @@ def probe(path: str | Path) -> MediaInfo:
     Raises InputError: missing, a folder, empty, no video, or sound that cannot be read.
     """
     with open_media(path, "video") as container:
-        stream = _video_stream(container, path, "video")
+        stream = video_stream(container, path, "video")
         try:
             frame = next(container.decode(stream), None)
             if frame is None:
@@ -166,7 +166,8 @@ def probe(path: str | Path) -> MediaInfo:
     return MediaInfo(width, height, Fraction(fps), frames, sound.sample_rate, sound.channels, samples)
 
 
-def _video_stream(container: Any, path: str | Path, role: str) -> Any:
+def video_stream(container: Any, path: str | Path, role: str) -> Any:
+    """The moving picture of an open file. Raises InputError: it has none, or of a kind that is not known."""
     known = VIDEO_FORMATS & set(container.format.name.split(","))
     streams = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
     if not known or not streams:

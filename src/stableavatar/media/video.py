@@ -24,23 +24,8 @@ from stableavatar.media.files import cannot_write, check_frames_folder, check_ou
 from stableavatar.media.live import LiveSound
 from stableavatar.media.reading import (
     Frame,
-    MediaInfo,
-    probe,
-    read_frames,
-    read_metadata,
 )
 from stableavatar.media.timing import parse_fps
-
-__all__ = [
-    "PRESETS",
-    "FrameWriter",
-    "MediaInfo",
-    "VideoWriter",
-    "check_output",
-    "probe",
-    "read_frames",
-    "read_metadata",
-]
 
 PRESETS = get_args(Preset)
 MAX_QUALITY = 51

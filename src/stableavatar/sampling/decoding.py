@@ -14,27 +14,7 @@ from diffusers import AutoencoderKLWan
 from diffusers.models.autoencoders.autoencoder_kl_wan import unpatchify
 
 from stableavatar.errors import InputError
-from stableavatar.placement.autoencoder import bring_autoencoder
-
-
-def normalise_latents(vae: AutoencoderKLWan, latents: torch.Tensor) -> torch.Tensor:
-    """The autoencoder's raw latents `[B, C, F, H, W]` to those that the transformer knows."""
-    mean, std = _statistics(vae, latents)
-    return (latents - mean) / std
-
-
-def denormalise_latents(vae: AutoencoderKLWan, latents: torch.Tensor) -> torch.Tensor:
-    """The transformer's latents `[B, C, F, H, W]` to the autoencoder's raw ones."""
-    mean, std = _statistics(vae, latents)
-    return latents * std + mean
-
-
-def _statistics(vae: AutoencoderKLWan, latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    mean, std = (
-        torch.tensor(values, dtype=torch.float32, device=latents.device).view(1, -1, 1, 1, 1)
-        for values in (vae.config.latents_mean, vae.config.latents_std)
-    )
-    return mean, std
+from stableavatar.models.latents import denormalise_latents
 
 
 @dataclass(frozen=True)
@@ -87,7 +67,8 @@ class StreamDecoder:
     without tiles. The encoder knows nothing of all this.
 
     Args:
-        device: where the autoencoder computes, by default where its weights lie; it is moved there.
+        device: where the autoencoder computes (`placement.bring_autoencoder` puts it there), by default where
+            its weights lie.
         tiling: decode in overlapping tiles, see `Tiles.of`, with blended seams.
 
     Raises:
@@ -102,7 +83,6 @@ class StreamDecoder:
         self.tiles = Tiles.of(vae) if tiling else None
         self.taken = 0  # latent frames decoded
         self._memories: dict[int, _Memory] = {}  # of each tile, counted row by row
-        bring_autoencoder(vae, self.device)
 
     @torch.no_grad()
     def decode(self, latent: torch.Tensor) -> tuple[torch.Tensor, ...]:

@@ -44,7 +44,7 @@ class Conditions:
     Attributes:
         prompt, negative_prompt: embeddings `[1, text_length, text_dim]`, zeros after the prompt.
         portrait: embeddings `[1, P, image_dim]`.
-        reference: mask and encoded reference clip of a full window `[1, 20, F, H, W]`.
+        reference: mask and encoded reference clip of a full window `[1, C + 4, F, H, W]`.
     """
 
     prompt: torch.Tensor

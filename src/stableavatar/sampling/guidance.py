@@ -28,7 +28,7 @@ class Branch(Enum):
 
     @property
     def audio(self) -> bool:
-        """The speech, rather than zeros after the audio adapter."""
+        """The speech, rather than none: zeros after the audio adapter, or before it (`no_audio`)."""
         return self.value[1]
 
 

@@ -17,6 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from stableavatar.config import SIZES
+from stableavatar.data.clips import SHAPES
 from stableavatar.errors import InputError
 from stableavatar.evaluation.report import put_between
 from stableavatar.models.transformer import StableAvatarTransformer3DModel
@@ -25,8 +26,6 @@ from stableavatar.training.parameters import freeze_others, trained_by_recipe
 from stableavatar.training.recipes import Recipe, load_recipe
 
 GIBIBYTE = 2**30
-# Width and height of the clips of a path list, by a part of its name.
-SHAPES = {"square": (512, 512), "rec": (832, 480), "vec": (480, 832)}
 # What is assumed of a GPU, and how much of its products' rate a training reaches.
 GPU_TFLOPS = 312  # bfloat16, dense, of an A100
 REACHED = 0.4

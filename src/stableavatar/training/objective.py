@@ -13,9 +13,8 @@ from typing import ClassVar, Literal, get_args
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
+from stableavatar.config import TRAINING_STEPS
 from stableavatar.errors import InputError
-
-TRAINING_STEPS = 1000
 
 Timesteps = Literal["uniform", "logit-normal", "mode"]
 MaskLoss = Literal["drawn", "expected", "none"]
@@ -75,6 +74,13 @@ class ObjectiveSettings:
         ):
             if not 0 <= getattr(self, name) <= 1:
                 raise InputError(f"{name} must lie between 0 and 1, not {getattr(self, name)}")
+        for name, way in (
+            ("logit_mean", "logit-normal"),
+            ("logit_std", "logit-normal"),
+            ("mode_scale", "mode"),
+        ):
+            if getattr(self, name) != getattr(type(self), name) and self.timesteps != way:
+                raise InputError(f"{name} is of timesteps {way}, not of {self.timesteps}: leave it out")
         if self.audio_dropping + self.audio_output_dropping > 1:
             raise InputError("audio_dropping and audio_output_dropping together must be at most 1")
 
@@ -122,7 +128,7 @@ class StepDraws:
 def draw_step(
     latents_shape: torch.Size, settings: ObjectiveSettings, sigmas: torch.Tensor, generator: torch.Generator
 ) -> StepDraws:
-    """Draw a step for latents `[B, 16, F, H, W]` on the CPU; the same generator state gives the same step."""
+    """Draw a step for latents `[B, C, F, H, W]` on the CPU; the same generator state gives the same step."""
     batch = latents_shape[0]
     sigma = draw_sigmas(batch, settings, sigmas, generator)
     noise = torch.randn(latents_shape, generator=generator)
@@ -197,8 +203,8 @@ class ModelInputs:
     """A batch of B clips as the transformer takes it.
 
     Attributes:
-        latents: clean, normalised `[B, 16, F, H, W]`.
-        condition: mask and encoded reference clip `[B, 20, F, H, W]`.
+        latents: clean, normalised `[B, C, F, H, W]`.
+        condition: mask and encoded reference clip `[B, C + 4, F, H, W]`.
         prompt: `[B, L, C]`, zeros after the prompt; `empty_prompt`: `[1, L, C]`, what a dropped one becomes.
         portrait: `[B, P, C]`.
         speech: features of the clips' speech `[B, S, C]`.

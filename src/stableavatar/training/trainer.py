@@ -288,12 +288,13 @@ class Trainer(Generic[Sample]):
         # A run that stands at its checkpoint need not write that again.
         saved = self.step if self.step in map(checkpoint_step, self.checkpoints()) else -1
         begun = self.step
-        log_step, log_time = self.step, time.monotonic()
+        trained, log_time = 0, time.monotonic()
         while self.step < settings.steps:
             late = deadline is not None and time.monotonic() >= deadline
             if self._anywhere(self._stop or late):
                 break
             norm, rate, clips = self._optimizer_step(batches)
+            trained += clips
             if self.step % settings.log_every == 0:
                 seconds = time.monotonic() - log_time
                 line = {
@@ -301,13 +302,13 @@ class Trainer(Generic[Sample]):
                     "learning_rate": rate,
                     "gradient_norm": norm,
                     "skipped_steps": self.skipped_steps,
-                    "clips_per_second": round(clips * (self.step - log_step) / seconds, 3),
+                    "clips_per_second": round(trained / seconds, 3),
                     "stand_ins": sum(self._everywhere(getattr(self.source, "stand_ins", 0))),
                 }
                 if log is not None:
                     log.write({"step": self.step, **line})
                 self.accelerator.log(finite(line), step=self.step)
-                self._meter, log_step, log_time = LossMeter(), self.step, time.monotonic()
+                self._meter, trained, log_time = LossMeter(), 0, time.monotonic()
             aside = time.monotonic()
             # Before the callbacks: one that fails must not take the steps since the last checkpoint with it.
             # What falls on a bad step comes after the next good one.

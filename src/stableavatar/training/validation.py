@@ -14,9 +14,11 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 
 from stableavatar.checkpoints.defaults import sampling_defaults
 from stableavatar.checkpoints.layout import detect_layout, model_folder
+from stableavatar.config import SHIFT
 from stableavatar.data.encoding import Encoders
 from stableavatar.errors import InputError
-from stableavatar.pipeline import AvatarPipeline, check_options
+from stableavatar.options import generate_options
+from stableavatar.pipeline import AvatarPipeline
 from stableavatar.training.avatar import Avatar
 from stableavatar.training.devices import process_device
 from stableavatar.training.recipes import Recipe
@@ -62,7 +64,7 @@ class ValidationVideos:
         for name, place in (("prompt", "prompt"), ("duration", "seconds")):
             if name in options:
                 raise InputError(f"validation: {name} belongs to a case, as its {place}, not to the options")
-        check_options(options)
+        generate_options(options)
 
     def __call__(self, step: int) -> None:
         assert self.recipe.validation is not None
@@ -103,7 +105,7 @@ class ValidationVideos:
             scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(source, subfolder="scheduler")
             defaults = AvatarPipeline.load_config(source).get("sampling_defaults")
         else:
-            scheduler = FlowMatchEulerDiscreteScheduler(shift=self.recipe.objective.shift)
+            scheduler = FlowMatchEulerDiscreteScheduler(shift=SHIFT)  # as `convert` writes it
             defaults = sampling_defaults(model.variant, model.size)
             if model.variant is None:
                 defaults["sizes"] = _by_aspect(self.sizes)

@@ -10,7 +10,6 @@ import gradio as gr
 
 from stableavatar.apps.watching import thumbnail
 from stableavatar.apps.web.studio import Studio, owner, player
-from stableavatar.apps.web.talk import TalkTab
 from stableavatar.apps.web.texts import Texts
 from stableavatar.jobs.asking import copied
 from stableavatar.jobs.job import Job
@@ -18,7 +17,7 @@ from stableavatar.jobs.job import Job
 _MOST = 60
 
 
-def gallery_tab(studio: Studio, texts: Texts, tab: gr.Tab, tabs: gr.Tabs, talk: TalkTab) -> None:
+def gallery_tab(studio: Studio, texts: Texts, tab: gr.Tab, tabs: gr.Tabs, fields: list[Any]) -> None:
     """Build it; to be called within its tab."""
     refresh = gr.Button(texts["refresh"], size="sm", elem_id="refresh")
     hint = gr.Markdown(texts["gallery_empty"], elem_id="gallery-empty")
@@ -60,7 +59,7 @@ def gallery_tab(studio: Studio, texts: Texts, tab: gr.Tab, tabs: gr.Tabs, talk: 
     def use(request: gr.Request, job_id: str | None) -> Any:
         job = None if job_id is None else studio.store.get(owner(request), job_id)
         if job is None:
-            return (gr.skip(),) * (1 + len(talk.fields))
+            return (gr.skip(),) * (1 + len(fields))
         gr.Info(texts["used_again"])
         return gr.Tabs(selected="talk"), *_values(job, studio.scratch.folder())
 
@@ -73,7 +72,7 @@ def gallery_tab(studio: Studio, texts: Texts, tab: gr.Tab, tabs: gr.Tabs, talk: 
     tab.select(show, None, listing, **quiet)
     refresh.click(show, None, listing, **quiet)
     pictures.select(choose, ids, [chosen, screen, settings, about], **quiet)
-    again.click(use, chosen, [tabs, *talk.fields], **quiet)
+    again.click(use, chosen, [tabs, *fields], **quiet)
     delete.click(remove, chosen, None, **quiet).then(show, None, listing, **quiet)
 
 

@@ -3,7 +3,6 @@
 import asyncio
 import sqlite3
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
 from typing import Any, get_args
 
 import anyio.to_thread
@@ -51,16 +50,8 @@ _FIELDS = (
 _WHOLE = ("steps", "overlap", "seed", "width", "height")
 
 
-@dataclass(frozen=True)
-class TalkTab:
-    """The tab's form and what it shows, for `gallery`, which fills it in again."""
-
-    fields: list[Any]
-    shown: list[Any]
-
-
-def talk_tab(studio: Studio, texts: Texts, page: gr.Blocks) -> TalkTab:
-    """Build it; to be called within its tab."""
+def talk_tab(studio: Studio, texts: Texts, page: gr.Blocks) -> list[Any]:
+    """Build it, to be called within its tab; the fields of its form, which `gallery` fills in again."""
     with gr.Row(equal_height=False):
         with gr.Column(scale=5, min_width=300):
             form = _form(studio, texts)
@@ -115,7 +106,7 @@ def talk_tab(studio: Studio, texts: Texts, page: gr.Blocks) -> TalkTab:
     begun.success(watch, job, shown, **watching)
     page.load(find, None, [job, *shown], **unlimited).success(watch, job, shown, **watching)
     stop.click(end, job, None, **unlimited)
-    return TalkTab(fields, shown)
+    return fields
 
 
 def _form(studio: Studio, texts: Texts) -> dict[str, Any]:
@@ -337,6 +328,3 @@ def _views(studio: Studio, texts: Texts, job: Job, anew: bool = False) -> tuple[
         gr.update(interactive=True),
         gr.update(interactive=not job.is_finished and not job.stopping),
     )
-
-
-__all__ = ["TalkTab", "talk_tab"]

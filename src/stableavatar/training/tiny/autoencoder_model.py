@@ -120,11 +120,6 @@ def reconstruct(vae: AutoencoderKLWan, frames: torch.Tensor, longest_chunk: int 
     return torch.cat(made, dim=2)
 
 
-def peak_signal_to_noise(made: torch.Tensor, true: torch.Tensor) -> torch.Tensor:
-    """PSNR in dB of each frame [F] of clips [B, 3, F, H, W] in [-1, 1], errors pooled over the batch."""
-    return 10 * torch.log10(4 / (made - true).square().mean(dim=(0, 1, 3, 4)).clamp_min(1e-12))
-
-
 @torch.no_grad()
 def measure_latents(vae: AutoencoderKLWan, clips: Iterator[torch.Tensor]) -> tuple[list[float], list[float]]:
     """Mean and standard deviation of each latent channel over clips [1, 3, 4n+1, H, W]."""

@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from torch import nn
 from transformers import Wav2Vec2Config, Wav2Vec2Model
 
+from stableavatar.conditioning.speech import Normalisation
 from stableavatar.data.puppets import ClipStore, articulate
 from stableavatar.data.puppets.speech import unseen_speech
 from stableavatar.training.muon import Muon
@@ -83,12 +84,6 @@ def build_speech_encoder(hidden_size: int = 192, convolution_channels: int = 64)
         apply_spec_augment=False,
     )
     return Wav2Vec2Model(config)
-
-
-def normalise(samples: Samples) -> Samples:
-    """Zero mean and unit variance over the window, as the sampler does for every window it generates."""
-    result: Samples = (samples - samples.mean()) / np.sqrt(samples.var() + 1e-7)
-    return result
 
 
 def tracks_at_features(tracks: NDArray[np.float32], features: int, start: float) -> NDArray[np.float32]:
@@ -159,7 +154,7 @@ class SpeechWindows:
             window = np.pad(window, (0, length - len(window)))
             if rng.random() < 0.8:
                 window = augment(rng, window)
-            sounds.append(normalise(window))
+            sounds.append(Normalisation.of(window).normalise(window))
             targets.append(tracks_at_features(self.tracks[index], features, first / SAMPLE_RATE))
         return torch.from_numpy(np.stack(sounds)), torch.from_numpy(np.stack(targets))
 
@@ -238,7 +233,8 @@ def correlations(
     for samples in recordings:
         tracks = articulate(samples, SAMPLE_RATE, FPS).as_array()
         for first in range(0, len(samples) - length + 1, length):
-            window = normalise(samples[first : first + length])
+            window = samples[first : first + length]
+            window = Normalisation.of(window).normalise(window)
             predicted = model(torch.from_numpy(window)[None])[0].float().numpy()
             made.append(predicted)
             true.append(tracks_at_features(tracks, len(predicted), first / SAMPLE_RATE))
