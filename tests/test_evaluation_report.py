@@ -76,10 +76,10 @@ def test_a_line_that_a_kill_cut_off_costs_no_report(tmp_path: Path, caplog: pyte
 
 
 def test_a_folder_without_logs_is_refused_before_the_work(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert tiny.main(["--out", str(tmp_path / "tiny.md"), "--curves", str(tmp_path)]) == 2
-    assert "no training log" in caplog.text
+    assert "no training log" in capsys.readouterr().err
 
 
 def test_contact_sheet_shows_wide_and_shut_mouths(clip: PuppetClip) -> None:

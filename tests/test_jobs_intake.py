@@ -1,5 +1,6 @@
 """What strangers send is looked at before it is taken."""
 
+import contextlib
 import os
 import threading
 import time
@@ -21,7 +22,7 @@ from stableavatar.jobs.intake import (
     look_at_files,
     without_folder,
 )
-from stableavatar.options import GenerateOptions
+from stableavatar.options import GenerateOptions, SamplingDefaults
 
 
 @pytest.mark.parametrize(
@@ -58,6 +59,27 @@ def test_files_are_looked_at(tmp_path: Path) -> None:
             checker.check("ann", picture, speech(tmp_path / "short.wav", 0.03), GenerateOptions())
         with pytest.raises(InputError, match=r"0\.00192 .*at most 0\.001 megapixels"):
             FileChecker(Limits(portrait_pixels=1000)).check("ann", picture, sound, GenerateOptions())
+    finally:
+        checker.close()
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"aspect": "tall"}, "no tall size"),
+        ({"overlap": 9}, "does not fit a window of 33"),
+        ({"overlap": 8}, ""),
+    ],
+)
+def test_what_the_model_cannot_make_is_refused(tmp_path: Path, values: dict[str, Any], words: str) -> None:
+    picture = portrait(tmp_path / "portrait.png")
+    checker = FileChecker(Limits(), SamplingDefaults(window=33, sizes={"square": (128, 128)}))
+    try:
+        refused = pytest.raises(InputError, match=words) if words else contextlib.nullcontext()
+        with refused:
+            assert checker.check("ann", picture, None, GenerateOptions(duration=1.0, **values)).width == 40
+        with pytest.raises(InputError, match="start 2 is a place in the speech"):
+            checker.check("ann", picture, None, GenerateOptions(duration=1.0, start=2.0))
     finally:
         checker.close()
 

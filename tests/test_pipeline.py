@@ -423,7 +423,7 @@ class TestOptions:
 
     def test_a_model_s_overlap_that_does_not_fit_a_given_window(self) -> None:
         with pytest.raises(InputError, match="choose 2 to 2"):
-            Settings.resolve(GenerateOptions(window=9), SamplingDefaults(), size=(512, 512), seed=0)
+            Settings.resolve(GenerateOptions(window=9), SamplingDefaults(), picture=(9, 9), seed=0)
 
     def test_auto_aspect_takes_the_nearest_shape(self) -> None:
         defaults = SamplingDefaults()

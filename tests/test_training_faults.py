@@ -262,13 +262,13 @@ def test_a_checkpoint_is_on_the_disk_before_it_has_its_name(
     from stableavatar.training import checkpoints
 
     flushed: list[str] = []
-    flush = checkpoints._flush
+    flush = checkpoints.to_disk
 
     def watched(path: Path) -> None:
         flushed.append(path.name)
         flush(path)
 
-    monkeypatch.setattr(checkpoints, "_flush", watched)
+    monkeypatch.setattr(checkpoints, "to_disk", watched)
     make(tmp_path, steps=5).train()
     files = {path.name for path in (tmp_path / "step-00000005").iterdir()}
     assert files

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from diffusers import AutoencoderKLWan
 from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d, WanRMS_norm
 from PIL import Image
 
-from stableavatar.training.tiny import autoencoder
+from stableavatar.training.tiny import autoencoder, meter, speech_encoder, text_encoder
 from stableavatar.training.tiny.autoencoder import (
     AutoencoderSettings,
     AutoencoderTrainer,
@@ -249,6 +250,29 @@ def test_residual_branches_are_silent_at_the_start() -> None:
     assert spread.min() > 0.05
 
 
+@pytest.mark.parametrize(
+    ("main", "arguments", "words"),
+    [
+        (autoencoder.main, ["--puppets", "nowhere"], "no clip store in nowhere"),
+        (autoencoder.main, ["--start-from", "nowhere"], "nowhere: there is no such autoencoder"),
+        (autoencoder.main, ["--pictures", "nowhere"], "no folder of pictures at nowhere"),
+        (autoencoder.main, ["--minutes", "0"], "must be positive"),
+        (meter.main, ["--autoencoder", "nowhere"], "no autoencoder in nowhere"),
+        (speech_encoder.main, ["--puppets", "nowhere"], "no clip store in nowhere"),
+        (text_encoder.main, ["--steps", "0"], "at least 1"),
+    ],
+)
+def test_what_cannot_be_used_is_said_without_a_traceback(
+    main: Callable[[list[str]], int],
+    arguments: list[str],
+    words: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main(["--out", str(tmp_path / "out"), *arguments]) == 2
+    assert words in capsys.readouterr().err
+
+
 def test_the_rate_warms_up_and_falls_at_the_end() -> None:
     settings = AutoencoderSettings(minutes=100, warmup_steps=10, cooldown=0.2)
     factors = [
@@ -290,7 +314,7 @@ def test_free_pictures_leave_the_test_photograph_out(tmp_path: Path) -> None:
     own = [path for path in paths if path.parent == tmp_path]
     loaded = load_pictures(own)
     assert [tuple(picture.shape) for picture in loaded] == [(3, 200, 200)]
-    with pytest.raises(FileNotFoundError, match="nowhere"):
+    with pytest.raises(InputError, match="nowhere"):
         find_pictures([tmp_path / "nowhere"])
 
 

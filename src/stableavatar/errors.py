@@ -1,6 +1,10 @@
 """Errors whose text is for the user: what was wrong, in which file, and what to do."""
 
 import errno
+import functools
+import sys
+from collections.abc import Callable
+from typing import Any
 
 # What torch and its devices say; only some of them raise `torch.OutOfMemoryError`.
 _OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
@@ -32,6 +36,21 @@ class StoppedError(StableAvatarError):
 
 class ProcessError(StableAvatarError):
     """Another of the processes that make a video together was lost, or has ended."""
+
+
+def with_status(main: Callable[..., int | None]) -> Callable[..., int]:
+    """A module's command that gives its exit status: 2, and why on standard error, where it was given what
+    cannot be used."""
+
+    @functools.wraps(main)
+    def run(*arguments: Any, **options: Any) -> int:
+        try:
+            return main(*arguments, **options) or 0
+        except StableAvatarError as error:
+            print(error, file=sys.stderr)
+            return 2
+
+    return run
 
 
 def is_out_of_room(error: BaseException) -> bool:

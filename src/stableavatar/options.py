@@ -297,15 +297,19 @@ class Settings(GenerateOptions):
         options: GenerateOptions,
         defaults: SamplingDefaults,
         *,
-        size: tuple[int, int],
+        picture: tuple[int, int],
         seed: int,
     ) -> "Settings":
-        """`options`, with the model's settings, a size (width, height) and a seed in place
-        of None.
+        """`options`, with the model's settings, a size that fits a picture's (width, height) and a seed in
+        place of None.
 
         Raises:
-            InputError: the overlap does not fit the window.
+            InputError: the model has no size of the aspect, or the overlap does not fit the window.
         """
+        if options.width is not None and options.height is not None:
+            size = options.width, options.height
+        else:
+            size = defaults.size_for(options.aspect, *picture)
         fallback = {
             **asdict(defaults),
             **(AUDIO_NATIVE_WEIGHTS if options.guidance == "audio-native" else {}),

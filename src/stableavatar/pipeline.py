@@ -343,7 +343,9 @@ class AvatarPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         progress: ProgressCallback | None,
         processes: Processes | None,
     ) -> Run:
-        options = self._resolve(given, picture)
+        height, width = picture.shape[:2]
+        seed = secrets.randbelow(2**32)
+        options = Settings.resolve(given, self.defaults, picture=(width, height), seed=seed)
         decoder_device(self.vae, options.decoder_device)  # refused now, not after the sampling
         if processes is not None:
             check_sharing(recording, options, processes.size)
@@ -365,19 +367,6 @@ class AvatarPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         fitted = fit_picture(picture, options.width, options.height, options.fit)
         picture_values = picture_tensor(fitted)
         return Run(self, options, plan, frames, fps, picture_values, recording, noise, progress, processes)
-
-    def _resolve(self, given: GenerateOptions, picture: Frame) -> Settings:
-        """The options with the model's settings, a size and a seed in place of None."""
-        if given.width is not None and given.height is not None:
-            size = given.width, given.height
-        else:
-            size = self.defaults.size_for(given.aspect, picture.shape[1], picture.shape[0])
-        return Settings.resolve(
-            given,
-            self.defaults,
-            size=size,
-            seed=secrets.randbelow(2**32),
-        )
 
     def generate(
         self,

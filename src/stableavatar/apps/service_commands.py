@@ -96,6 +96,7 @@ def serve(
         raise InputError(
             f"serve needs packages that are not installed ({error.name}): pip install 'stableavatar[serve]'"
         ) from error
+    from stableavatar.checkpoints.defaults import read_defaults
     from stableavatar.jobs.intake import Limits
     from stableavatar.jobs.worker import ModelChoice
     from stableavatar.logs import log_to_stderr
@@ -132,6 +133,7 @@ def serve(
         models,
         keys=Keys() if api_keys is None else Keys.read(api_keys),
         limits=limits,
+        defaults=read_defaults(model, variant=variant, size=model_size),
         keep_seconds=_keep_seconds(keep_days),
         verbosity=verbose,
     )

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from stableavatar.data.landmarks import EYES, OUTER_EYES, FaceLandmarker, Network, Points, networks_folder
-from stableavatar.errors import CheckpointError, InputError, StableAvatarError
+from stableavatar.errors import CheckpointError, InputError, with_status
 from stableavatar.evaluation.identity import worst_second
 from stableavatar.evaluation.lips import lip_score
 from stableavatar.evaluation.observation import Bar, FaceTrack, Frames, Metric, Observation, median, worst_low
@@ -194,14 +194,11 @@ FACES = (
 )  # fmt: skip
 
 
+@with_status
 def main() -> int:
     """Fetches the network; see the module's first lines."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    try:
-        print(f"{fetch_embedder()}: complete")
-    except StableAvatarError as error:
-        logging.error("%s", error)
-        return 2
+    print(f"{fetch_embedder()}: complete")
     return 0
 
 

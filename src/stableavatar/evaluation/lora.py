@@ -21,7 +21,7 @@ import numpy as np
 from stableavatar.data.puppets import EVALUATION_SEED, Identity, PuppetClip, make_clip
 from stableavatar.data.puppets.layout import write_dataset
 from stableavatar.data.puppets.recordings import evaluation_speech
-from stableavatar.errors import InputError, StableAvatarError
+from stableavatar.errors import InputError, with_status
 from stableavatar.evaluation.cases import FPS, SIZE, called_opening
 from stableavatar.evaluation.identity import sharpness_ratio
 from stableavatar.evaluation.lips import lip_score
@@ -120,6 +120,7 @@ def compare(
     return "\n".join(lines)
 
 
+@with_status
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns its exit status."""
     parser = argparse.ArgumentParser(
@@ -142,18 +143,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     figures.add_argument("--out", type=Path, help="a document to write the table into")
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    try:
-        if options.command == "data":
-            print(write_dataset(options.folder, training_clips(options.clips, options.seconds)))
-            return 0
-        clips = list(measured_clips(options.clips, options.seconds))
-        text = compare(options.model, options.lora, clips, options.scales, options.steps)
-        print(text)
-        if options.out is not None:
-            put_between(options.out, text, START, END, title="Training")
-    except StableAvatarError as error:
-        print(error, file=sys.stderr)
-        return 2
+    if options.command == "data":
+        print(write_dataset(options.folder, training_clips(options.clips, options.seconds)))
+        return 0
+    clips = list(measured_clips(options.clips, options.seconds))
+    text = compare(options.model, options.lora, clips, options.scales, options.steps)
+    print(text)
+    if options.out is not None:
+        put_between(options.out, text, START, END, title="Training")
     return 0
 
 

@@ -27,7 +27,7 @@ import torch
 from diffusers import AutoencoderKLWan
 from rich.console import Console
 
-from stableavatar.errors import InputError, StableAvatarError
+from stableavatar.errors import InputError, StableAvatarError, with_status
 from stableavatar.evaluation.cases import DEVELOPMENT, FULL, QUICK, Plan
 from stableavatar.evaluation.embedded import Evaluation, Part, Task, code, find_people, pipeline_speaker
 from stableavatar.evaluation.faces import FaceReader
@@ -171,6 +171,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+@with_status
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; see the module's first lines. Returns the exit status."""
     options = _parser().parse_args(arguments)
@@ -198,21 +199,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options={name: value for name, value in given.items() if value is not None},
         portraits=options.portrait,
     )
-    try:
-        if options.curves is not None:  # not after an hour's work
-            find_logs(options.curves)
-        measured = measure(setup, options.processes)
-        minutes = (time.monotonic() - started) / 60
-        title = (
-            f"{options.gate or options.model}, {plan.puppets} puppets x {plan.seconds:g} s, "
-            f"seeds from {plan.seed}, {minutes:.1f} min"
-        )
-        console.print(rich_table(measured.scores, title))
-        if options.out is not None:
-            write_report(options.out, measured.scores, measured.exhibits, title, options.curves)
-    except StableAvatarError as error:
-        logger.error("%s", error)
-        return 2
+    if options.curves is not None:  # not after an hour's work
+        find_logs(options.curves)
+    measured = measure(setup, options.processes)
+    minutes = (time.monotonic() - started) / 60
+    title = (
+        f"{options.gate or options.model}, {plan.puppets} puppets x {plan.seconds:g} s, "
+        f"seeds from {plan.seed}, {minutes:.1f} min"
+    )
+    console.print(rich_table(measured.scores, title))
+    if options.out is not None:
+        write_report(options.out, measured.scores, measured.exhibits, title, options.curves)
     missed = measured.scores.missed()
     if plan is FULL and options.gate is None:
         missed += measured.scores.unmeasured()

@@ -18,7 +18,7 @@ from typing import Any
 from stableavatar.choices import Order
 from stableavatar.errors import InputError, StableAvatarError
 from stableavatar.jobs.apart import kill_process, start_process
-from stableavatar.options import GenerateOptions, OutputOptions
+from stableavatar.options import GenerateOptions, OutputOptions, SamplingDefaults, Settings
 
 # What a request may choose. The others concern the machine (devices, memory, windows) or comparisons.
 OPTIONS = (
@@ -118,10 +118,15 @@ class BusyError(StableAvatarError):
 
 
 class FileChecker:
-    """Looks at files in a process of its own, one after the other; owners take turns."""
+    """Looks at files in a process of its own, one after the other; owners take turns.
 
-    def __init__(self, limits: Limits) -> None:
+    Args:
+        defaults: of the model that will make the videos: what it cannot make is refused too.
+    """
+
+    def __init__(self, limits: Limits, defaults: SamplingDefaults | None = None) -> None:
         self.limits = limits
+        self.defaults = defaults
         self._turns = _Turns(_MOST_CHECKS)
         self._asking: Counter[str] = Counter()
         self._lock = threading.Lock()
@@ -147,7 +152,8 @@ class FileChecker:
         """See that a portrait and a recording can be used; called from any thread.
 
         Raises:
-            InputError: one cannot, is above a limit, or breaks what looks at it.
+            InputError: one cannot, is above a limit, or breaks what looks at it; or the model cannot make
+                what the options ask for.
             BusyError: too many wait for this.
         """
         with self._turns.turn(owner):
@@ -156,7 +162,10 @@ class FileChecker:
                     raise InputError("the server ends: send the files again later")
                 try:
                     work = self._processes().submit(look_at_files, portrait, speech, options, self.limits)
-                    return work.result(self.limits.check_seconds)
+                    found = work.result(self.limits.check_seconds)
+                    if self.defaults is not None:
+                        Settings.resolve(options, self.defaults, picture=(found.width, found.height), seed=0)
+                    return found
                 except TimeoutError:
                     self._end()
                     raise InputError(
@@ -254,6 +263,8 @@ def look_at_files(portrait: Path, speech: Path | None, options: GenerateOptions,
         raise InputError("the files take too much memory. Send a smaller picture.") from None
     if seconds is None:
         raise InputError("a video without speech needs a duration")
+    if speech is None and options.start:
+        raise InputError(f"start {options.start:g} is a place in the speech: send some, or leave it out")
     if seconds * options.fps < 1:
         raise InputError(f"{seconds:.3f} s are shorter than a frame: send more speech")
     return Found(seconds, picture.shape[1], picture.shape[0])

@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from stableavatar.config import SIZES
 from stableavatar.data.clips import SHAPES
-from stableavatar.errors import InputError
+from stableavatar.errors import InputError, with_status
 from stableavatar.evaluation.report import put_between
 from stableavatar.models.transformer import StableAvatarTransformer3DModel
 from stableavatar.training.lora import LoraSettings, add_lora
@@ -276,6 +276,7 @@ def table(folder: Path, gpus: Sequence[int]) -> str:
     )
 
 
+@with_status
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command."""
     parser = argparse.ArgumentParser(prog="python -m stableavatar.training.estimates", description=__doc__)

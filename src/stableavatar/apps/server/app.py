@@ -25,6 +25,7 @@ from stableavatar.jobs.sessions import SessionLine
 from stableavatar.jobs.store import JobStore
 from stableavatar.jobs.worker import ModelChoice
 from stableavatar.jobs.workers import Workers
+from stableavatar.options import SamplingDefaults
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +43,7 @@ class Service:
 
     Attributes:
         folder: of its jobs. models: of each worker. keys: of its users.
+        defaults: the settings of that model, where they are known: what it cannot make is refused at once.
         keep_seconds: finished videos are removed after so long; None: never.
         save_seconds: what workers have to save what they are making, when the server ends.
     """
@@ -50,6 +52,7 @@ class Service:
     models: Sequence[ModelChoice] = (ModelChoice(),)
     keys: Keys = field(default_factory=Keys)
     limits: Limits = field(default_factory=Limits)
+    defaults: SamplingDefaults | None = None
     keep_seconds: float | None = None
     save_seconds: float = 60.0
     verbosity: int = 0
@@ -72,7 +75,7 @@ class Service:
 
 def create_app(service: Service, store: JobStore) -> FastAPI:
     """The application; workers are not its business."""
-    checker, line = FileChecker(service.limits), SessionLine(store)
+    checker, line = FileChecker(service.limits, service.defaults), SessionLine(store)
 
     @contextlib.asynccontextmanager
     async def life(app: FastAPI) -> AsyncIterator[None]:

@@ -11,6 +11,7 @@ import binascii
 import contextlib
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -232,7 +233,7 @@ def _portrait(start: Start, store: JobStore, owner: str, folder: Path) -> None:
 
 def _check(checker: Any, owner: str, folder: Path, options: GenerateOptions) -> None:
     try:
-        checker.check(owner, folder / PORTRAIT, None, GenerateOptions(duration=1.0, fps=options.fps))
+        checker.check(owner, folder / PORTRAIT, None, replace(options, duration=1.0, start=0.0))
     except InputError as error:
         raise ApiError(400, str(error), code="unusable", param="portrait") from error
     except BusyError as error:

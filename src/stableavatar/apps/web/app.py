@@ -53,13 +53,15 @@ def run_page(service: PageService, host: str, port: int, announce: Callable[[str
         most_waiting_each=limits.waiting_each,
         most_kept_each=limits.kept_each,
     )
-    checker, scratch = FileChecker(limits), Scratch()
+    model = service.model
+    defaults = read_defaults(model.source, variant=model.variant, size=model.size)
+    checker, scratch = FileChecker(limits, defaults), Scratch()
     studio = Studio(
         store,
         checker,
         limits,
-        service.model.name or Path(service.model.source).name,
-        read_defaults(service.model.source, variant=service.model.variant, size=service.model.size),
+        model.name or Path(model.source).name,
+        defaults,
         service.vocals,
         service.checkpoints,
         scratch,
@@ -69,7 +71,7 @@ def run_page(service: PageService, host: str, port: int, announce: Callable[[str
         announce(url)
         run_with_workers(
             create_page(studio),
-            Workers(store, [service.model], verbosity=service.verbosity),
+            Workers(store, [model], verbosity=service.verbosity),
             listener=listener,
             save_seconds=service.save_seconds,
             keep_seconds=service.keep_seconds,

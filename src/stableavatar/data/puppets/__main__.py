@@ -15,7 +15,7 @@ from stableavatar.data.puppets.identity import Identity
 from stableavatar.data.puppets.layout import write_dataset
 from stableavatar.data.puppets.render import Renderer
 from stableavatar.data.puppets.store import build_store
-from stableavatar.errors import InputError
+from stableavatar.errors import with_status
 
 logger = logging.getLogger("stableavatar.data.puppets")
 
@@ -40,6 +40,7 @@ def _preview(options: argparse.Namespace) -> None:
     logger.info("wrote %s", options.out)
 
 
+@with_status
 def main(arguments: list[str] | None = None) -> int:
     """Run the command; returns its exit code."""
     parser = argparse.ArgumentParser(prog="python -m stableavatar.data.puppets", description=__doc__)
@@ -75,27 +76,23 @@ def main(arguments: list[str] | None = None) -> int:
     dataset.add_argument("--size", type=int, default=128)
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    try:
-        if options.command == "preview":
-            _preview(options)
-            return 0
-        seeds = range(options.seed, options.seed + options.clips)
-        if options.command == "dataset":
-            listing = write_dataset(options.folder, iter_clips(seeds, options.seconds, size=options.size))
-            logger.info("wrote %s", listing)
-        else:
-            build_store(
-                options.folder,
-                seeds,
-                seconds=options.seconds,
-                size=options.size,
-                expressions=options.expressions,
-                varied=options.varied,
-                processes=options.processes,
-            )
-    except InputError as error:
-        logger.error("%s", error)
-        return 2
+    if options.command == "preview":
+        _preview(options)
+        return 0
+    seeds = range(options.seed, options.seed + options.clips)
+    if options.command == "dataset":
+        listing = write_dataset(options.folder, iter_clips(seeds, options.seconds, size=options.size))
+        logger.info("wrote %s", listing)
+    else:
+        build_store(
+            options.folder,
+            seeds,
+            seconds=options.seconds,
+            size=options.size,
+            expressions=options.expressions,
+            varied=options.varied,
+            processes=options.processes,
+        )
     return 0
 
 

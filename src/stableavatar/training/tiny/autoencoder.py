@@ -17,6 +17,7 @@ import json
 import logging
 import math
 import signal
+import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -30,6 +31,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch.multiprocessing.spawn import spawn
 
+from stableavatar.errors import InputError, with_status
 from stableavatar.media.files import to_disk
 from stableavatar.training.muon import Muon
 from stableavatar.training.tiny.arguments import add_settings, chosen_settings
@@ -92,9 +94,9 @@ class AutoencoderSettings:
 
     def __post_init__(self) -> None:
         if self.minutes <= 0 or self.frames_a_step < 1:
-            raise ValueError("minutes and frames_a_step must be positive")
+            raise InputError("minutes and frames_a_step must be positive")
         if len(self.clip_lengths) != len(self.clip_weights):
-            raise ValueError("clip_lengths and clip_weights differ in length")
+            raise InputError("clip_lengths and clip_weights differ in length")
         for length in self.clip_lengths:
             chunk_lengths(length, self.longest_chunk)
 
@@ -327,12 +329,12 @@ class AutoencoderTrainer:
     def load(self) -> None:
         """Goes on from `checkpoint.pt`.
 
-        Raises FileNotFoundError, or ValueError when the model's sizes differ.
+        Raises FileNotFoundError, or InputError when the model's sizes differ.
         """
         state: dict[str, Any] = torch.load(self.out / "checkpoint.pt", weights_only=True)
         for name in ("base_channels", "residual_blocks", "latent_channels"):
             if state["settings"][name] != getattr(self.settings, name):
-                raise ValueError(
+                raise InputError(
                     f"{self.out}/checkpoint.pt was trained with {name} {state['settings'][name]}"
                 )
         self.vae.load_state_dict(state["model"])
@@ -438,7 +440,8 @@ def run_process(rank: int, job: Job, rendezvous: str) -> None:
         dist.destroy_process_group()
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+@with_status
+def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; see the module's first lines."""
     parser = argparse.ArgumentParser(description="Trains the autoencoder of the embedded model.")
     parser.add_argument("--out", type=Path, required=True, help="folder for checkpoint, curve and model")
@@ -464,6 +467,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     if (options.out / "checkpoint.pt").exists() and not options.resume:
         parser.error(f"{options.out} already holds a checkpoint: give --resume, or another folder")
+    # What is missing is said here: of processes one gets tracebacks.
+    if options.puppets:
+        PuppetClips(options.puppets)
+    if options.start_from is not None and not options.start_from.is_dir():
+        raise InputError(f"{options.start_from}: there is no such autoencoder")
     job = Job(
         settings=settings,
         out=options.out,
@@ -476,7 +484,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as folder:
         arguments_of_all = (job, f"{folder}/rendezvous")
         spawn(run_process, args=arguments_of_all, nprocs=settings.processes)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderKLWan
 
+from stableavatar.errors import InputError
 from stableavatar.training.tiny.feature_memory import FeatureMemory, chunk_lengths, decode_chunk, encode_chunk
 
 
@@ -65,13 +66,13 @@ def start_from(vae: AutoencoderKLWan, folder: Path) -> tuple[list[float], list[f
         The latents' mean and standard deviation as the file has them; None where channels were added.
 
     Raises:
-        ValueError: other widths, or more latent channels.
+        InputError: other widths, or more latent channels.
     """
     given = AutoencoderKLWan.from_pretrained(folder)
     old, new = given.config.z_dim, vae.config.z_dim
     widths = ("base_dim", "dim_mult", "num_res_blocks", "patch_size", "is_residual")
     if old > new or any(given.config[name] != vae.config[name] for name in widths):
-        raise ValueError(f"{folder}: its sizes differ, or it has more than {new} latent channels")
+        raise InputError(f"{folder}: its sizes differ, or it has more than {new} latent channels")
     own = vae.state_dict()
     for name, value in given.state_dict().items():
         if old == new or value.shape == own[name].shape:

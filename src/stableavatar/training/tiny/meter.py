@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import logging
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -24,7 +25,7 @@ from diffusers import AutoencoderKLWan
 from numpy.typing import NDArray
 
 from stableavatar.data.puppets import EVALUATION_SEED, Articulation, Identity, Motion, Renderer, make_clip
-from stableavatar.errors import InputError
+from stableavatar.errors import InputError, with_status
 from stableavatar.evaluation.lips import correlate
 from stableavatar.evaluation.meter import METER_FILE, SIZE, MouthMeter
 from stableavatar.training.tiny.autoencoder_model import reconstruct
@@ -257,7 +258,8 @@ def check_meter(meter: MouthMeter, clips: int = 8, seconds: float = 4.0) -> floa
     return float(np.median(scores))
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+@with_status
+def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; see the module's first lines."""
     parser = argparse.ArgumentParser(description="Trains the meter of the mouth.")
     parser.add_argument(
@@ -285,7 +287,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     logger.info(
         "median r %.3f; written to %s, %d bytes", check_meter(meter), options.out, options.out.stat().st_size
     )
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

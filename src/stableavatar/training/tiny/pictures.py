@@ -20,6 +20,8 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
+from stableavatar.errors import InputError
+
 logger = logging.getLogger(__name__)
 
 # Free pictures in scikit-image's wheel; its `astronaut` is left out on purpose: it is the photograph that
@@ -52,7 +54,7 @@ SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp"}
 def find_pictures(folders: Sequence[Path] = ()) -> list[Path]:
     """Free pictures of the installed packages, of the desktop, and of `folders` (searched deeply).
 
-    Raises FileNotFoundError for a folder of `folders` that does not exist. `astronaut` is never among them.
+    Raises InputError for a folder of `folders` that does not exist. `astronaut` is never among them.
     """
     found: list[Path] = []
     for package, folder, names in (
@@ -65,7 +67,7 @@ def find_pictures(folders: Sequence[Path] = ()) -> list[Path]:
             found += [base / name for name in names if (base / name).is_file()]
     for folder_path in folders:
         if not folder_path.is_dir():
-            raise FileNotFoundError(f"no folder of pictures at {folder_path}")
+            raise InputError(f"no folder of pictures at {folder_path}")
     for folder_path in (*SYSTEM_FOLDERS, *folders):
         if folder_path.is_dir():
             found += sorted(path for path in folder_path.rglob("*") if path.suffix.lower() in SUFFIXES)

@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from stableavatar.data.puppets import ClipStore
+from stableavatar.errors import InputError
 
 logger = logging.getLogger(__name__)
 
@@ -20,7 +21,7 @@ class PuppetClips:
     """Random crops of random stretches of the clips of stores.
 
     A store that is still being built grows: it is opened again every `refresh` seconds. Masks are kept bit-
-    packed in memory. Raises ValueError while the store holds no finished clip.
+    packed in memory. Raises InputError while the store holds no finished clip.
     """
 
     def __init__(self, folders: Sequence[Path], refresh: float = 120.0) -> None:
@@ -34,7 +35,7 @@ class PuppetClips:
         self.opened = time.monotonic()
         self.ends = np.cumsum([len(store) for store in self.stores])
         if self.ends[-1] == 0:
-            raise ValueError(f"no finished clip in {', '.join(map(str, self.folders))}")
+            raise InputError(f"no finished clip in {', '.join(map(str, self.folders))}")
         logger.info("%d puppet clips", self.ends[-1])
 
     def _packed_masks(self, folder: Path) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:

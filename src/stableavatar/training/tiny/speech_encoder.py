@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ from transformers import Wav2Vec2Config, Wav2Vec2Model
 from stableavatar.conditioning.speech import Normalisation
 from stableavatar.data.puppets import ClipStore, articulate
 from stableavatar.data.puppets.speech import unseen_speech
+from stableavatar.errors import InputError, with_status
 from stableavatar.training.muon import Muon
 from stableavatar.training.tiny.arguments import add_settings, chosen_settings
 
@@ -60,7 +62,7 @@ class SpeechEncoderSettings:
 
     def __post_init__(self) -> None:
         if self.minutes <= 0 or not 0.2 <= self.shortest <= self.longest:
-            raise ValueError("minutes must be positive and windows at least 0.2 s, shortest <= longest")
+            raise InputError("minutes must be positive and windows at least 0.2 s, shortest <= longest")
 
 
 def build_speech_encoder(hidden_size: int = 192, convolution_channels: int = 64) -> Wav2Vec2Model:
@@ -135,7 +137,7 @@ class SpeechWindows:
 
     def __init__(self, recordings: Sequence[Samples]) -> None:
         if not recordings:
-            raise ValueError("no recordings to train on")
+            raise InputError("no recordings to train on")
         self.recordings = list(recordings)
         self.tracks = [articulate(samples, SAMPLE_RATE, FPS).as_array() for samples in self.recordings]
 
@@ -244,7 +246,8 @@ def correlations(
     }
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+@with_status
+def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; see the module's first lines."""
     parser = argparse.ArgumentParser(description="Trains the speech encoder of the embedded model.")
     parser.add_argument("--out", type=Path, required=True, help="folder for curve, figures and model")
@@ -265,7 +268,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     logger.info("on unseen voices: %s", ", ".join(f"{name} {value:.3f}" for name, value in figures.items()))
     (options.out / "figures.json").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
     model.encoder.save_pretrained(options.out / "final")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

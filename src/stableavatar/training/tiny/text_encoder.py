@@ -16,6 +16,7 @@ import argparse
 import copy
 import json
 import logging
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +30,7 @@ from transformers import ByT5Tokenizer, UMT5EncoderModel
 from stableavatar.data.puppets import EXPRESSIONS, Identity
 from stableavatar.data.puppets.clip import draw_prompt
 from stableavatar.data.puppets.motion import draw_expression
+from stableavatar.errors import InputError, with_status
 from stableavatar.training.tiny.arguments import add_settings, chosen_settings
 from stableavatar.training.tiny.avatar import TEXT_LENGTH, TEXT_WIDTH, build_text_encoder
 from stableavatar.training.tiny.prompts import free_prompt
@@ -56,9 +58,9 @@ class TextEncoderSettings:
 
     def __post_init__(self) -> None:
         if min(self.steps, self.batch, self.threads) < 1:
-            raise ValueError("steps, batch and threads must be at least 1")
+            raise InputError("steps, batch and threads must be at least 1")
         if min(self.head_steps, self.like_weight) < 0:
-            raise ValueError("head_steps and like_weight must be at least 0")
+            raise InputError("head_steps and like_weight must be at least 0")
 
 
 def prompt_of(seed: int) -> tuple[str, int]:
@@ -130,7 +132,7 @@ def train(settings: TextEncoderSettings, out: Path, like: UMT5EncoderModel | Non
         like: to begin with, and to stay like in what it says of puppets' prompts.
     """
     if like is not None and settings.head_steps >= settings.steps:
-        raise ValueError(
+        raise InputError(
             f"head_steps must be below the {settings.steps} steps, else the encoder learns nothing"
         )
     torch.manual_seed(settings.seed)
@@ -201,7 +203,8 @@ def _share_named(model: ExpressionReader, prompts: Sequence[tuple[str, int]]) ->
     return right / total
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+@with_status
+def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; see the module's first lines."""
     parser = argparse.ArgumentParser(description="Trains the prompt encoder of the embedded model.")
     parser.add_argument("--out", type=Path, required=True, help="folder for curve, figures and model")
@@ -227,7 +230,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     logger.info("of unseen prompts, %.1f %% of the bytes say what is asked for", 100 * figures["accuracy"])
     (options.out / "figures.json").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
     model.encoder.save_pretrained(options.out / "final")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
