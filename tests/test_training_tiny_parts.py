@@ -13,6 +13,7 @@ from diffusers import AutoencoderKLWan
 from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d, WanRMS_norm
 from PIL import Image
 
+from stableavatar.errors import InputError
 from stableavatar.training.tiny import autoencoder, meter, speech_encoder, text_encoder
 from stableavatar.training.tiny.autoencoder import (
     AutoencoderSettings,
