@@ -17,7 +17,7 @@ from stableavatar.checkpoints import loading
 from stableavatar.checkpoints.convert import _complete_or_nothing, convert, export_transformer
 from stableavatar.checkpoints.defaults import sampling_defaults
 from stableavatar.checkpoints.files import read_state_dict
-from stableavatar.checkpoints.layout import OWN_PARTS, detect_layout, find_published
+from stableavatar.checkpoints.layout import OWN_PARTS, find_published, is_own
 from stableavatar.checkpoints.published import load_published
 from stableavatar.errors import CheckpointError, InputError
 from stableavatar.models.transformer import StableAvatarTransformer3DModel
@@ -41,7 +41,7 @@ def names_in(folder: Path) -> set[str]:
 def test_own_folder_is_complete(own: Path) -> None:
     assert names_in(own) == {*OWN_PARTS, "model_index.json"}
     assert names_in(own.parent) == {"square"}
-    assert detect_layout(own) == "own"
+    assert is_own(own)
     index = json.loads((own / "model_index.json").read_text())
     assert index["transformer"] == ["stableavatar.models.transformer", "StableAvatarTransformer3DModel"]
     assert {*OWN_PARTS} <= index.keys()

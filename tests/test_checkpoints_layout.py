@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import published_toy as toy
-from stableavatar.checkpoints.layout import detect_layout, find_published
+from stableavatar.checkpoints.layout import find_published, is_own
 from stableavatar.errors import CheckpointError, InputError
 
 ENCODERS = ["vae", "text_encoder", "tokenizer", "image_encoder", "speech_encoder"]
@@ -55,7 +55,7 @@ def test_everything_is_found_from_the_root_around_it_and_inside_it(checkpoints: 
     assert found.vocal_separator is not None
     assert found.missing("square") == found.missing("rec-vec") == []
     found.require("square")
-    assert detect_layout(checkpoints / place) == "published"
+    assert not is_own(checkpoints / place)
     files = found.transformer_files("rec-vec")
     assert [file.name for file in files if file] == [toy.BASE, "transformer3d-rec-vec.pt"]
 
@@ -141,27 +141,27 @@ def test_base_in_diffusers_layout_serves_as_base_and_for_the_encoders(checkpoint
     assert found.bases == {"14b": base / "transformer"}
     assert [getattr(found, part) for part in ENCODERS[:-1]] == [base / part for part in ENCODERS[:-1]]
     (base / "transformer/config.json").write_text(json.dumps({"_class_name": "WanTransformer3DModel"}))
-    assert detect_layout(base) == "diffusers"
+    assert not is_own(base)
 
 
 def test_own_layout_and_foreign_ones(tmp_path: Path) -> None:
     config = tmp_path / "transformer" / "config.json"
     config.parent.mkdir()
     config.write_text(json.dumps({"_class_name": "StableAvatarTransformer3DModel"}))
-    assert detect_layout(tmp_path) == "own"
+    assert is_own(tmp_path)
     config.write_text(json.dumps({"_class_name": "FluxTransformer2DModel"}))
     with pytest.raises(CheckpointError, match="FluxTransformer2DModel"):
-        detect_layout(tmp_path)
+        is_own(tmp_path)
     with pytest.raises(
         CheckpointError, match=r"nowhere: is no folder; get the weights with: stableavatar download"
     ):
-        detect_layout(tmp_path / "nowhere")
+        is_own(tmp_path / "nowhere")
 
 
 def test_a_single_transformer_is_no_model(tmp_path: Path) -> None:
     file = tmp_path / "my transformer3d-checkpoint-500.pt"
     file.write_bytes(b"weights")
-    for find in (find_published, detect_layout):
+    for find in (find_published, is_own):
         with pytest.raises(CheckpointError, match="is a file, and a model is a folder") as caught:
             find(file)
         assert f"stableavatar convert CHECKPOINTS FOLDER --transformer '{file}'" in str(caught.value)

@@ -1,7 +1,6 @@
 """Raw videos into clips: what is kept, what is not and why, and that nothing is lost or done twice."""
 
 import fcntl
-import itertools
 import json
 import multiprocessing
 import os
@@ -10,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from fractions import Fraction
 from pathlib import Path
@@ -33,8 +32,9 @@ from stableavatar.data.prepare_state import PrepareState
 from stableavatar.data.puppets import make_clip
 from stableavatar.data.stretches import PrepareSettings, Stretch, find_stretches, judge
 from stableavatar.errors import InputError, StorageError
-from stableavatar.media.audio import SPEECH_RATE, SoundTape, Speech
+from stableavatar.media.audio import SPEECH_RATE, Sound, SoundTape, Speech
 from stableavatar.media.reading import probe, read_frames, read_frames_at
+from stableavatar.media.video import VideoWriter
 
 pytestmark = pytest.mark.skipif(
     not all((networks_folder() / Path(name).name).is_file() for name in NETWORKS),
@@ -509,25 +509,30 @@ class TestFolder:
         for _ in range(2):
             assert prepare(raw, other / "data", SHORT, tell=lambda _: None)["videos"] == 1
 
-    def test_what_comes_before_a_damaged_place_is_kept(
-        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        """As of a long recording whose last part cannot be decoded."""
-        path = video(tmp_path / "a.mp4", [puppet(951_000, 0.8), puppet(951_001, 0.8)])
-
-        def cut_off(path: Path, fps: Fraction) -> Iterator[tuple[int, Frames]]:
-            yield from itertools.islice(read_frames_at(path, fps), 35)
-            raise InputError("damaged after 1.4 s")
-
-        for module in ("prepare", "stretches"):
-            monkeypatch.setattr(f"stableavatar.data.{module}.read_frames_at", cut_off)
+    def test_of_a_file_that_is_cut_off_what_comes_before_is_kept(self, tmp_path: Path) -> None:
+        """As of a long recording whose copy was broken off: its header promises more."""
+        path = tmp_path / "a.mp4"
+        frames = np.concatenate([puppet(951_000, 0.8), puppet(951_001, 1.6)])
+        sound = Sound.from_array(tone(2.4, 48_000), 48_000)
+        with VideoWriter(path, SIZE, SIZE, 25, sound=sound) as writer:
+            for frame in frames:
+                writer.write(frame)
+        whole = path.read_bytes()
+        path.write_bytes(whole[: len(whole) * 4 // 5])
         found = prepare_video(path, tmp_path / "work", SHORT)
-        assert [(it["start"], it["stop"], it["reason"]) for it in found] == [
-            (0, 20, None),
-            (20, 35, None),
-            (35, 35, "damaged after 1.4 s"),
-        ]
-        assert len(list((tmp_path / "work" / "1" / "images").iterdir())) == 15
+        assert [(it["start"], it["reason"]) for it in found][:2] == [(0, None), (20, None)]
+        assert "cut off" in found[2]["reason"] or "damaged" in found[2]["reason"]
+        assert 35 < found[1]["stop"] < 60
+        for number, it in enumerate(found[:2]):
+            clip = FolderClip.open(move_to_layout(tmp_path / "work" / str(number), tmp_path / str(number)))
+            assert clip.length == it["stop"] - it["start"]
+            clip.read_speech(0, clip.length)
+
+
+def move_to_layout(work: Path, root: Path) -> Path:
+    """A clip of `prepare_video` where its folder says what it shows."""
+    (root / "speech").mkdir(parents=True)
+    return work.rename(root / "speech" / "00001")
 
 
 def test_settings_that_cannot_be() -> None:

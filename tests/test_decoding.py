@@ -253,7 +253,7 @@ def test_a_state_is_gone_on_with_on_a_device(fake: AutoencoderKLWan) -> None:
 
 def test_the_autoencoder_goes_where_it_is_to_decode() -> None:
     vae = toy_vae()
-    StreamDecoder(vae, META)
+    bring_autoencoder(vae, META)
     assert {parameter.device for parameter in vae.parameters()} == {META}
 
 

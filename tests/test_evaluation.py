@@ -426,7 +426,7 @@ def test_photographs_of_any_length_are_animated_and_judged_by_the_worst(meter: M
 
 @pytest.mark.usefixtures("meter")
 def test_command_runs_a_model_and_fails_on_its_bars(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     small = replace(
         SMALL,
@@ -448,12 +448,13 @@ def test_command_runs_a_model_and_fails_on_its_bars(
     assert (tmp_path / "tiny" / "astronaut.png").exists()
     assert tiny.main(["--quick", "--gate", str(model / "vae")]) == 1
     assert tiny.main(["--quick", "--model", str(model), "--processes", "0"]) == 2
-    assert "at least one process" in caplog.text
+    assert "at least one process" in capsys.readouterr().err
     assert tiny.main(["--quick", "--model", str(tmp_path / "nothing")]) == 2
     assert tiny.main(["--quick", "--gate", str(tmp_path)]) == 2
     assert tiny.main(["--quick", "--gate", str(model / "vae"), "--portrait", "a.png"]) == 2
-    assert "leave --portrait out" in caplog.text
-    assert "config.json is missing" in caplog.text
+    said = capsys.readouterr().err
+    assert "leave --portrait out" in said
+    assert "config.json is missing" in said
 
 
 @pytest.mark.usefixtures("meter")

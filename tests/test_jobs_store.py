@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from stableavatar.errors import InputError
-from stableavatar.jobs.job import JOURNAL
 from stableavatar.jobs.store import MOST_CRASHES, MOST_KILLS, JobStore, QueueFullError
+from stableavatar.unfinished import journal_folder
 from stored_jobs import add, found
 
 
@@ -182,12 +182,12 @@ def test_a_lost_worker_loses_no_job_but_one_that_kills_workers_is_given_up(jobs:
     jobs.take("worker-0")
     jobs.worker_lost("worker-0", crashed=False)  # the server was told to end: no fault of the job
     assert found(jobs, job).state == "queued"
-    (job.folder / JOURNAL).mkdir()
+    journal_folder(job.output).mkdir()
     jobs.take("worker-0")
     jobs.worker_lost("worker-0", crashed=True)
     assert found(jobs, job).state == "failed"
     assert "broke off" in (found(jobs, job).error or "")
-    assert not (job.folder / JOURNAL).exists()
+    assert not journal_folder(job.output).exists()
 
 
 def test_a_job_that_gets_further_is_not_given_up(jobs: JobStore) -> None:

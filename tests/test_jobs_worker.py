@@ -17,16 +17,17 @@ from command_line import toy_model
 from stableavatar import load
 from stableavatar.errors import CheckpointError, InputError, StorageError
 from stableavatar.jobs import worker as worker_module
-from stableavatar.jobs.job import JOURNAL, Job
+from stableavatar.jobs.job import Job
 from stableavatar.jobs.store import LEAST_ROOM, JobStore, NoRoomError
 from stableavatar.jobs.worker import FAULT, FAULTY, NO_MODEL, TOO_LITTLE_MEMORY, ModelChoice, make, run_worker
 from stableavatar.jobs.workers import Workers, _Keeper
-from stableavatar.journal import Journal, SavedState, journal_folder
+from stableavatar.journal import Journal, SavedState
 from stableavatar.media.audio import Sound
 from stableavatar.media.following import follow
 from stableavatar.media.reading import probe, read_frames, read_metadata
 from stableavatar.options import OutputOptions
 from stableavatar.pipeline import AvatarPipeline
+from stableavatar.unfinished import journal_folder, journal_index
 from stored_jobs import add, found
 
 MODEL = ModelChoice("toy", checkpoint_every=0)
@@ -67,7 +68,7 @@ def test_a_job_goes_on_in_another_worker_and_is_the_same_video(
     given_back = found(jobs, job)
     assert given_back.state == "queued"
     assert given_back.started is not None
-    assert (journal_folder(job.output) / "journal.json").exists()
+    assert journal_index(job.output).exists()
     taken = jobs.take("worker-1")
     assert taken is not None
     make(jobs, taken, pipeline, MODEL)
@@ -281,8 +282,7 @@ def test_a_journal_that_cannot_be_read_is_begun_anew(
     jobs: JobStore, pipeline: AvatarPipeline, index: str
 ) -> None:
     job = interrupted(jobs, pipeline)
-    assert job.folder / JOURNAL == journal_folder(job.output)
-    (job.folder / JOURNAL / "journal.json").write_text(index)
+    journal_index(job.output).write_text(index)
     taken = jobs.take("worker-1")
     assert taken is not None
     make(jobs, taken, pipeline, MODEL)

@@ -14,10 +14,10 @@ from media_files import write_wav
 from stableavatar.apps.web.sentences import _SENTENCES, in_words
 from stableavatar.data.extract import extract_audio
 from stableavatar.errors import StableAvatarError
-from stableavatar.jobs.intake import FileChecker, Limits, _Turns, check_options, look_at_files
+from stableavatar.jobs.intake import FileChecker, Found, Limits, _Turns, check_options, look_at_files
 from stableavatar.jobs.store import MOST_CRASHES, JobStore
 from stableavatar.jobs.worker import FAULT, TOO_LITTLE_MEMORY
-from stableavatar.options import GenerateOptions
+from stableavatar.options import GenerateOptions, SamplingDefaults
 from stored_jobs import add, found
 
 CHINESE = re.compile("[\u4e00-\u9fff]")
@@ -61,6 +61,10 @@ def of_files(folder: Path) -> Iterator[str]:
     (folder / "no sound").write_bytes(b"This is no sound. " * 20)
     yield raised(look_at_files, picture, folder / "no sound", options, limits)
     yield raised(look_at_files, picture, write_wav(folder / "short", np.zeros(160), 16000), options, limits)
+    yield raised(look_at_files, picture, None, GenerateOptions(duration=1.0, start=2.0), limits)
+    checker = FileChecker(limits, SamplingDefaults(window=33, sizes={"square": (128, 128)}))
+    for chosen in ({"overlap": 9}, {"aspect": "tall"}):
+        yield raised(checker.check_options, GenerateOptions(**chosen), Found(1.0, 9, 9))
     yield raised(extract_audio, sound, folder / "out.wav", most_seconds=0.2)
 
 

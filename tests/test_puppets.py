@@ -392,8 +392,8 @@ def test_a_person_acts_every_expression_of_a_store_with_the_same_words_and_movem
         assert np.array_equal(*(getattr(motion, same) for motion in moved))
     build_store(tmp_path, [EVALUATION_SEED], seconds=0.6, size=48, processes=1)
     drawn = ClipStore(tmp_path)[0]
-    assert len({drawn.mark, smiling.mark, shaking.mark}) == 3
-    assert drawn.mark == str(EVALUATION_SEED)
+    assert len({drawn.mark(), smiling.mark(), shaking.mark()}) == 3
+    assert drawn.mark() == str(EVALUATION_SEED)
 
 
 def test_varied_persons_look_otherwise_and_move_alike(tmp_path: Path) -> None:
@@ -414,7 +414,7 @@ def test_varied_persons_look_otherwise_and_move_alike(tmp_path: Path) -> None:
     assert main(arguments) == 0
     assert main([*arguments, "--expressions", "smiling"]) == 0
     smiling, drawn = ClipStore(tmp_path)
-    assert (drawn.mark, smiling.mark) == (f"{seed} varied", f"{seed} smiling varied")
+    assert (drawn.mark(), smiling.mark()) == (f"{seed} varied", f"{seed} smiling varied")
     plain = make_clip(seed, 0.2, size=48)
     assert np.array_equal(drawn.frames, make_clip(seed, 0.2, size=48, identity=varied).frames)
     difference = np.abs(drawn.frames.astype(int) - plain.frames).max(axis=-1)

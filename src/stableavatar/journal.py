@@ -20,14 +20,14 @@ from torch import nn
 
 from stableavatar.errors import InputError, StorageError
 from stableavatar.media.audio import SPEECH_RATE, Speech
-from stableavatar.media.files import cannot_write, hidden_name, locked, reason_of, shortened, to_disk
+from stableavatar.media.files import cannot_write, locked, reason_of, to_disk
 from stableavatar.media.segments import segment_name
+from stableavatar.unfinished import journal_folder, journal_index, unfinished_video
 
 FORMAT = 3
 # Model and LoRAs are paths; the weights have a hash. Where a decoder ran out of memory, another device may
 # go on.
 _MAY_CHANGE = {"model", "lora", "decoder_device"}
-_INDEX = "journal.json"
 # Values of a tensor that are hashed, evenly spaced over it.
 _HASHED_VALUES = 4096
 
@@ -72,7 +72,7 @@ class Journal:
     @property
     def unfinished(self) -> Path:
         """Where an interrupted run puts what is finished."""
-        return self.output.with_name(shortened(self.output.stem, ".unfinished.mp4"))
+        return unfinished_video(self.output)
 
     def finish(self) -> None:
         """The video is complete: there is nothing to go on from."""
@@ -150,7 +150,7 @@ class Journal:
             unfinished = self.folder / "unfinished-index"
             unfinished.write_text(json.dumps(index, ensure_ascii=False), encoding="utf-8")
             to_disk(unfinished)
-            unfinished.replace(self.folder / _INDEX)
+            unfinished.replace(journal_index(self.output))
             to_disk(self.folder)
         except (OSError, SafetensorError) as error:
             raise StorageError(
@@ -164,7 +164,7 @@ class Journal:
     def clear(self) -> None:
         """Remove everything that the folder holds, first what says that there is something to go on from."""
         try:
-            (self.folder / _INDEX).unlink(missing_ok=True)
+            journal_index(self.output).unlink(missing_ok=True)
             to_disk(self.folder)
             for path in self.folder.iterdir():
                 if path.is_dir():
@@ -182,7 +182,7 @@ class Journal:
 
     def _read_index(self) -> dict[str, Any] | None:
         try:
-            index = json.loads((self.folder / _INDEX).read_text(encoding="utf-8"))
+            index = json.loads(journal_index(self.output).read_text(encoding="utf-8"))
         except FileNotFoundError:
             return None
         except (OSError, ValueError) as error:
@@ -198,16 +198,11 @@ class Journal:
 
 def refuse_unfinished(output: Path) -> None:
     """Raise InputError where a run of this video was begun and has saved a state."""
-    if (journal_folder(output) / _INDEX).exists():
+    if journal_index(output).exists():
         raise InputError(
             f"output {output}: an unfinished run of this video is there. Add --resume to go on with it, or "
             "--overwrite to begin anew."
         )
-
-
-def journal_folder(output: Path) -> Path:
-    """Where the journal of a video lies."""
-    return output.with_name(hidden_name(output.stem, "journal"))
 
 
 def weights_fingerprint(modules: Mapping[str, nn.Module]) -> str:

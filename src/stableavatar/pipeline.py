@@ -22,7 +22,7 @@ from diffusers.loaders import WanLoraLoaderMixin
 from transformers import CLIPVisionModel, PreTrainedTokenizerBase, UMT5EncoderModel, Wav2Vec2Model
 
 from stableavatar.checkpoints import hub
-from stableavatar.checkpoints.layout import OWN_PARTS, detect_layout, find_published, model_folder
+from stableavatar.checkpoints.layout import OWN_PARTS, find_published, is_own, model_folder
 from stableavatar.checkpoints.lora import lora_file, lora_from_state, merge_loras, parse_lora, read_lora
 from stableavatar.checkpoints.own import check_own
 from stableavatar.checkpoints.published import load_published
@@ -157,7 +157,7 @@ class AvatarPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         if not folder.is_dir():
             places = {name: kwargs.pop(name) for name in HUB_ARGUMENTS if name in kwargs}
             folder = hub.resolve(str(source), **published, **places)
-        if detect_layout(folder) == "own":
+        if is_own(folder):
             if variant is not None or size is not None:
                 raise InputError(
                     f"{source} is one model: variant and model size choose among the published checkpoints"

@@ -15,7 +15,7 @@ from huggingface_hub import CacheNotFound, constants, scan_cache_dir
 
 from stableavatar import __version__
 from stableavatar.checkpoints.hub import BASE_14B_REPOSITORY, PUBLISHED_REPOSITORY
-from stableavatar.checkpoints.layout import TINY, detect_layout, find_published
+from stableavatar.checkpoints.layout import TINY, find_published, is_own
 from stableavatar.choices import ModelSize, Variant
 from stableavatar.errors import StableAvatarError
 from stableavatar.media.image import MAX_PIXELS
@@ -98,7 +98,7 @@ def _tiny() -> str:
 
 def _published(folder: Path) -> list[tuple[str, str]]:
     try:
-        if (folder / "transformer").is_dir() and detect_layout(folder) == "own":
+        if (folder / "transformer").is_dir() and is_own(folder):
             return [(str(folder), "ready, a folder of this project's own")]
         found = find_published(folder)
     except StableAvatarError as error:

@@ -15,11 +15,11 @@ from starlette.types import Receive, Scope, Send
 from stableavatar.errors import InputError
 from stableavatar.jobs.job import Job
 from stableavatar.jobs.store import JobStore
-from stableavatar.journal import journal_folder
 from stableavatar.media.audio import Sound
 from stableavatar.media.following import follow
 from stableavatar.media.reading import read_frames
 from stableavatar.options import GenerateOptions
+from stableavatar.unfinished import journal_folder
 
 _LOOK_SECONDS = 0.1
 _THUMBNAIL = 256  # pixels of its longer side

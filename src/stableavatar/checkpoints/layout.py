@@ -1,6 +1,6 @@
 """Where the parts of a model lie on disk: the published layout, diffusers layout, this project's own folders.
 
-`detect_layout` says which of them a folder is; `find_published` finds the published files
+`is_own` tells the last from the others; `find_published` finds the published files
 (`spec/3-checkpoints.md`), says which are missing, and with which command they are to be had.
 """
 
@@ -10,12 +10,9 @@ import shlex
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from stableavatar.checkpoints.files import has_weights, read_json
 from stableavatar.errors import CheckpointError, InputError
-
-Layout = Literal["own", "published", "diffusers"]
 
 VARIANTS = ("square", "rec-vec")
 
@@ -188,23 +185,23 @@ def model_folder(source: Path | str) -> Path:
     return TINY if str(source) == "tiny" else Path(source).expanduser()
 
 
-def detect_layout(path: Path | str) -> Layout:
-    """Which layout a folder has: this project's own, the published one, or a Wan base in diffusers layout.
+def is_own(path: Path | str) -> bool:
+    """Whether a folder is of this project's own layout, and not of published checkpoints.
 
     Raises:
-        CheckpointError: it is none of them, or there is no such folder.
+        CheckpointError: it is neither, or there is no such folder.
     """
     path = Path(path)
     config = path / "transformer" / "config.json"
     if config.is_file():
         kind = read_json(config).get("_class_name")
-        if kind == OWN_TRANSFORMER_CLASS:
-            return "own"
-        if kind == "WanTransformer3DModel":
-            return "diffusers"
-        raise CheckpointError(f"{config}: describes a {kind}, not a transformer that this project computes")
+        if kind not in (OWN_TRANSFORMER_CLASS, "WanTransformer3DModel"):
+            raise CheckpointError(
+                f"{config}: describes a {kind}, not a transformer that this project computes"
+            )
+        return bool(kind == OWN_TRANSFORMER_CLASS)
     find_published(path)
-    return "published"
+    return False
 
 
 def _roots_around(root: Path) -> Iterable[Path]:

@@ -31,7 +31,7 @@ from stableavatar.media.files import reason_of, to_disk, write_file
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 2
+FORMAT = 3
 MANIFEST = "manifest.json"
 NOTES = "block-*.json"
 TENSORS = ("latents", "reference", "portrait", "speech", "face_mask", "lip_mask", "portrait_embeddings")

@@ -52,9 +52,9 @@ class TrainingClip(Protocol):
         """For messages: where the clip is."""
         ...
 
-    @property
-    def mark(self) -> str:
-        """By which another clip of the same name, prompt and length is told, without reading all of it."""
+    def mark(self, *, masks: bool, portrait: bool) -> str:
+        """By which another clip of the same name, prompt and length is told, without reading all of it; where
+        they are used by its masks and its portrait too."""
         ...
 
     @property
@@ -138,13 +138,13 @@ class FolderClip:
     def name(self) -> str:
         return str(self.folder)
 
-    @property
-    def mark(self) -> str:
-        """Of its video, sound, and middle picture and masks: how many bytes, and some of them."""
+    def mark(self, *, masks: bool, portrait: bool) -> str:
+        """Of its video, sound, middle picture and masks, and portrait: how many bytes, and some of them."""
         middle = f"frame_{self.length // 2}.png"
-        files = [self.folder / name for name in ("sub_clip.mp4", "audio.wav")]
-        files += [self.folder / kind / middle for kind in ("images", *get_args(MaskKind))]
-        return " ".join(_piece(file) for file in files)
+        names = ["sub_clip.mp4", "audio.wav", f"images/{middle}"]
+        names += [f"{kind}/{middle}" for kind in get_args(MaskKind)] if masks else []
+        names += ["portrait.png"] if portrait else []
+        return " ".join(_piece(self.folder / name) for name in names)
 
     def read_frames(self, start: int, count: int) -> NDArray[np.uint8]:
         """Frames `start` to `start + count` as uint8 `[count, height, width, 3]`."""
@@ -274,10 +274,13 @@ def _probe(video: Path) -> tuple[int, Fraction, tuple[int, int]]:
         try:
             # Of those that are there an edit list may show fewer.
             if uneven or not frames or abs(seconds * float(rate or 0) - frames) > 1.5:
-                packets = [packet for packet in container.demux(stream) if packet.size > 0]
-                shown = [packet.pts for packet in packets if not packet.is_discard]
+                shown = [
+                    packet.pts
+                    for packet in container.demux(stream)
+                    if packet.size > 0 and not packet.is_discard
+                ]
                 frames = len(shown)
-                if uneven and _spacing(shown, stream.time_base * rate) > 0.5:
+                if uneven and _unevenness(shown) > 0.5:
                     raise InputError(
                         f"video {video}: its frames are not evenly spaced. stableavatar prepare makes clips "
                         "of it whose frames are."
@@ -291,10 +294,14 @@ def _probe(video: Path) -> tuple[int, Fraction, tuple[int, int]]:
     return frames, Fraction(rate), size
 
 
-def _spacing(times: list[int | None], step: Fraction) -> float:
-    """By how many frames the frame that is furthest from its place is off it; `step` is frames a tick."""
+def _unevenness(times: list[int | None]) -> float:
+    """By how many frames the frame that is furthest from its place is off it, were they evenly spaced from
+    the first to the last."""
     known = sorted(time for time in times if time is not None)
-    return max((abs(float((time - known[0]) * step) - k) for k, time in enumerate(known)), default=0.0)
+    if len(known) < 3 or known[0] == known[-1]:
+        return 0.0
+    step = (known[-1] - known[0]) / (len(known) - 1)
+    return max(abs((time - known[0]) / step - k) for k, time in enumerate(known))
 
 
 def _prompt(folder: Path) -> str:

@@ -199,8 +199,10 @@ class ClipDataset(Dataset[ClipSample]):
         prompts, lengths, sizes, rates, and what tells them from others of the same name."""
         return _digest(
             [
-                (Path(clip.name).name, clip.mark, clip.prompt, clip.length, *map(str, group))
-                for clip, group in zip(self.clips[:count], self.groups[:count], strict=True)
+                (Path(clip.name).name, mark, clip.prompt, clip.length, *map(str, group))
+                for clip, mark, group in zip(
+                    self.clips[:count], self._marks[:count], self.groups[:count], strict=True
+                )
             ]
         )
 
@@ -241,14 +243,21 @@ class ClipDataset(Dataset[ClipSample]):
         self.skipped: dict[str, str] = {}
         self._stand_ins = multiprocessing.Value("Q", 0)
         self.clips: list[TrainingClip] = []
+        self._marks: list[str] = []  # as they were when the data set was opened
         self.groups: list[tuple[int, int, Fraction]] = []
 
     def _add(self, name: str, read: Callable[[], TrainingClip]) -> None:
-        clip = self._guarded(name, read)
-        if clip is not None:
+        found = self._guarded(name, lambda: self._marked(read()))
+        if found is not None:
+            clip, mark = found
             self.clips.append(clip)
+            self._marks.append(mark)
             # Average rates differ in their fourth digit from file to file; their speech is as long.
             self.groups.append((*clip.size, Fraction(round(clip.fps * 10), 10)))
+
+    def _marked(self, clip: TrainingClip) -> tuple[TrainingClip, str]:
+        settings = self.settings
+        return clip, clip.mark(masks=settings.masks, portrait=settings.portrait > 0)
 
     def _require_clips(self) -> None:
         if not self.clips:

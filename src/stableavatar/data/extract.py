@@ -46,11 +46,13 @@ def extract_frames(video: Path, folder: Path) -> int:
         raise InputError(f"output {folder}: is not empty. Name a new or an empty folder.")
     count = 0
     try:
-        with replacing(target) as partial:
+        with replacing(target, alone=True, durable=False) as partial:
             partial.mkdir()
             for frame in read_frames(video):
                 Image.fromarray(frame).save(partial / f"frame_{count}.png", compress_level=3)
                 count += 1
+            if target.is_dir():
+                target.rmdir()  # not what somebody has put there meanwhile
     except OSError as error:
         raise cannot_write(target, error) from error
     return count
@@ -73,7 +75,7 @@ def extract_masks(
         return count
     try:
         with contextlib.ExitStack() as stack:
-            folders = {kind: stack.enter_context(replacing(clip / kind)) for kind in missing}
+            folders = {kind: stack.enter_context(replacing(clip / kind, durable=False)) for kind in missing}
             for folder in folders.values():
                 folder.mkdir()
             for number, (frame, points) in enumerate(_tracked(landmarker, clip)):

@@ -215,18 +215,21 @@ def judge(stretch: Stretch, speech: SoundTape, settings: PrepareSettings) -> Str
         return replace(stretch, reason=f"only {stretch.seconds:.1f} s")
     if stretch.face < settings.least_face:
         return replace(stretch, reason=f"the face is small ({stretch.face:.0%} of the height)")
+    length, energy, cut_off = 0, 0.0, False
     try:
-        length, energy = 0, 0.0
         for block in speech.stretch(float(stretch.start / FPS), stretch.seconds):
             length += len(block)
             energy += float(np.square(block, dtype=np.float64).sum())
     except InputError as error:
-        return replace(stretch, reason=f"no sound ({error})")
+        if not length:
+            return replace(stretch, reason=f"no sound ({error})")
+        cut_off = True
     if not length:
         return replace(stretch, reason="no sound (it ends before)")
     if math.sqrt(energy / length) < _SILENT:
         return replace(stretch, reason="silent")
-    frames = math.ceil(length * FPS / speech.sample_rate)
+    # Of a sound that is cut off, no frame may ask for what comes then.
+    frames = (math.floor if cut_off else math.ceil)(length * FPS / speech.sample_rate)
     if frames < stretch.stop - stretch.start:
         stretch = replace(stretch, stop=stretch.start + frames)
         if stretch.seconds < settings.least_seconds:

@@ -163,8 +163,7 @@ class FileChecker:
                 try:
                     work = self._processes().submit(look_at_files, portrait, speech, options, self.limits)
                     found = work.result(self.limits.check_seconds)
-                    if self.defaults is not None:
-                        Settings.resolve(options, self.defaults, picture=(found.width, found.height), seed=0)
+                    self.check_options(options, found)
                     return found
                 except TimeoutError:
                     self._end()
@@ -177,6 +176,11 @@ class FileChecker:
             raise InputError(
                 "one of the files cannot be read. Save the portrait as JPEG or PNG, and the recording as WAV."
             )
+
+    def check_options(self, options: GenerateOptions, found: Found) -> None:
+        """Raise InputError where the model cannot make what the options ask for of such a portrait."""
+        if self.defaults is not None:
+            Settings.resolve(options, self.defaults, picture=(found.width, found.height), seed=0)
 
     def close(self) -> None:
         """End the process; who waits is refused."""

@@ -5,13 +5,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from stableavatar.unfinished import unfinished_video
+
 State = Literal["queued", "in_progress", "completed", "failed", "cancelled"]
 STATES: tuple[State, ...] = get_args(State)
 FINISHED: tuple[State, ...] = ("completed", "failed", "cancelled")
 
-PORTRAIT, SPEECH, VIDEO, UNFINISHED = "portrait", "speech", "video.mp4", "video.unfinished.mp4"
-JOURNAL = ".video.journal"
-"""Where `journal.Journal` keeps what a video is gone on with from."""
+PORTRAIT, SPEECH, VIDEO = "portrait", "speech", "video.mp4"
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,4 @@ class Job:
     @property
     def video(self) -> Path | None:
         """The video as far as it is there as a file that plays; None while it is made."""
-        for name in (VIDEO, UNFINISHED):
-            if (self.folder / name).exists():
-                return self.folder / name
-        return None
+        return next((it for it in (self.output, unfinished_video(self.output)) if it.exists()), None)

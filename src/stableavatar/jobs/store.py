@@ -17,9 +17,10 @@ from typing import Any
 from stableavatar.errors import InputError, StableAvatarError
 from stableavatar.jobs.calls import Calls
 from stableavatar.jobs.database import Database, as_json
-from stableavatar.jobs.job import JOURNAL, STATES, Job, State
+from stableavatar.jobs.job import STATES, VIDEO, Job, State
 from stableavatar.jobs.turns import in_turn
 from stableavatar.media.files import check_folder, locked, reason_of, to_disk
+from stableavatar.unfinished import journal_folder
 
 # A job that so many workers died of, without getting any further, is the cause.
 MOST_CRASHES = 3
@@ -428,7 +429,7 @@ class JobStore:
     def _forget_states(self, job_ids: Sequence[str]) -> None:
         """Nobody goes on with jobs that were given up."""
         for job_id in job_ids:
-            shutil.rmtree(self._folder(job_id) / JOURNAL, ignore_errors=True)
+            shutil.rmtree(journal_folder(self._folder(job_id) / VIDEO), ignore_errors=True)
 
     def _folder(self, job_id: str) -> Path:
         return self.folder / "jobs" / job_id

@@ -21,9 +21,10 @@ from stableavatar.jobs.intake import without_folder
 from stableavatar.jobs.job import Job
 from stableavatar.jobs.sessions import speak
 from stableavatar.jobs.store import LEAST_ROOM, JobStore
-from stableavatar.journal import JournalError, journal_folder
+from stableavatar.journal import JournalError
 from stableavatar.lifetimes import end_with_parent
 from stableavatar.logs import log_to_stderr, quieten_libraries
+from stableavatar.unfinished import journal_folder, journal_index
 
 if TYPE_CHECKING:
     from stableavatar.generation import Progress
@@ -203,8 +204,8 @@ def _generate(
     from stableavatar.media.reading import METADATA_KEY, probe, read_metadata
     from stableavatar.options import OutputOptions
 
-    unfinished_state = (journal_folder(job.output) / "journal.json").exists()
-    if job.output.exists() and not unfinished_state:  # killed between the video's end and the store's
+    # Killed between the video's end and the store's.
+    if job.output.exists() and not journal_index(job.output).exists():
         settings = json.loads(read_metadata(job.output)[METADATA_KEY])
         return {**settings, "frame_count": probe(job.output).frames}
     options = dict(job.options)

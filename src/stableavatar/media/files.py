@@ -192,12 +192,13 @@ def to_disk(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def replacing(target: Path, *, alone: bool = False) -> Iterator[Path]:
+def replacing(target: Path, *, alone: bool = False, durable: bool = True) -> Iterator[Path]:
     """A name beside a file or a folder to write it under; afterwards it is complete under its own, and on the
     disk, or not there. What had the name before has it until then.
 
     Args:
         alone: nobody else writes this one, so what a killed process left of it can be removed.
+        durable: False: a power cut may take it; for many files that can be made again.
 
     Raises:
         OSError: of the disk, beside what the body raises.
@@ -206,17 +207,17 @@ def replacing(target: Path, *, alone: bool = False) -> Iterator[Path]:
         target.with_name(hidden_name(target.name, end) if alone else partial_name(target.name, end))
         for end in ("partial", "previous")
     )
-    if alone:
-        _put_back(previous, target)
-        remove(partial)
+    _put_back(previous, target)
+    remove(partial)
     try:
         yield partial
-        for path in (*partial.rglob("*"), partial):
+        for path in (*partial.rglob("*"), partial) if durable else ():
             to_disk(path)
         if target.is_dir() or (target.exists() and partial.is_dir()):  # a file takes a file's place at once
             target.rename(previous)
         partial.replace(target)
-        to_disk(target.parent)
+        if durable:
+            to_disk(target.parent)
     finally:
         _put_back(previous, target)
         remove(partial)

@@ -79,10 +79,7 @@ def read_frames(path: str | Path, role: str = "video") -> Generator[Frame, None,
             raise InputError(
                 f"{role} {path}: damaged after frame {count} ({reason_of(error)}). Fetch the file again."
             ) from error
-        if count == 0 or (_states_frames(container) and count + hidden < 0.98 * stream.frames):
-            raise InputError(
-                f"{role} {path}: cut off, only {count} of its frames can be read. Fetch the whole file."
-            )
+        _check_whole(container, stream, count, hidden, f"{role} {path}")
 
 
 def read_frames_at(
@@ -104,19 +101,22 @@ def read_frames_at(
         origin = min(starts, default=Fraction(0))
         usual = 1 / Fraction(stream.average_rate or stream.guessed_rate or 25)
         before: tuple[Fraction, Frame] | None = None
-        number = 0
+        number = count = hidden = 0
         try:
-            for frame in container.decode(stream):
-                known = frame.pts is not None
-                time = frame.pts * Fraction(frame.time_base) - origin if known else Fraction(0)
-                if before is None:
-                    number = max(math.ceil(time * fps), 0)
-                elif not known:
-                    time = before[0] + usual
-                while before is not None and number / fps <= (before[0] + time) / 2:
-                    yield number, before[1]
-                    number += 1
-                before = time, _to_rgb(frame, stream.sample_aspect_ratio)
+            for packet in container.demux(stream):
+                hidden += packet.is_discard  # what an edit list cuts off
+                for frame in packet.decode():
+                    count += 1
+                    known = frame.pts is not None
+                    time = frame.pts * Fraction(frame.time_base) - origin if known else Fraction(0)
+                    if before is None:
+                        number = max(math.ceil(time * fps), 0)
+                    elif not known:
+                        time = before[0] + usual
+                    while before is not None and number / fps <= (before[0] + time) / 2:
+                        yield number, before[1]
+                        number += 1
+                    before = time, _to_rgb(frame, stream.sample_aspect_ratio)
         except av.FFmpegError as error:
             raise InputError(
                 f"{role} {path}: damaged after {float(number / fps):.1f} s ({reason_of(error)}). Fetch the "
@@ -125,6 +125,7 @@ def read_frames_at(
         while before is not None and number < round((before[0] + usual) * fps):
             yield number, before[1]
             number += 1
+        _check_whole(container, stream, count, hidden, f"{role} {path}")
 
 
 def read_metadata(path: str | Path) -> dict[str, str]:
@@ -187,8 +188,11 @@ def square_width(width: int, aspect: Fraction | None) -> int:
     return width
 
 
-def _states_frames(container: Any) -> bool:
-    return "mov" in container.format.name.split(",")
+def _check_whole(container: Any, stream: Any, count: int, hidden: int, what: str) -> None:
+    """Raise InputError where a file ends before the frames that its header promises, or has none."""
+    states_frames = "mov" in container.format.name.split(",")
+    if count == 0 or (states_frames and count + hidden < 0.98 * stream.frames):
+        raise InputError(f"{what}: cut off, only {count} of its frames can be read. Fetch the whole file.")
 
 
 def _to_rgb(frame: "av.VideoFrame", aspect: Fraction | None) -> Frame:

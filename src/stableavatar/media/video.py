@@ -231,13 +231,15 @@ class FrameWriter:
             if self._partial.exists() and not self._frames:
                 shutil.rmtree(self._partial)
             self._partial.mkdir(exist_ok=True)
-            there = 0
+            there, later = 0, []
             with os.scandir(self._partial) as entries:  # one by one: of hours there are hundreds of thousands
                 for entry in entries:
                     if _is_picture_before(self._frames, entry.name):
                         there += 1
                     else:  # of frames that will be made again
-                        Path(entry).unlink()
+                        later.append(Path(entry))
+            for path in later:
+                path.unlink()
             if there < self._frames:
                 raise InputError(
                     f"output {self._folder}: pictures that were made before are missing in {self._partial}. "

@@ -11,7 +11,7 @@ import torch
 
 from stableavatar.checkpoints import loading
 from stableavatar.checkpoints.files import read_json
-from stableavatar.checkpoints.layout import detect_layout, find_published, model_folder
+from stableavatar.checkpoints.layout import find_published, is_own, model_folder
 from stableavatar.config import SIZES
 from stableavatar.data.cache import CachedWindows, LatentCache
 from stableavatar.data.clips import find_clips, read_path_list
@@ -101,7 +101,7 @@ def load_start(choice: ModelChoice, device: str = "cpu") -> StableAvatarTransfor
     values. Raises CheckpointError."""
     dtype = DTYPES[choice.dtype]
     source = model_folder(choice.source)
-    if detect_layout(source) == "own":
+    if is_own(source):
         if choice.variant is not None:
             raise InputError(f"{source} is one model: variant chooses among the published checkpoints")
         whole = choice.transformer or source / TRANSFORMER
@@ -121,7 +121,7 @@ def load_start(choice: ModelChoice, device: str = "cpu") -> StableAvatarTransfor
 
 def starts_adapter(choice: ModelChoice) -> bool:
     """Whether the training starts from a base model, which has no audio adapter yet."""
-    if choice.embedded is not None or detect_layout(model_folder(choice.source)) == "own":
+    if choice.embedded is not None or is_own(model_folder(choice.source)):
         return False
     return _transformer_files(choice)[1] is None
 
@@ -136,7 +136,7 @@ def encoder_files(choice: ModelChoice) -> str | None:
     """A digest of the files of a model's frozen encoders, read in part; None where they are not all there."""
     source = model_folder(choice.source)
     names = ENCODERS[:2] if choice.embedded is not None else ENCODERS
-    if choice.embedded is not None or detect_layout(source) == "own":
+    if choice.embedded is not None or is_own(source):
         parts = [source / name for name in names]
     else:
         found = find_published(source)
@@ -161,7 +161,7 @@ def load_encoders(choice: ModelChoice, device: torch.device) -> Encoders:
             "vae": loading.load_vae(source / "vae", dtype=dtype),
             "speech_encoder": loading.load_speech_encoder(source / "speech_encoder", dtype=torch.float32),
         }
-    elif detect_layout(source) == "own":
+    elif is_own(source):
         pipeline = AvatarPipeline.from_pretrained(source, dtype=dtype, transformer=None)
         names = ("vae", "speech_encoder", "text_encoder", "tokenizer", "image_encoder")
         parts = {name: pipeline.components[name] for name in names}
@@ -188,7 +188,7 @@ def load_encoders(choice: ModelChoice, device: torch.device) -> Encoders:
 def _text_length(choice: ModelChoice) -> int:
     """How many tokens of a prompt the transformer takes; embedded models encode their prompts themselves."""
     source = model_folder(choice.source)
-    if choice.embedded is None and detect_layout(source) == "own":
+    if choice.embedded is None and is_own(source):
         config = (choice.transformer or source / TRANSFORMER) / "config.json"
         if config.is_file():
             return int(read_json(config)["text_length"])

@@ -13,7 +13,7 @@ from accelerate.hooks import remove_hook_from_module
 from diffusers import FlowMatchEulerDiscreteScheduler
 
 from stableavatar.checkpoints.defaults import sampling_defaults
-from stableavatar.checkpoints.layout import detect_layout, model_folder
+from stableavatar.checkpoints.layout import is_own, model_folder
 from stableavatar.config import SHIFT
 from stableavatar.data.encoding import Encoders
 from stableavatar.errors import InputError
@@ -101,7 +101,7 @@ class ValidationVideos:
         if isinstance(self.avatar, TinyAvatar):
             return embedded_pipeline(self.avatar, encoders.vae, encoders.speech_encoder)
         source = model_folder(model.source)
-        if detect_layout(source) == "own":
+        if is_own(source):
             scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(source, subfolder="scheduler")
             defaults = AvatarPipeline.load_config(source).get("sampling_defaults")
         else:

@@ -11,7 +11,6 @@ import binascii
 import contextlib
 import json
 import shutil
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -233,11 +232,15 @@ def _portrait(start: Start, store: JobStore, owner: str, folder: Path) -> None:
 
 def _check(checker: Any, owner: str, folder: Path, options: GenerateOptions) -> None:
     try:
-        checker.check(owner, folder / PORTRAIT, None, replace(options, duration=1.0, start=0.0))
+        found = checker.check(owner, folder / PORTRAIT, None, GenerateOptions(duration=1.0, fps=options.fps))
     except InputError as error:
         raise ApiError(400, str(error), code="unusable", param="portrait") from error
     except BusyError as error:
         raise ApiError(429, str(error), kind="rate_limit_error", code="busy") from error
+    try:
+        checker.check_options(options, found)
+    except InputError as error:
+        raise ApiError(400, str(error), code="bad_option") from error
 
 
 def _sessions(socket: WebSocket) -> set[str]:

@@ -34,6 +34,9 @@ _SENTENCES: tuple[tuple[str, str], ...] = (
     (r"the speech has (\d+) samples a second: (\d+) at least", r"录音每秒只有 \1 个采样，至少需要 \2。"),
     (r"(?:recording|speech)[^:]*: .*", "录音无法读取。请另存为 WAV 后重试。"),
     (r"(\S+) s are shorter than a frame: .*", r"\1 秒不足一帧，请提供更长的录音。"),
+    (r"start (\S+) is a place in the speech: .*", r"起点 \1 是录音中的位置：请提供录音，或留空。"),
+    (r"an overlap of (\d+) .*choose 2 to (\d+)", r"重叠 \1 不适合此模型的窗口：请选 2 至 \2。"),
+    (r"this model has no (\S+) size; .*", r"此模型没有 \1 画幅，请另选，或填写宽和高。"),
     (r"the files could not be read within (\S+) s.*", r"\1 秒内未能读完文件。请发送较小的 JPEG 和 WAV。"),
     (r"one of the files cannot be read.*", "有一个文件无法读取。请将肖像存为 JPEG 或 PNG，录音存为 WAV。"),
     (

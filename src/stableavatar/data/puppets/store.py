@@ -54,9 +54,9 @@ class StoredClip:
         """Where the clip is."""
         return str(self.folder)
 
-    @property
-    def mark(self) -> str:
+    def mark(self, *, masks: bool = True, portrait: bool = True) -> str:
         """Its seed, of which everything is made, and what was chosen: an expression, a varied person."""
+        del masks, portrait
         return " ".join([str(self.seed), *self.folder.name.split("-")[1:]])
 
     @property
@@ -174,6 +174,8 @@ def _save(clip: PuppetClip, folder: Path) -> None:
         "frames": int(clip.frames.shape[0]),
         "size": int(clip.frames.shape[1]),
     }
+    if folder.exists():  # of another process that builds this store
+        return
     with replacing(folder) as partial:
         partial.mkdir(parents=True)
         np.save(partial / "frames.npy", clip.frames)
