@@ -9,139 +9,35 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
 from dataclasses import asdict, replace
-from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-import av
 import numpy as np
 import pytest
-from numpy.typing import NDArray
 from PIL import Image
 
 from clip_folders import looked_at_or_killed
 from command_line import run
 from media_files import tone, write_video
+from raw_videos import SHORT, SIZE, empty, needs_networks, puppet, video
 from stableavatar.data.clips import FolderClip, read_path_list
 from stableavatar.data.dataset import ClipDataset, ClipDatasetSettings
-from stableavatar.data.landmarks import NETWORKS, FaceLandmarker, networks_folder
+from stableavatar.data.landmarks import FaceLandmarker
 from stableavatar.data.prepare import prepare, prepare_video, shape_of
 from stableavatar.data.prepare_state import PrepareState
-from stableavatar.data.puppets import make_clip
-from stableavatar.data.stretches import PrepareSettings, Stretch, find_stretches, judge
+from stableavatar.data.stretches import PrepareSettings, Stretch
 from stableavatar.errors import InputError, StorageError
-from stableavatar.media.audio import SPEECH_RATE, Sound, SoundTape, Speech
-from stableavatar.media.reading import probe, read_frames, read_frames_at
+from stableavatar.media.audio import Sound, Speech
+from stableavatar.media.reading import probe, read_frames
 from stableavatar.media.video import VideoWriter
 
-pytestmark = pytest.mark.skipif(
-    not all((networks_folder() / Path(name).name).is_file() for name in NETWORKS),
-    reason="the networks for faces are not there: stableavatar download --landmarks",
-)
-
-Frames = NDArray[np.uint8]
-SHORT = PrepareSettings(least_seconds=0.5, most_seconds=2.0)
-SIZE = 128
-
-
-def puppet(seed: int, seconds: float) -> Frames:
-    return make_clip(seed, seconds, size=SIZE).frames
-
-
-def empty(seconds: float) -> Frames:
-    """A wall."""
-    return np.full((round(25 * seconds), SIZE, SIZE, 3), 90, np.uint8)
-
-
-def video(path: Path, parts: Sequence[Frames], *, sound: bool = True) -> Path:
-    frames = np.concatenate(list(parts))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    samples = tone(len(frames) / 25, 48_000) if sound else None
-    return write_video(path, list(frames), samples)
+pytestmark = needs_networks
 
 
 @pytest.fixture(scope="module")
 def landmarker() -> FaceLandmarker:
     return FaceLandmarker()
-
-
-def stretches(path: Path, landmarker: FaceLandmarker, settings: PrepareSettings = SHORT) -> list[Stretch]:
-    heard = SoundTape(path, SPEECH_RATE)
-    return [judge(it, heard, settings) for it in find_stretches(path, landmarker, settings)]
-
-
-def spans(found: list[Stretch]) -> list[tuple[int, int, str | None]]:
-    return [(it.start, it.stop, it.reason) for it in found]
-
-
-def test_shots_and_what_shows_no_face(tmp_path: Path, landmarker: FaceLandmarker) -> None:
-    path = video(
-        tmp_path / "a.mp4", [puppet(950_000, 1.0), puppet(950_001, 0.8), empty(0.4), puppet(950_002, 0.2)]
-    )
-    found = spans(stretches(path, landmarker))
-    assert found == [(0, 25, None), (25, 45, None), (45, 55, "no face"), (55, 60, "only 0.2 s")]
-
-
-def test_people_before_one_backdrop_and_what_was_taken_out(
-    tmp_path: Path, landmarker: FaceLandmarker
-) -> None:
-    """Most of the picture stays the same there, but for the face."""
-
-    def before_the_wall(person: Frames, left: int) -> Frames:
-        room = np.full((len(person), SIZE, 5 * SIZE, 3), 20, np.uint8)
-        room[:, :, left : left + SIZE] = person
-        return room
-
-    one, other = puppet(950_000, 1.6), puppet(950_001, 0.8)
-    shots = [
-        before_the_wall(one[:20], 2 * SIZE),
-        before_the_wall(other, 2 * SIZE),  # another person in the same place
-        before_the_wall(one[20:], 2 * SIZE + 60),  # the same person, elsewhere
-        before_the_wall(one[20:], 2 * SIZE + 90),  # and moved by less than their width
-    ]
-    found = spans(stretches(video(tmp_path / "a.mp4", shots), landmarker))
-    assert found == [(0, 20, None), (20, 40, None), (40, 60, None), (60, 80, None)]
-
-
-def test_long_stretches_are_cut_and_nothing_lies_between(tmp_path: Path, landmarker: FaceLandmarker) -> None:
-    path = video(tmp_path / "a.mp4", [puppet(950_003, 2.6)])
-    settings = PrepareSettings(least_seconds=0.5, most_seconds=1.0)
-    assert spans(stretches(path, landmarker, settings)) == [(0, 25, None), (25, 50, None), (50, 65, None)]
-
-
-def test_two_people_a_moving_background_no_sound(tmp_path: Path, landmarker: FaceLandmarker) -> None:
-    one, other = puppet(950_004, 1.0), puppet(950_005, 1.0)
-    path = video(tmp_path / "two.mp4", [np.concatenate([one, other], axis=2)])
-    assert spans(stretches(path, landmarker)) == [(0, 25, "more than one face")]
-
-    blocks = np.random.default_rng(0).integers(0, 2, (4, 24), dtype=np.uint8) * 200
-    wall = np.kron(blocks, np.ones((SIZE // 4, 6 * SIZE // 24), np.uint8))
-    moving = np.stack([np.roll(wall, 6 * k, axis=1) for k in range(25)])[..., None].repeat(3, -1)
-    moving[:, :, 300 : 300 + SIZE] = one
-    (found,) = stretches(video(tmp_path / "moving.mp4", [moving]), landmarker)
-    assert "the background moves" in str(found.reason)
-    still = np.broadcast_to(wall[None, ..., None], (25, SIZE, 6 * SIZE, 3)).copy()
-    still[:, :, 300 : 300 + SIZE] = one
-    assert spans(stretches(video(tmp_path / "still.mp4", [still]), landmarker)) == [(0, 25, None)]
-
-    (found,) = stretches(video(tmp_path / "silent.mp4", [one], sound=False), landmarker)
-    assert "no sound" in str(found.reason)
-
-
-def test_a_length_is_rounded_to_frames(tmp_path: Path, landmarker: FaceLandmarker) -> None:
-    """4.6 s of 25 frames are 114.99999999999999 in floating point, and 115."""
-    path = video(tmp_path / "a.mp4", [puppet(950_003, 4.7)])
-    settings = PrepareSettings(least_seconds=4.6, most_seconds=4.6)
-    assert spans(stretches(path, landmarker, settings))[0] == (0, 115, None)
-
-
-def test_a_small_face_is_dropped(tmp_path: Path, landmarker: FaceLandmarker) -> None:
-    path = video(tmp_path / "a.mp4", [puppet(950_006, 1.0)])
-    settings = PrepareSettings(least_seconds=0.5, least_face=0.99)
-    (found,) = stretches(path, landmarker, settings)
-    assert "the face is small" in str(found.reason)
 
 
 @pytest.mark.parametrize(
@@ -150,27 +46,6 @@ def test_a_small_face_is_dropped(tmp_path: Path, landmarker: FaceLandmarker) -> 
 )
 def test_shapes(size: tuple[int, int], shape: str) -> None:
     assert shape_of(*size) == shape
-
-
-@pytest.mark.parametrize("rate", [25, 50, 20, Fraction(30000, 1001)])
-def test_frames_at_another_rate(tmp_path: Path, rate: int | Fraction) -> None:
-    """Every frame is the one that is nearest in time, and none is missing at the end."""
-    count = round(2 * Fraction(rate))
-    path = tmp_path / "a.mp4"
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream("libx264", rate=Fraction(rate), options={"qp": "0"})
-        stream.width = stream.height = 32
-        for k in range(count):
-            picture = np.full((32, 32, 3), 20 + 20 * (k % 10), np.uint8)
-            picture[:, 16:] = 20 + 20 * (k // 10)
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
-        container.mux(stream.encode(None))
-    found = list(read_frames_at(path, Fraction(25)))
-    assert [number for number, _ in found] == list(range(50))
-    for number, frame in found:
-        ones, tens = (round((half.mean() - 20) / 20) for half in (frame[:, 2:14], frame[:, 18:30]))
-        shown = 10 * tens + ones
-        assert abs(shown / float(rate) - number / 25) <= 0.5 / float(rate) + 0.01
 
 
 class TestFolder:
@@ -535,13 +410,6 @@ def move_to_layout(work: Path, root: Path) -> Path:
     return work.rename(root / "speech" / "00001")
 
 
-def test_settings_that_cannot_be() -> None:
-    with pytest.raises(InputError, match="kind"):
-        PrepareSettings(kind="whispering")
-    with pytest.raises(InputError, match="not possible"):
-        PrepareSettings(least_seconds=3, most_seconds=2)
-
-
 def states(data: Path) -> dict[str, dict[str, Any]]:
     """What the journal says of every video."""
     lines = (data / "prepare.jsonl").read_bytes().rpartition(b"\n")[0].split(b"\n")[1:]
@@ -558,21 +426,6 @@ def alive(process: int) -> bool:
         return Path(f"/proc/{process}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
     except OSError:
         return False
-
-
-@pytest.mark.parametrize(
-    ("values", "what"),
-    [
-        ({"most_seconds": float("inf")}, "finite"),
-        ({"least_face": 5.0}, "least_face"),
-        ({"least_face": float("nan")}, "least_face"),
-        ({"most_motion": float("nan")}, "most_motion"),
-        ({"prompt": "  "}, "prompt is empty"),
-    ],
-)
-def test_values_that_cannot_be(values: dict[str, Any], what: str) -> None:
-    with pytest.raises(InputError, match=what):
-        PrepareSettings(**values)
 
 
 def test_no_clip_at_all_is_an_error(tmp_path: Path) -> None:

@@ -1,0 +1,143 @@
+"""Stretches of raw videos: what is one shot of one person before a still background, and what is not."""
+
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+import pytest
+
+from raw_videos import SHORT, SIZE, Frames, empty, needs_networks, puppet, video
+from stableavatar.data.landmarks import FaceLandmarker
+from stableavatar.data.stretches import PrepareSettings, Stretch, find_stretches, judge
+from stableavatar.errors import InputError
+from stableavatar.media.audio import SPEECH_RATE, SoundTape
+from stableavatar.media.reading import read_frames_at
+
+pytestmark = needs_networks
+
+
+@pytest.fixture(scope="module")
+def landmarker() -> FaceLandmarker:
+    return FaceLandmarker()
+
+
+def stretches(path: Path, landmarker: FaceLandmarker, settings: PrepareSettings = SHORT) -> list[Stretch]:
+    heard = SoundTape(path, SPEECH_RATE)
+    return [judge(it, heard, settings) for it in find_stretches(path, landmarker, settings)]
+
+
+def spans(found: list[Stretch]) -> list[tuple[int, int, str | None]]:
+    return [(it.start, it.stop, it.reason) for it in found]
+
+
+def test_shots_and_what_shows_no_face(tmp_path: Path, landmarker: FaceLandmarker) -> None:
+    path = video(
+        tmp_path / "a.mp4", [puppet(950_000, 1.0), puppet(950_001, 0.8), empty(0.4), puppet(950_002, 0.2)]
+    )
+    found = spans(stretches(path, landmarker))
+    assert found == [(0, 25, None), (25, 45, None), (45, 55, "no face"), (55, 60, "only 0.2 s")]
+
+
+def test_people_before_one_backdrop_and_what_was_taken_out(
+    tmp_path: Path, landmarker: FaceLandmarker
+) -> None:
+    """Most of the picture stays the same there, but for the face."""
+
+    def before_the_wall(person: Frames, left: int) -> Frames:
+        room = np.full((len(person), SIZE, 5 * SIZE, 3), 20, np.uint8)
+        room[:, :, left : left + SIZE] = person
+        return room
+
+    one, other = puppet(950_000, 1.6), puppet(950_001, 0.8)
+    shots = [
+        before_the_wall(one[:20], 2 * SIZE),
+        before_the_wall(other, 2 * SIZE),  # another person in the same place
+        before_the_wall(one[20:], 2 * SIZE + 60),  # the same person, elsewhere
+        before_the_wall(one[20:], 2 * SIZE + 90),  # and moved by less than their width
+    ]
+    found = spans(stretches(video(tmp_path / "a.mp4", shots), landmarker))
+    assert found == [(0, 20, None), (20, 40, None), (40, 60, None), (60, 80, None)]
+
+
+def test_long_stretches_are_cut_and_nothing_lies_between(tmp_path: Path, landmarker: FaceLandmarker) -> None:
+    path = video(tmp_path / "a.mp4", [puppet(950_003, 2.6)])
+    settings = PrepareSettings(least_seconds=0.5, most_seconds=1.0)
+    assert spans(stretches(path, landmarker, settings)) == [(0, 25, None), (25, 50, None), (50, 65, None)]
+
+
+def test_two_people_a_moving_background_no_sound(tmp_path: Path, landmarker: FaceLandmarker) -> None:
+    one, other = puppet(950_004, 1.0), puppet(950_005, 1.0)
+    path = video(tmp_path / "two.mp4", [np.concatenate([one, other], axis=2)])
+    assert spans(stretches(path, landmarker)) == [(0, 25, "more than one face")]
+
+    blocks = np.random.default_rng(0).integers(0, 2, (4, 24), dtype=np.uint8) * 200
+    wall = np.kron(blocks, np.ones((SIZE // 4, 6 * SIZE // 24), np.uint8))
+    moving = np.stack([np.roll(wall, 6 * k, axis=1) for k in range(25)])[..., None].repeat(3, -1)
+    moving[:, :, 300 : 300 + SIZE] = one
+    (found,) = stretches(video(tmp_path / "moving.mp4", [moving]), landmarker)
+    assert "the background moves" in str(found.reason)
+    still = np.broadcast_to(wall[None, ..., None], (25, SIZE, 6 * SIZE, 3)).copy()
+    still[:, :, 300 : 300 + SIZE] = one
+    assert spans(stretches(video(tmp_path / "still.mp4", [still]), landmarker)) == [(0, 25, None)]
+
+    (found,) = stretches(video(tmp_path / "silent.mp4", [one], sound=False), landmarker)
+    assert "no sound" in str(found.reason)
+
+
+def test_a_length_is_rounded_to_frames(tmp_path: Path, landmarker: FaceLandmarker) -> None:
+    """4.6 s of 25 frames are 114.99999999999999 in floating point, and 115."""
+    path = video(tmp_path / "a.mp4", [puppet(950_003, 4.7)])
+    settings = PrepareSettings(least_seconds=4.6, most_seconds=4.6)
+    assert spans(stretches(path, landmarker, settings))[0] == (0, 115, None)
+
+
+def test_a_small_face_is_dropped(tmp_path: Path, landmarker: FaceLandmarker) -> None:
+    path = video(tmp_path / "a.mp4", [puppet(950_006, 1.0)])
+    settings = PrepareSettings(least_seconds=0.5, least_face=0.99)
+    (found,) = stretches(path, landmarker, settings)
+    assert "the face is small" in str(found.reason)
+
+
+@pytest.mark.parametrize("rate", [25, 50, 20, Fraction(30000, 1001)])
+def test_frames_at_another_rate(tmp_path: Path, rate: int | Fraction) -> None:
+    """Every frame is the one that is nearest in time, and none is missing at the end."""
+    count = round(2 * Fraction(rate))
+    path = tmp_path / "a.mp4"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=Fraction(rate), options={"qp": "0"})
+        stream.width = stream.height = 32
+        for k in range(count):
+            picture = np.full((32, 32, 3), 20 + 20 * (k % 10), np.uint8)
+            picture[:, 16:] = 20 + 20 * (k // 10)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        container.mux(stream.encode(None))
+    found = list(read_frames_at(path, Fraction(25)))
+    assert [number for number, _ in found] == list(range(50))
+    for number, frame in found:
+        ones, tens = (round((half.mean() - 20) / 20) for half in (frame[:, 2:14], frame[:, 18:30]))
+        shown = 10 * tens + ones
+        assert abs(shown / float(rate) - number / 25) <= 0.5 / float(rate) + 0.01
+
+
+def test_settings_that_cannot_be() -> None:
+    with pytest.raises(InputError, match="kind"):
+        PrepareSettings(kind="whispering")
+    with pytest.raises(InputError, match="not possible"):
+        PrepareSettings(least_seconds=3, most_seconds=2)
+
+
+@pytest.mark.parametrize(
+    ("values", "what"),
+    [
+        ({"most_seconds": float("inf")}, "finite"),
+        ({"least_face": 5.0}, "least_face"),
+        ({"least_face": float("nan")}, "least_face"),
+        ({"most_motion": float("nan")}, "most_motion"),
+        ({"prompt": "  "}, "prompt is empty"),
+    ],
+)
+def test_values_that_cannot_be(values: dict[str, Any], what: str) -> None:
+    with pytest.raises(InputError, match=what):
+        PrepareSettings(**values)
