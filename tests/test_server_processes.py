@@ -123,6 +123,7 @@ def as_they_were(segments: dict[Path, int]) -> bool:
 
 def test_two_cannot_have_one_port() -> None:
     listener, url = listen("127.0.0.1", 0)
+    assert listener.proto == socket.IPPROTO_TCP  # else asyncio lets answers wait for acknowledgements
     with contextlib.closing(listener), pytest.raises(InputError, match="Choose another --port"):
         listen("127.0.0.1", int(url.rpartition(":")[2]))
 
