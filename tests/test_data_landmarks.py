@@ -15,6 +15,7 @@ from skimage.data import astronaut
 
 from command_line import run
 from media_files import write_video
+from raw_videos import needs_networks
 from stableavatar.data import landmarks
 from stableavatar.data.clips import FolderClip, read_path_list
 from stableavatar.data.extract import extract_masks, numbered_clips
@@ -25,7 +26,6 @@ from stableavatar.data.landmarks import (
     face_mask,
     fetch_networks,
     lip_mask,
-    networks_folder,
     square_around,
 )
 from stableavatar.data.prepare import prepare
@@ -34,11 +34,6 @@ from stableavatar.data.stretches import PrepareSettings
 from stableavatar.errors import CheckpointError, InputError
 
 LEFT_EYE, RIGHT_EYE, NOSE, CHIN = 263, 33, 1, 152
-
-needs_networks = pytest.mark.skipif(
-    not all((networks_folder() / Path(name).name).is_file() for name in NETWORKS),
-    reason="the networks for faces are not there: stableavatar download --landmarks",
-)
 
 
 @pytest.fixture(scope="module")

@@ -198,9 +198,8 @@ def prepare(
     if data.exists() and not data.is_dir():
         raise InputError(f"{data}: is a file: name a folder for the clips")
     data = data.absolute()
-    files = sorted(
-        path for path in raw.rglob("*") if path.is_file() and data.resolve() not in path.resolve().parents
-    )
+    own = data.resolve()
+    files = sorted(path for path in raw.rglob("*") if path.is_file() and own not in path.resolve().parents)
     videos = [path for path in files if path.suffix.lower() in VIDEO_SUFFIXES]
     if not videos:
         raise InputError(f"{raw}: holds no video ({', '.join(sorted(VIDEO_SUFFIXES))})")
