@@ -5,6 +5,7 @@ import contextlib
 import json
 import threading
 from collections.abc import Callable, Iterator
+from multiprocessing import Pipe
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from stableavatar.apps.server import speaking
 from stableavatar.apps.server.access import Keys
 from stableavatar.apps.server.app import Service, create_app
 from stableavatar.apps.server.speaking import _MOST_UNKNOWN
+from stableavatar.jobs.sessions import END, SPEECH, Session
 from stableavatar.jobs.worker import ModelChoice
 from stableavatar.media.audio import Speech
 from stableavatar.media.reading import probe
@@ -189,7 +191,10 @@ class StalledSession:
     def __init__(self) -> None:
         self.closed = threading.Event()
 
-    def send(self, _letter: str, _content: bytes = b"") -> None:
+    def say(self, _samples: bytes) -> None:
+        pass
+
+    def end_speech(self) -> None:
         pass
 
     def receive(self) -> None:
@@ -216,3 +221,48 @@ def test_of_those_whom_nobody_knows_few_may_begin(tmp_path: Path) -> None:
         with client.websocket_connect("ws://127.0.0.1/v1/sessions", headers=known) as line:
             line.send_text("{}")
             assert line.receive_json()["error"]["code"] == "bad_start"
+
+
+def test_speech_waits_for_a_worker_that_is_behind(tmp_path: Path) -> None:
+    """In messages of any length, of an odd number of bytes too."""
+    here, worker = Pipe()
+    said = np.random.default_rng(0).bytes(3_000_001)
+    session = Session(here, lambda: None, (tmp_path / "said").open("w+b"), most=2_000_000)
+    for start in range(0, len(said), 4097):  # more than a line between two processes holds
+        session.say(said[start : start + 4097])
+    session.end_speech()
+    messages = iter(worker.recv_bytes, END)
+    pieces = [message.removeprefix(SPEECH) for message in messages]
+    assert b"".join(pieces) == said[:2_000_000]
+    assert not any(len(piece) % 2 for piece in pieces)
+    session.close()
+
+
+def test_a_lone_byte_at_the_end_is_no_sample(tmp_path: Path) -> None:
+    here, worker = Pipe()
+    session = Session(here, lambda: None, (tmp_path / "said").open("w+b"), most=100)
+    session.say(b"abc")
+    session.end_speech()
+    assert (worker.recv_bytes(), worker.recv_bytes()) == (SPEECH + b"ab", END)
+    session.close()
+
+
+@pytest.mark.parametrize("text", ["", "no JSON", '{"type": "ping"}', '["end"]'])
+def test_texts_other_than_the_end_are_refused(
+    files: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str
+) -> None:
+    service = Service(tmp_path / "jobs", [ModelChoice("toy")])
+    app = create_app(service, service.store())
+    monkeypatch.setattr(app.state.line, "open", lambda *_: StalledSession())
+    with (
+        TestClient(app, base_url="http://127.0.0.1") as client,
+        client.websocket_connect("ws://127.0.0.1/v1/sessions") as line,
+    ):
+        line.send_json(spoken(files))
+        assert line.receive_json()["type"] == "ready"
+        line.send_text(text)
+        error = line.receive_json()["error"]
+        assert (error["code"], error["type"]) == ("bad_message", "invalid_request_error")
+        with pytest.raises(WebSocketDisconnect) as ended:
+            line.receive_json()
+        assert ended.value.code == 1008

@@ -23,7 +23,8 @@ from stableavatar.training.trainer import Trainer
 pytestmark = pytest.mark.usefixtures("fresh_accelerator")
 
 CLIPS = 8
-CLIP = ClipSettings(norm=1.0, start_steps=0, abnormal_ratio=None)
+# Both rules change the steps of this run: the start's three of them, and all norms after these are abnormal.
+CLIP = ClipSettings(norm=0.4, start_ratio=3.0, start_steps=3, abnormal_ratio=3.0)
 
 
 class Points:

@@ -15,6 +15,7 @@ import torch
 from diffusers import AutoencoderKLWan
 from numpy.typing import NDArray
 
+from stableavatar.conditioning.image import encode_clips
 from stableavatar.data.landmarks import OUTER_EYES
 from stableavatar.data.puppets import PuppetClip
 from stableavatar.errors import InputError
@@ -45,7 +46,6 @@ from stableavatar.evaluation.report import Exhibit, Exhibits
 from stableavatar.evaluation.scores import Scores
 from stableavatar.generation import as_pixels
 from stableavatar.media.image import read_picture
-from stableavatar.models.latents import normalise_latents
 from stableavatar.pipeline import AvatarPipeline
 from stableavatar.sampling.decoding import stream_decode
 
@@ -336,8 +336,7 @@ class Evaluation:
 def code(vae: AutoencoderKLWan, frames: Frames) -> Frames:
     """Frames [4n+1, H, W, 3] through the latents' means and back, as the pipeline decodes them."""
     values = torch.from_numpy(np.ascontiguousarray(frames)).permute(3, 0, 1, 2)[None]
-    pictures = values.to(vae.device, vae.dtype) / 127.5 - 1
-    latents = normalise_latents(vae, vae.encode(pictures).latent_dist.mode().float())
+    latents = encode_clips(vae, values.to(vae.device, torch.float32) / 127.5 - 1)
     decoded = stream_decode(vae, latents[0].unbind(1))
     return np.stack([as_pixels(frame) for frame in decoded])
 

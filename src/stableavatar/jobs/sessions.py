@@ -2,7 +2,8 @@
 video back while it is made.
 
 The server calls (`SessionLine.open`), a worker answers and connects to it; between the two go messages of a
-letter and its content, in both directions at once. Nothing of a session is kept.
+letter and its content, in both directions at once. What is said waits in a file until the worker takes it: a
+client is heard however far behind the worker is. Nothing of a session is kept.
 """
 
 import contextlib
@@ -12,12 +13,13 @@ import os
 import secrets
 import shutil
 import socket
+import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from multiprocessing import AuthenticationError
 from multiprocessing.connection import Client, Connection, Listener
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 
@@ -35,26 +37,64 @@ logger = logging.getLogger(__name__)
 
 # To the worker: samples, 16-bit little-endian mono; that no more come.
 SPEECH, END = b"s", b"e"
-# From it: bytes of the video; how far it is; a sentence that says why there is no more; that it is complete.
+# From it: bytes of the video; how far it is; why there is no more (HTTP's status and a sentence); that it is
+# complete.
 VIDEO, PROGRESS, ERROR, DONE = b"v", b"p", b"x", b"d"
 
 _FULL_SCALE = 32768.0
+_PASSED_ON = 2**16  # bytes of speech in a message, an even number
 # Time for pictures is short.
 _PRESET: Preset = "veryfast"
 
 
 class Session:
-    """A session as the server has it: a worker at the other end of a line."""
+    """A session as the server has it: a worker at the other end of a line.
 
-    def __init__(self, connection: Connection, hang_up: Callable[[], None]) -> None:
+    Args:
+        spool: a file for what is said and not taken yet. most: bytes of speech that are taken.
+    """
+
+    def __init__(
+        self, connection: Connection, hang_up: Callable[[], None], spool: BinaryIO, most: int
+    ) -> None:
         self._connection = connection
         self._hang_up = hang_up
-        self._sending = threading.Lock()
+        self._spool = spool
+        self._most = most
+        self._said, self._passed_on = 0, 0  # bytes
+        self._complete = False
+        self._changed = threading.Condition()
+        threading.Thread(target=self._pass_on, daemon=True).start()
 
-    def send(self, letter: bytes, content: bytes = b"") -> None:
-        """Send a message; waits while the worker does not take more. Raises OSError: it has ended."""
-        with self._sending:
-            self._connection.send_bytes(letter + content)
+    def say(self, samples: bytes) -> None:
+        """Samples for the worker, 16-bit little-endian mono; it is not waited for. What is beyond the
+        session's length is left out. Raises OSError: the disk is full."""
+        with self._changed:
+            taken = samples[: self._most - self._said]
+            self._spool.seek(self._said)
+            self._spool.write(taken)
+            self._said += len(taken)
+            self._changed.notify()
+
+    def end_speech(self) -> None:
+        """No more is said."""
+        with self._changed:
+            self._complete = True
+            self._changed.notify()
+
+    def _pass_on(self) -> None:
+        """What was said, to the worker, as it takes it."""
+        with contextlib.suppress(OSError), self._spool:  # the worker, or the client, has gone
+            while True:
+                with self._changed:
+                    self._changed.wait_for(lambda: self._complete or self._said - self._passed_on > 1)
+                    self._spool.seek(self._passed_on)
+                    piece = self._spool.read(min(_PASSED_ON, (self._said - self._passed_on) & ~1))
+                    self._passed_on += len(piece)
+                if not piece:
+                    self._connection.send_bytes(END)
+                    return
+                self._connection.send_bytes(SPEECH + piece)
 
     def receive(self) -> tuple[bytes, bytes] | None:
         """The next message, waited for; None where the worker has ended."""
@@ -65,9 +105,9 @@ class Session:
         return message[:1], message[1:]
 
     def close(self) -> None:
-        """Hang up: a worker in the middle of the video stops, and who waits in `send` or `receive` need
-        not wait on."""
+        """Hang up: a worker in the middle of the video stops, and who waits in `receive` need not wait on."""
         self._hang_up()
+        self.end_speech()
         with contextlib.suppress(OSError):
             if hasattr(socket, "AF_UNIX"):  # closing alone wakes nobody
                 with socket.socket(fileno=os.dup(self._connection.fileno())) as line:
@@ -116,7 +156,8 @@ class SessionLine:
             shutil.rmtree(folder, ignore_errors=True)
 
         if here.wait(patience):
-            return Session(arrived[0], hang_up)
+            spool = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 (the session closes it)
+            return Session(arrived[0], hang_up, spool, round(most_seconds * rate) * 2)
         hang_up()
         self._waiting.pop(session_id, None)
         for connection in arrived:  # it came in this very moment
@@ -162,17 +203,15 @@ def speak(
         except (OSError, EOFError):
             logger.info("%s: hung up", request["id"])
         except StoppedError:
-            _say(connection, "The server ends.")
+            _fail(connection, 503, "The server ends.")
         except StableAvatarError as error:
-            _say(connection, without_folder(str(error), folder))
+            _fail(connection, 400, without_folder(str(error), folder))
         except Exception as error:
             logger.exception("%s", request["id"])
-            _say(
-                connection,
-                "There is too little memory for this."
-                if is_out_of_memory(error)
-                else "A fault of the server.",
-            )
+            if is_out_of_memory(error):
+                _fail(connection, 503, "There is too little memory for this.")
+            else:
+                _fail(connection, 500, "A fault of the server.")
 
 
 def _speak(
@@ -230,6 +269,6 @@ class _Line:
         return len(data)
 
 
-def _say(connection: Connection, text: str) -> None:
+def _fail(connection: Connection, status: int, text: str) -> None:
     with contextlib.suppress(OSError):
-        connection.send_bytes(ERROR + text.encode())
+        connection.send_bytes(ERROR + json.dumps({"status": status, "message": text}).encode())

@@ -1,18 +1,18 @@
 """What `accelerate launch` and DeepSpeed were told, brought in line with the settings of a training."""
 
-import logging
 import os
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
-from accelerate.utils import GradientAccumulationPlugin
+from accelerate.utils import DistributedType, GradientAccumulationPlugin
 
 from stableavatar.errors import InputError
 from stableavatar.training.devices import backend, on_cpu
+from stableavatar.training.optimizers import ClipSettings
 from stableavatar.training.settings import TrainerSettings
-
-logger = logging.getLogger(__name__)
 
 
 def make_accelerator(settings: TrainerSettings, folder: Path) -> Accelerator:
@@ -21,7 +21,7 @@ def make_accelerator(settings: TrainerSettings, folder: Path) -> Accelerator:
     Precision and accumulation are the settings', whatever `accelerate launch` says.
 
     Raises:
-        InputError: it says another precision.
+        InputError: it says another precision, or spreads the model as well as the settings do.
     """
     told = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if told != "no":
@@ -29,7 +29,7 @@ def make_accelerator(settings: TrainerSettings, folder: Path) -> Accelerator:
             f"mixed_precision {told} of accelerate launch would round otherwise than the recipe's "
             "trainer.precision says: set it to no in what it reads"
         )
-    return Accelerator(
+    accelerator = Accelerator(
         mixed_precision="no",
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=settings.accumulation),
         cpu=on_cpu(),
@@ -42,6 +42,13 @@ def make_accelerator(settings: TrainerSettings, folder: Path) -> Accelerator:
             InitProcessGroupKwargs(backend=backend(), timeout=timedelta(minutes=settings.wait_minutes)),
         ],
     )
+    both = settings.sharding == "fsdp2" and accelerator.distributed_type in (
+        DistributedType.DEEPSPEED,
+        DistributedType.FSDP,
+    )
+    if both:
+        raise InputError("with what accelerate launch was told, give --set trainer.sharding=none")
+    return accelerator
 
 
 def configure_deepspeed(
@@ -66,11 +73,30 @@ def configure_deepspeed(
     config["train_micro_batch_size_per_gpu"] = settings.batch_size
     config["gradient_accumulation_steps"] = settings.accumulation
     config["train_batch_size"] = settings.batch_size * pieces
-    config["gradient_clipping"] = settings.optimizer.clip.norm
-    clip = settings.optimizer.clip
-    if clip.start_steps or clip.abnormal_ratio is not None:
-        logger.warning(
-            "DeepSpeed clips gradients to %g alone: the recipe's rules for the start and for abnormal norms "
-            "(start_steps, abnormal_ratio) have no effect",
-            clip.norm,
+    config["gradient_clipping"] = settings.optimizer.clip.norm  # until `follow_clip_rules`
+
+
+def follow_clip_rules(engine: Any, clip: ClipSettings, step: Callable[[], int]) -> None:
+    """Have DeepSpeed's ZeRO optimizer clip by the settings' rules for the start and for abnormal norms.
+
+    It clips within its own step, to a fixed limit: that limit is set from the norm once this is known.
+
+    Args:
+        engine: what DeepSpeed made of the module. step: the number of the step that is running.
+
+    Raises:
+        InputError: DeepSpeed's optimizer has no such place (no ZeRO stage, or another version).
+    """
+    optimizer = engine.optimizer
+    clip_gradients = getattr(optimizer, "unscale_and_clip_grads", None)
+    if clip_gradients is None or not hasattr(optimizer, "clip_grad"):
+        raise InputError(
+            f"{type(optimizer).__name__} of this DeepSpeed does not clip gradients by the recipe's rules: "
+            "launch with a ZeRO stage of 1 to 3"
         )
+
+    def clip_by_rules(gradients: Any, norm: Any) -> None:
+        optimizer.clip_grad = clip.limit(step(), float(norm) / optimizer.loss_scale)
+        clip_gradients(gradients, norm)
+
+    optimizer.unscale_and_clip_grads = clip_by_rules

@@ -35,7 +35,7 @@ from stableavatar.training.checkpoints import (
 )
 from stableavatar.training.efficiency import compile_blocks, enable_gradient_checkpointing
 from stableavatar.training.ema import MovingAverage
-from stableavatar.training.launching import configure_deepspeed, make_accelerator
+from stableavatar.training.launching import configure_deepspeed, follow_clip_rules, make_accelerator
 from stableavatar.training.loader import SampleSource, open_batches
 from stableavatar.training.log import (
     JsonLog,
@@ -168,16 +168,16 @@ class Trainer(Generic[Sample]):
         if settings.optimizer.kind == "muon" and (self.spread or self.deepspeed):
             raise InputError("muon needs whole matrices: use adamw with DeepSpeed, and with sharding")
         if settings.sharding == "fsdp2":
-            if accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.FSDP):
-                raise InputError("with what accelerate launch was told, give --set trainer.sharding=none")
             shard_module(module, accelerator.device)
             return module, make_optimizer(settings.optimizer, trained_parameters(module))
         dtype = torch.bfloat16 if settings.precision == "bf16" else torch.float32
         optimizer = make_optimizer(settings.optimizer, trained_parameters(module), dtype)
         if self.deepspeed:
             configure_deepspeed(accelerator, settings, pieces=self.sampler.pieces, spread=self.spread)
-        prepared: tuple[nn.Module, torch.optim.Optimizer] = accelerator.prepare(module, optimizer)
-        return prepared
+        module, optimizer = accelerator.prepare(module, optimizer)
+        if self.deepspeed:
+            follow_clip_rules(module, settings.optimizer.clip, lambda: self.step)
+        return module, optimizer
 
     def _run_state(self) -> RunState:
         leads = self.accelerator.is_main_process

@@ -24,7 +24,7 @@ from stableavatar.apps.server.schemas import VIDEO_ID, ApiError, SessionOptions
 from stableavatar.errors import InputError
 from stableavatar.jobs.intake import OPTIONS, BusyError, Limits, check_options, check_quality
 from stableavatar.jobs.job import PORTRAIT
-from stableavatar.jobs.sessions import DONE, END, ERROR, SPEECH, VIDEO, Session
+from stableavatar.jobs.sessions import DONE, ERROR, VIDEO, Session
 from stableavatar.jobs.store import JobStore
 from stableavatar.options import GenerateOptions
 
@@ -37,7 +37,7 @@ MOST_MESSAGE = 16 * 2**20
 _MOST_UNKNOWN = 16
 # Than the speech that is taken at most, a session may last, whether or not anything is said.
 _LONGER_SECONDS = 120.0
-_POLICY_VIOLATION, _TRY_AGAIN = 1008, 1013
+_POLICY_VIOLATION, _SERVER_FAULT, _TRY_AGAIN = 1008, 1011, 1013
 
 router = APIRouter(prefix="/v1")
 
@@ -72,28 +72,26 @@ async def speak(socket: WebSocket) -> None:
     hearing = asyncio.create_task(_hear(socket, session))
     showing = asyncio.create_task(_show(socket, session))
     until = asyncio.get_running_loop().time() + socket.app.state.limits.seconds + _LONGER_SECONDS
+    failed: BaseException | None = None
     try:
         await asyncio.wait({hearing, showing}, timeout=_left(until), return_when=asyncio.FIRST_COMPLETED)
-        gone = hearing.done() and isinstance(hearing.exception(), WebSocketDisconnect)
-        if not gone:  # all has been said, or the worker takes no more: what it made is shown
+        failed = hearing.exception() if hearing.done() else None
+        if failed is None:  # all has been said, or the worker takes no more: what it made is shown
             await asyncio.wait({showing}, timeout=_left(until))
-        late = not gone and not showing.done()
+        if showing.done():
+            failed = failed or showing.exception()
+        elif failed is None:
+            failed = ApiError(400, "the session lasted too long, and is ended", code="too_long")
     finally:
         hearing.cancel()
         showing.cancel()
         await anyio.to_thread.run_sync(session.close)
-        # What they raise says that the client went away, or takes nothing.
+        # What else they raise says that the client went away, or takes nothing.
         await asyncio.gather(hearing, showing, return_exceptions=True)
         _sessions(socket).discard(owner)
-    if late:
+    if isinstance(failed, ApiError):
         with contextlib.suppress(Exception):  # the client may take nothing
-            await asyncio.wait_for(_time_is_over(socket), _SILENT_SECONDS)
-
-
-async def _time_is_over(socket: WebSocket) -> None:
-    message = "the session lasted too long, and is ended"
-    await socket.send_json({"type": "error", "error": {"message": message}})
-    await socket.close()
+            await asyncio.wait_for(_refuse(socket, failed), _SILENT_SECONDS)
 
 
 def _left(until: float) -> float:
@@ -165,7 +163,8 @@ _CHOSEN = tuple(name for name in OPTIONS if name not in ("start", "duration"))
 
 
 async def _hear(socket: WebSocket, session: Session) -> None:
-    """Speech from the client to the worker, until it says that there is no more."""
+    """Speech from the client to the worker, until it says that there is no more. Raises ApiError: what it
+    sends is no speech, or there is no room for it."""
     while True:
         try:
             message = await asyncio.wait_for(socket.receive(), _SILENT_SECONDS)
@@ -175,27 +174,43 @@ async def _hear(socket: WebSocket, session: Session) -> None:
             raise WebSocketDisconnect
         samples = message.get("bytes")
         if samples is None:
-            break  # {"type": "end"}
-        if len(samples) % 2:
-            samples = samples[:-1]
-        await anyio.to_thread.run_sync(session.send, SPEECH, samples)
-    await anyio.to_thread.run_sync(session.send, END)
+            _check_end(message.get("text") or "")
+            break
+        try:
+            await anyio.to_thread.run_sync(session.say, samples)
+        except OSError as error:
+            raise ApiError(507, "the server has no room for this", code="no_room") from error
+    session.end_speech()
+
+
+def _check_end(text: str) -> None:
+    """Raises ApiError: a text that is not the end, such as speech in base64."""
+    with contextlib.suppress(ValueError):
+        if json.loads(text) == {"type": "end"}:
+            return
+    words = 'what follows the start are samples as binary messages, and {"type": "end"}'
+    raise ApiError(400, words, code="bad_message")
 
 
 async def _show(socket: WebSocket, session: Session) -> None:
-    """The video from the worker to the client, to its end."""
+    """The video from the worker to the client, to its end. Raises ApiError: it does not come to its end."""
     while True:
         message = await anyio.to_thread.run_sync(session.receive)
-        letter, content = message or (ERROR, b"the worker was lost")
+        if message is None:
+            raise ApiError(503, "the worker was lost: try again", code="lost", kind="server_error")
+        letter, content = message
+        if letter == ERROR:
+            told = json.loads(content)
+            if told["status"] < 500:
+                raise ApiError(told["status"], told["message"], code="unusable")
+            raise ApiError(told["status"], told["message"], code="failed", kind="server_error")
         if letter == VIDEO:
             sending = socket.send_bytes(content)
-        elif letter == ERROR:
-            sending = socket.send_json({"type": "error", "error": {"message": content.decode()}})
         else:
             kind = "done" if letter == DONE else "progress"
             sending = socket.send_json({"type": kind, **json.loads(content)})
         await asyncio.wait_for(sending, _SILENT_SECONDS)
-        if letter in (DONE, ERROR):
+        if letter == DONE:
             await socket.close()
             return
 
@@ -252,7 +267,8 @@ def _sessions(socket: WebSocket) -> set[str]:
 async def _refuse(socket: WebSocket, error: ApiError) -> None:
     detail = error.body.error
     await socket.send_json({"type": "error", "error": detail.model_dump()})
-    await socket.close(_TRY_AGAIN if error.status in (429, 503) else _POLICY_VIOLATION)
+    codes = {429: _TRY_AGAIN, 503: _TRY_AGAIN, 500: _SERVER_FAULT}
+    await socket.close(codes.get(error.status, _POLICY_VIOLATION))
 
 
 def _first(error: Exception) -> str:
