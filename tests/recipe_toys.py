@@ -26,7 +26,7 @@ def toy(data: Path, output: Path, *more: str) -> list[str]:
     """What brings any recipe to toy size."""
     return [
         f"output={output}", f"model.source={toy_model()}", "model.variant=null", "model.transformer=null",
-        "model.encoder_dtype=float32", f"data.lists=[{data}]", "data.clips.frames=9", "trainer.steps=2",
-        "trainer.workers=0", "trainer.precision=fp32", "trainer.sharding=none", "trainer.log_every=1",
+        "model.encoder_dtype=float32", f"data.lists=[{data}]", "data.sizes=null", "data.clips.frames=9",
+        "trainer.steps=2", "trainer.workers=0", "trainer.precision=fp32", "trainer.sharding=none", "trainer.log_every=1",
         "trainer.optimizer.warmup_steps=1", *more,
     ]  # fmt: skip

@@ -1,10 +1,13 @@
 """Training clips from the layout on disk."""
 
+import re
 import shutil
 import wave
 from collections import Counter
+from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
+from typing import Literal
 
 import av
 import numpy as np
@@ -132,13 +135,62 @@ def test_what_cannot_be_read_is_named_or_skipped_and_counted(root: Path, what: s
     assert list(dataset.skipped) == [str(bad)]
     assert named in dataset.skipped[str(bad)]
     beside = ClipDataset.from_folders(
-        [bad], ClipDatasetSettings(frames=9, on_error="skip"), clips=[FolderClip.open(good)]
+        [bad],
+        ClipDatasetSettings(frames=9, on_error="skip"),
+        others=[(str(good), lambda: FolderClip.open(good))],
     )
     assert beside[len(beside) - 1, 0].clip.name == str(good)
     assert list(beside.skipped) == [str(bad)]
     damage(good, "picture")
     with pytest.raises(InputError):
         ClipDataset.from_folders([bad, good], ClipDatasetSettings(frames=9, on_error="skip"))[0, 0]
+
+
+@pytest.mark.parametrize("on_error", ["raise", "skip"])
+def test_clips_that_can_only_fail_are_left_out_when_they_are_opened(
+    root: Path, on_error: Literal["raise", "skip"], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Else another clip would be trained on in their place, pass after pass."""
+    clips = [write_clip(root / "speech" / f"{k:05d}", frames=9) for k in range(5)]
+    for path in (clips[0] / "images").glob("frame_[5-8].png"):  # an extraction that was stopped
+        path.unlink()
+    (clips[1] / "audio.wav").unlink()
+    (clips[2] / "lip_masks" / "frame_4.png").unlink()
+    words = ("holds 5 frames", "no speech", "make masks (stableavatar extract-lip-masks)", "training is of")
+    settings = ClipDatasetSettings(frames=9, on_error=on_error)
+    sizes = [(480, 832)], [(SIDE, SIDE), (480, 832)]
+    if on_error == "raise":
+        for clip, word, taken in zip(clips, words, (None, None, None, sizes[0]), strict=False):
+            with pytest.raises(InputError, match=re.escape(word)):
+                ClipDataset.from_folders([clip], settings, sizes=taken)
+        return
+    dataset = ClipDataset.from_folders(clips, settings, sizes=sizes[1])
+    assert [clip.name for clip in dataset.clips] == [str(clip) for clip in clips[3:]]
+    for clip, word in zip(clips, words[:3], strict=False):
+        assert word in dataset.skipped[str(clip)]
+    assert "3 of 5 clips cannot be used" in caplog.text
+    with pytest.raises(InputError, match="no usable clip"):
+        ClipDataset.from_folders(clips, settings, sizes=sizes[0])
+
+
+def test_a_lost_frame_is_no_uneven_video(root: Path) -> None:
+    clip = write_clip(root / "speech" / "00001", images=False)
+    write_frames(clip / "sub_clip.mp4", [k + (k > 85) for k in range(99)])
+    assert FolderClip.open(clip).length == 99
+
+
+def write_frames(path: Path, places: Sequence[int]) -> None:
+    """A video of frames at times in 1/25 s."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=25)
+        stream.width = stream.height = SIDE
+        for k, place in enumerate(places):
+            frame = av.VideoFrame.from_ndarray(
+                np.full((SIDE, SIDE, 3), (10 * k) % 256, np.uint8), format="rgb24"
+            )
+            frame.pts, frame.time_base = place, Fraction(1, 25)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
 
 
 def test_what_is_drawn_does_not_depend_on_what_could_not_be_read_before(root: Path) -> None:
@@ -333,14 +385,7 @@ def test_frames_that_are_not_evenly_spaced_are_refused(root: Path) -> None:
     """Else frame k would be taken for that of k/fps seconds, and the speech would be another instant's."""
     clip = write_clip(root / "speech" / "00001", images=False)
     for name, gap in (("steady", 0), ("jumping", 12)):
-        with av.open(str(clip / "sub_clip.mp4"), "w") as container:
-            stream = container.add_stream("libx264", rate=25)
-            stream.width = stream.height = SIDE
-            for k in range(20):
-                frame = av.VideoFrame.from_ndarray(np.full((SIDE, SIDE, 3), 10 * k, np.uint8), format="rgb24")
-                frame.pts, frame.time_base = k + (gap if k > 10 else 0), Fraction(1, 25)
-                container.mux(stream.encode(frame))
-            container.mux(stream.encode(None))
+        write_frames(clip / "sub_clip.mp4", [k + (gap if k > 10 else 0) for k in range(20)])
         if name == "steady":
             assert FolderClip.open(clip).length == 20
     with pytest.raises(InputError, match="not evenly spaced"):
@@ -375,7 +420,7 @@ def test_a_video_is_read_as_its_masks_were_made_from_it(tmp_path: Path) -> None:
 
 
 def test_speech_of_a_video_whose_sound_begins_before_its_picture(root: Path) -> None:
-    folder = write_clip(root / "speech" / "00001")
+    folder = write_clip(root / "speech" / "00001", images=False)
     (folder / "audio.wav").unlink()
     samples = np.random.default_rng(0).uniform(-0.5, 0.5, 16_000).astype(np.float32)
     black = [np.zeros((SIDE, SIDE, 3), np.uint8)] * 13

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from stableavatar.errors import InputError
+from stableavatar.training import run_folder
 from stableavatar.training.log import read_log
 from stableavatar.training.objective import StepLoss
 from stableavatar.training.optimizers import ClipSettings, OptimizerSettings
@@ -23,12 +24,14 @@ from stableavatar.training.trainer import Trainer
 pytestmark = pytest.mark.usefixtures("fresh_accelerator")
 
 CLIPS = 8
+FAR = 99.0
 # Both rules change the steps of this run: the start's three of them, and all norms after these are abnormal.
 CLIP = ClipSettings(norm=0.4, start_ratio=3.0, start_steps=3, abnormal_ratio=3.0)
 
 
 class Points:
-    """Clips that are numbers; `poisoned`: one of them is none in the first pass."""
+    """Clips that are numbers; `poisoned`: one of them is none in the first pass, and one in the second has an
+    infinite loss, but a finite gradient."""
 
     groups = ("one size",) * CLIPS
     fingerprint = "eight points"
@@ -39,6 +42,8 @@ class Points:
     def __getitem__(self, key: tuple[int, int]) -> torch.Tensor:
         if self.poisoned and key == (3, 0):
             return torch.tensor([torch.nan])
+        if self.poisoned and key == (5, 1):
+            return torch.tensor([FAR])
         return torch.tensor([key[0] / CLIPS + 0.01 * key[1]])
 
 
@@ -61,6 +66,7 @@ class Fit(nn.Module):
         if not self.skips or batch.max() > 0.5:
             made = made + self.seldom(batch)[:, 0] * (batch[:, 0] > 0.5)
         error = (made - torch.sin(5 * batch[:, 0])) ** 2
+        error = torch.where(batch[:, 0] == FAR, error + torch.inf, error)
         return StepLoss(error.mean(), error.detach(), batch[:, 0].clamp(0, 1))
 
 
@@ -103,11 +109,13 @@ def train(
 
 
 def train_in_two_processes(folder: Path, *options: str, **environment: str) -> None:
-    subprocess.run(
+    run = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", __file__,
          str(folder), *options],
-        check=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+        timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1", **environment}, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
+    sys.stderr.write(run.stderr)
+    run.check_returncode()
 
 
 @pytest.fixture(scope="module")
@@ -183,7 +191,7 @@ def test_a_step_that_is_not_finite_is_skipped_by_all(poisoned_one: Path, tmp_pat
         settings = deepspeed(tmp_path, way)
     train_in_two_processes(tmp_path, "fsdp2" if way == "fsdp2" else "none", "9", "poisoned", **settings)
     assert_same_curve(poisoned_one, tmp_path, average=way != "3")
-    assert [line["skipped_steps"] for line in read_log(tmp_path / "log.jsonl")] == [1] * 4
+    assert [line["skipped_steps"] for line in read_log(tmp_path / "log.jsonl")] == [2] * 4
 
 
 @pytest.mark.parametrize("stage", ["2", "3"])
@@ -216,6 +224,13 @@ def test_deepspeed_as_shipped_keeps_whole_weights_and_computes_in_half(tmp_path:
         assert torch.equal(load_file(folder / "frozen.safetensors")["fixed"], Fit().fixed)
 
 
+def test_processes_that_do_not_share_the_folder_say_so_at_the_start(tmp_path: Path) -> None:
+    with pytest.raises(subprocess.CalledProcessError) as failed:
+        train_in_two_processes(tmp_path, "none", "5", "apart")
+    assert "process 1 does not see what the first one writes" in failed.value.stderr
+    assert not list(tmp_path.rglob("step-*"))
+
+
 def test_sharding_needs_processes(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="several processes"):
         train(tmp_path, batch=2, steps=1, sharding="fsdp2")
@@ -223,9 +238,13 @@ def test_sharding_needs_processes(tmp_path: Path) -> None:
 
 if __name__ == "__main__":
     precision = [word.removeprefix("precision=") for word in sys.argv if word.startswith("precision=")]
+    folder = Path(sys.argv[1])
+    if "apart" in sys.argv:
+        folder /= os.environ["RANK"]
+        run_folder._PATIENCE_SECONDS = 1.0
     zero_3 = os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") == "3"
     train(
-        Path(sys.argv[1]), batch=2, sharding=sys.argv[2], steps=int(sys.argv[3]), resume="resume" in sys.argv,
+        folder, batch=2, sharding=sys.argv[2], steps=int(sys.argv[3]), resume="resume" in sys.argv,
         empty="empty" in sys.argv, poisoned="poisoned" in sys.argv,
         **({"ema_decay": 0.0} if zero_3 else {}), **({"precision": precision[0]} if precision else {}),
     )  # fmt: skip

@@ -92,6 +92,26 @@ def test_ten_kills_at_any_moment_change_nothing(tmp_path: Path) -> None:
     assert not list(tmp_path.glob(".step-*"))
 
 
+def test_two_runs_do_not_share_a_folder(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    refused = []
+
+    def begin_another(_: int) -> None:
+        with pytest.raises(InputError, match="a training runs in") as error:
+            make(folder, steps=3).train()
+        refused.append(str(error.value))
+
+    first = Trainer(
+        Fit(), Points(), torch.stack, settings(callback_every=6), folder, callbacks=[begin_another]
+    )
+    first.train()
+    assert len(refused) == 2
+    assert len(losses(folder)) == 4
+    again = make(folder, steps=15)
+    again.resume("latest")
+    again.train()
+
+
 def save_checkpoint(folder: Path, step: int, keep: int) -> Path:
     """One of a run in one process, whose weight is the step."""
     writer = CheckpointWriter(folder, step)

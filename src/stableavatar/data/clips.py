@@ -30,6 +30,8 @@ from stableavatar.media.reading import read_frames, square_width, video_stream
 from stableavatar.media.timing import sample_position
 
 _EVEN = 1e-3  # by which the rate that a video's time stamps suggest may differ from its frames a second
+# How many frames one may be off its place: the next one's is where it stands after a frame that was lost.
+_FURTHEST = 1.5
 SAMPLE_RATE = 16_000  # of the speech that is handed on, mono
 PROMPTS = {
     "speech": "The protagonist is talking",
@@ -122,15 +124,24 @@ class FolderClip:
         """Look into a clip folder: number, rate and size of frames, prompt.
 
         Raises:
-            InputError: a file is missing or unreadable, or neither `prompt.txt` nor the path says what the
-            clip shows.
+            InputError: a file is missing or unreadable, the pictures are not the video's, or neither
+            `prompt.txt` nor the path says what the clip shows.
         """
         if not folder.is_dir():
             raise InputError(f"there is no clip folder {folder}")
-        length, fps, size = _probe(folder / "sub_clip.mp4")
+        length, fps, size, has_sound = _probe(folder / "sub_clip.mp4")
+        if not (has_sound or (folder / "audio.wav").exists()):
+            raise InputError(f"{folder} has no speech: neither an audio.wav, nor sound in sub_clip.mp4")
         images = folder / "images"
         if images.is_dir():
-            length = clip_length(folder)
+            pictures = clip_length(folder)
+            # Extracted at another rate, or not to the end, they would not be of the instants of the speech.
+            if abs(pictures - length) > 1:
+                raise InputError(
+                    f"{images} holds {pictures} frames, and sub_clip.mp4 beside it {length}: extract them "
+                    "again (stableavatar extract-frames)"
+                )
+            length = pictures
             size = _picture_size(images / "frame_0.png")
         return cls(folder, length, fps, size, _prompt(folder), images.is_dir())
 
@@ -139,8 +150,16 @@ class FolderClip:
         return str(self.folder)
 
     def mark(self, *, masks: bool, portrait: bool) -> str:
-        """Of its video, sound, middle picture and masks, and portrait: how many bytes, and some of them."""
+        """Of its video, sound, middle picture and masks, and portrait: how many bytes, and some of them.
+        Raises InputError: the middle masks are missing."""
         middle = f"frame_{self.length // 2}.png"
+        for kind in get_args(MaskKind) if masks else ():
+            if not (self.folder / kind / middle).exists():
+                raise InputError(
+                    f"{self.folder / kind / middle} is missing: make masks (stableavatar extract-"
+                    f"{kind.replace('_', '-')}), or train with objective.mask_loss none and data.clips.masks "
+                    "false"
+                )
         names = ["sub_clip.mp4", "audio.wav", f"images/{middle}"]
         names += [f"{kind}/{middle}" for kind in get_args(MaskKind)] if masks else []
         names += ["portrait.png"] if portrait else []
@@ -199,13 +218,13 @@ class FolderClip:
 
 def _piece(file: Path) -> str:
     """A file's size and a hash of 4 KiB in its middle; nothing where there is none."""
-    if not file.exists():
-        return "-"
     try:
         size = file.stat().st_size
         with file.open("rb") as stream:
             stream.seek(max(0, size // 2 - 2048))
             return f"{size}:{hashlib.sha256(stream.read(4096)).hexdigest()[:16]}"
+    except FileNotFoundError:
+        return "-"
     except OSError as error:
         raise InputError(f"cannot read {file}: {error}") from error
 
@@ -258,8 +277,8 @@ def find_clips(root: Path) -> list[Path]:
     return folders
 
 
-def _probe(video: Path) -> tuple[int, Fraction, tuple[int, int]]:
-    """Frames, frame rate, width and height of a video.
+def _probe(video: Path) -> tuple[int, Fraction, tuple[int, int], bool]:
+    """Frames, frame rate, width and height of a video, and whether it has sound.
 
     Raises InputError: it cannot be read, or its frames are not evenly spaced, so that their numbers say
     nothing of when they are.
@@ -280,18 +299,19 @@ def _probe(video: Path) -> tuple[int, Fraction, tuple[int, int]]:
                     if packet.size > 0 and not packet.is_discard
                 ]
                 frames = len(shown)
-                if uneven and _unevenness(shown) > 0.5:
+                if uneven and _unevenness(shown) > _FURTHEST:
                     raise InputError(
                         f"video {video}: its frames are not evenly spaced. stableavatar prepare makes clips "
                         "of it whose frames are."
                     )
         except av.FFmpegError as error:
             raise InputError(f"video {video}: damaged ({reason_of(error)}). Fetch it again.") from error
+        has_sound = bool(container.streams.audio)
         codec = stream.codec_context
         size = (square_width(codec.width, stream.sample_aspect_ratio), codec.height)
     if rate is None or rate <= 0 or frames < 1:
         raise InputError(f"{video} does not say its frame rate, or holds no frame")
-    return frames, Fraction(rate), size
+    return frames, Fraction(rate), size, has_sound
 
 
 def _unevenness(times: list[int | None]) -> float:

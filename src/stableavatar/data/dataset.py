@@ -6,7 +6,7 @@ import hashlib
 import json
 import logging
 import multiprocessing
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import asdict, dataclass
 from fractions import Fraction
 from functools import partial
@@ -173,16 +173,26 @@ class ClipDataset(Dataset[ClipSample]):
 
     @classmethod
     def from_folders(
-        cls, folders: Iterable[Path], settings: ClipDatasetSettings, clips: Iterable[TrainingClip] = ()
+        cls,
+        folders: Iterable[Path],
+        settings: ClipDatasetSettings,
+        *,
+        others: Iterable[tuple[str, Callable[[], TrainingClip]]] = (),
+        sizes: Collection[tuple[int, int]] | None = None,
     ) -> "ClipDataset":
-        """Open clip folders, behind `clips`; those that cannot be opened raise or are skipped as
-        `settings.on_error` says."""
+        """Open clip folders; those that cannot be opened raise or are skipped as `settings.on_error` says.
+
+        Args:
+            others: clips before them, by their names and what opens them.
+            sizes: width and height of clips that are taken; one of another is as one that cannot be opened.
+                None: any.
+        """
         dataset = cls.__new__(cls)
-        dataset._begin(settings)
-        for clip in clips:
-            dataset._add(clip.name, partial(dataset._checked, clip))
+        dataset._begin(settings, sizes)
+        for name, read in others:
+            dataset._add(name, partial(dataset._opened, read))
         for folder in folders:
-            dataset._add(str(folder), partial(dataset._opened, folder))
+            dataset._add(str(folder), partial(dataset._opened, partial(FolderClip.open, folder)))
         dataset._require_clips()
         return dataset
 
@@ -217,14 +227,16 @@ class ClipDataset(Dataset[ClipSample]):
         with self._stand_ins.get_lock():
             self._stand_ins.value += 1
         drawn = (self.settings.seed, index, epoch)
+        # The first that is said is this one's; others may have been left out for reasons of their own.
+        reason = self.skipped[self.clips[index].name]
         alike = [other for other, group in enumerate(self.groups) if group == self.groups[index]]
         for number, other in enumerate(np.random.default_rng((*drawn, 0)).permutation(alike), 1):
             sample = self._sample(int(other), np.random.default_rng((*drawn, number)))
             if sample is not None:
                 return sample
         raise InputError(
-            f"no clip of {self.clips[index].size} pixels can be read; the first of {len(self.skipped)} that "
-            f"cannot: {next(iter(self.skipped.values()))}"
+            f"no window that was drawn of any clip of {self.clips[index].size} pixels can be read; of the "
+            f"first: {reason}"
         )
 
     @property
@@ -238,8 +250,9 @@ class ClipDataset(Dataset[ClipSample]):
         window = draw_window(clip, self.settings, rng)
         return self._guarded(clip.name, partial(read_sample, clip, window, self.settings))
 
-    def _begin(self, settings: ClipDatasetSettings) -> None:
+    def _begin(self, settings: ClipDatasetSettings, sizes: Collection[tuple[int, int]] | None = None) -> None:
         self.settings = settings
+        self._sizes = sizes
         self.skipped: dict[str, str] = {}
         self._stand_ins = multiprocessing.Value("Q", 0)
         self.clips: list[TrainingClip] = []
@@ -263,15 +276,26 @@ class ClipDataset(Dataset[ClipSample]):
         if not self.clips:
             first = next(iter(self.skipped.values()), "none was given")
             raise InputError(f"there is no usable clip: {first}")
+        if self.skipped:
+            logger.warning(
+                "%d of %d clips cannot be used and are left out",
+                len(self.skipped),
+                len(self.skipped) + len(self.clips),
+            )
 
-    def _opened(self, folder: Path) -> TrainingClip:
-        return self._checked(FolderClip.open(folder))
+    def _opened(self, read: Callable[[], TrainingClip]) -> TrainingClip:
+        return self._checked(read())
 
     def _checked(self, clip: TrainingClip) -> TrainingClip:
         width, height = clip.size
         if clip.length < self.settings.frames:
             raise InputError(
                 f"{clip.name} has {clip.length} frames, fewer than the {self.settings.frames} of a sample"
+            )
+        if self._sizes is not None and (width, height) not in self._sizes:
+            taken = " and ".join(f"{size[0]}x{size[1]}" for size in self._sizes)
+            raise InputError(
+                f"{clip.name} is {width}x{height} pixels, and this training is of {taken} (data.sizes)"
             )
         if width % 16 or height % 16:
             raise InputError(f"{clip.name} is {width}x{height} pixels: both must be multiples of 16")

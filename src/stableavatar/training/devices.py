@@ -3,14 +3,17 @@
 import logging
 import time
 from datetime import timedelta
+from typing import TypeVar
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import parse_flag_from_env
+from accelerate.utils import gather_object, parse_flag_from_env
 
 from stableavatar.training.settings import TrainerSettings
 
 logger = logging.getLogger(__name__)
+
+Value = TypeVar("Value")
 
 SLOW = 1.5
 """From here on bfloat16 is said to be slow."""
@@ -60,3 +63,16 @@ def backend() -> str | None:
     """What processes talk by, where accelerate does not find it."""
     # DeepSpeed's processes on a CPU have to be told how to find each other.
     return None if torch.accelerator.is_available() or on_cpu() else "gloo"
+
+
+def everywhere(value: Value) -> list[Value]:
+    """Every process's value, by rank; called on all of them."""
+    if PartialState().num_processes == 1:
+        return [value]
+    each: list[Value] = gather_object([value])
+    return each
+
+
+def anywhere(value: bool) -> bool:
+    """Whether it is so on any process; called on all of them."""
+    return any(everywhere(value))

@@ -48,6 +48,11 @@ def make_accelerator(settings: TrainerSettings, folder: Path) -> Accelerator:
     )
     if both:
         raise InputError("with what accelerate launch was told, give --set trainer.sharding=none")
+    if accelerator.distributed_type == DistributedType.FSDP and not accelerator.is_fsdp2:
+        raise InputError(
+            "accelerate launch says version 1 of FSDP, whose parts of gradients would be clipped each by its "
+            "own norm: give fsdp_version 2, or leave it out and give --set trainer.sharding=fsdp2"
+        )
     return accelerator
 
 
@@ -69,7 +74,12 @@ def configure_deepspeed(
     if settings.ema_decay and spread:
         raise InputError("averaged weights cannot be kept of parameters that ZeRO-3 spreads")
     # Weights and what the optimizer keeps stay float32, as everywhere.
-    config["torch_autocast"] = {"enabled": settings.precision == "bf16", "dtype": "bfloat16"}
+    # Of modules that it calls safe it would sum gradients, and with ZeRO-3 send weights, in bfloat16.
+    config["torch_autocast"] = {
+        "enabled": settings.precision == "bf16",
+        "dtype": "bfloat16",
+        "lower_precision_safe_modules": [],
+    }
     config["train_micro_batch_size_per_gpu"] = settings.batch_size
     config["gradient_accumulation_steps"] = settings.accumulation
     config["train_batch_size"] = settings.batch_size * pieces

@@ -19,16 +19,18 @@ RANGES = 4  # of sigma, equally wide
 
 
 class LossMeter:
-    """Means of the loss since the last reset, whole and for each quarter of sigma; its state goes into
-    checkpoints.
+    """Means of the loss since the last reset, whole and for each quarter of sigma, and the largest gradient
+    norm of these steps; its state goes into checkpoints.
     """
 
     def __init__(self, state: Mapping[str, list[float]] | None = None) -> None:
         self.sums = list(state["sums"]) if state else [0.0] * RANGES
         self.counts = list(state["counts"]) if state else [0.0] * RANGES
+        self.norms = list(state.get("norms", [])) if state else []  # the largest one
 
-    def add(self, per_clip: list[float], sigma: list[float]) -> None:
-        """Add clips; `sigma` in [0, 1]."""
+    def add(self, per_clip: list[float], sigma: list[float], norm: float) -> None:
+        """Add a step's clips, `sigma` in [0, 1], and the norm of its gradient."""
+        self.norms = [max([*self.norms, norm])]
         for loss, noise in zip(per_clip, sigma, strict=True):
             place = min(int(noise * RANGES), RANGES - 1)
             self.sums[place] += loss
@@ -37,15 +39,17 @@ class LossMeter:
     @property
     def state(self) -> dict[str, list[float]]:
         """For `LossMeter(state)`."""
-        return {"sums": self.sums, "counts": self.counts}
+        return {"sums": self.sums, "counts": self.counts, "norms": self.norms}
 
     def means(self) -> dict[str, float | None]:
-        """`loss`, and `loss_0.00_0.25` and so on by sigma; None where there was no clip."""
+        """`loss`, and `loss_0.00_0.25` and so on by sigma, and `gradient_norm`, the largest; None where there
+        was no clip."""
         whole = sum(self.counts)
         result: dict[str, float | None] = {"loss": sum(self.sums) / whole if whole else None}
         for place, (total, count) in enumerate(zip(self.sums, self.counts, strict=True)):
             name = f"loss_{place / RANGES:.2f}_{(place + 1) / RANGES:.2f}"
             result[name] = total / count if count else None
+        result["gradient_norm"] = self.norms[0] if self.norms else None
         return result
 
 

@@ -11,6 +11,7 @@
 Unknown keys, values of another type and out of range are refused, with the key's place.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -96,6 +97,8 @@ class DataChoice:
         puppets: stores of rendered clips (`python -m stableavatar.data.puppets store`).
         cache: made by `stableavatar cache-latents`; clips and encoders are then not read.
         clips: how samples are drawn.
+        sizes: of clips, "512x512" (width x height), that are trained on; others are refused, or left out
+            where `clips.on_error` is `skip`. None: any.
         window_frames: with a cache: its samples, of `clips.frames`, are longer than what is trained on, which
             are windows of so many frames; one encoding of a clip then serves many.
     """
@@ -107,11 +110,23 @@ class DataChoice:
     puppets: tuple[Path, ...] = ()
     cache: Path | None = None
     clips: ClipDatasetSettings = field(default_factory=ClipDatasetSettings)
+    sizes: tuple[str, ...] | None = None
     window_frames: int | None = None
 
     def __post_init__(self) -> None:
         if not (self.lists or self.folders or self.puppets or self.cache):
             raise InputError("data: name lists, folders, puppets or a cache")
+        for size in self.sizes or ():
+            if not re.fullmatch("[0-9]+x[0-9]+", size):
+                raise InputError(f"data.sizes are as 512x512, width and height, not {size!r}")
+
+    @property
+    def pixel_sizes(self) -> list[tuple[int, int]] | None:
+        """`sizes` in numbers."""
+        if self.sizes is None:
+            return None
+        pairs = (size.split("x") for size in self.sizes)
+        return [(int(width), int(height)) for width, height in pairs]
 
 
 @dataclass(frozen=True)

@@ -64,11 +64,12 @@ class Training:
             How it ended, and the folder of the transformer, or of the embedded model, or the LoRA's file,
             below `recipe.output`.
         """
-        with _stopped_by_signals(self.trainer):
-            result = self.trainer.train()
-        made = self.export()
-        self.trainer.close()
-        return result, made
+        try:
+            with _stopped_by_signals(self.trainer):
+                result = self.trainer.train()
+            return result, self.export()
+        finally:  # after an error too: a process that hung at its end would keep the others
+            self.trainer.close()
 
     def export(self) -> Path:
         """Write what was trained; called on every process."""
@@ -130,6 +131,7 @@ def prepare_training(
     else:
         encoders = load_encoders(recipe.model, device)
         avatar = start_embedded(recipe, encoders)
+    logger.info("trains %s", _in_words(avatar.transformer))
     if device.type == "cpu":
         use_explicit_attention(avatar)
     source: Any
@@ -213,6 +215,16 @@ def cache_latents(recipe: Recipe, folder: Path, *, passes: int, dtype: torch.dty
     writer.finish(keys)
     state.destroy_process_group()
     return len(keys) if state.is_main_process else None
+
+
+def _in_words(transformer: StableAvatarTransformer3DModel) -> str:
+    """What a transformer is: of a model's own folder the recipe's `model.size` does not say it."""
+    config = transformer.config
+    width = config["num_attention_heads"] * config["attention_head_dim"]
+    count = sum(parameter.numel() for parameter in transformer.parameters())
+    return (
+        f"a transformer of {config['num_layers']} layers, {width} wide, {count / 1e6:,.1f} million parameters"
+    )
 
 
 class _Encode:

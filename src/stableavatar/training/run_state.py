@@ -1,6 +1,7 @@
 """Weights and optimizer of a run into a checkpoint and back: whole, spread over processes, or DeepSpeed's."""
 
 import importlib
+import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -150,7 +151,10 @@ class DeepSpeedState:
             writer.write_tensors(EMA_FILE, self.ema.state)
 
     def load(self, path: Path) -> None:
-        found, _ = self.engine.load_checkpoint(str(path), tag=self.TAG, load_module_strict=False)
+        try:
+            found, _ = self.engine.load_checkpoint(str(path), tag=self.TAG, load_module_strict=False)
+        except (OSError, RuntimeError, ValueError, KeyError, EOFError, pickle.UnpicklingError) as error:
+            raise CheckpointError(f"{path} is damaged, or belongs to another model: {error}") from error
         if found is None:
             raise CheckpointError(f"{path} is damaged, or no checkpoint of DeepSpeed")
         if self.ema is not None:

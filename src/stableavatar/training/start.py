@@ -4,6 +4,7 @@ them."""
 import hashlib
 from collections.abc import Mapping
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +83,12 @@ def open_cache(recipe: Recipe, encoders: Encoders | None) -> Any:
         if stored != wanted:
             raise InputError(
                 f"{cache.folder} was made with data.{name} {stored}, and the recipe has {wanted}"
+            )
+    sizes = recipe.data.pixel_sizes
+    for width, height, _ in cache.groups:
+        if sizes is not None and (int(width), int(height)) not in sizes:
+            raise InputError(
+                f"{cache.folder} holds clips of {width}x{height} pixels, none of the recipe's data.sizes"
             )
     if recipe.objective.mask_loss != "none" and not origin["dataset"]["masks"]:
         raise InputError(
@@ -199,8 +206,12 @@ def open_clips(choice: DataChoice) -> ClipDataset:
     """The clips of a recipe. Raises InputError for what cannot be read."""
     folders = [folder for path in choice.lists for folder in read_path_list(path)]
     folders += [folder for root in choice.folders for folder in find_clips(root)]
-    puppets = (clip for store in choice.puppets for clip in ClipStore(store))
-    return ClipDataset.from_folders(folders, choice.clips, puppets)
+    puppets = (
+        (str(folder), partial(store.__getitem__, index))
+        for store in map(ClipStore, choice.puppets)
+        for index, folder in enumerate(store.folders)
+    )
+    return ClipDataset.from_folders(folders, choice.clips, others=puppets, sizes=choice.pixel_sizes)
 
 
 def _there(path: Path | None) -> Path:

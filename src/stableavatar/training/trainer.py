@@ -9,6 +9,7 @@ is deterministic (CPU), and two processes train what one does with twice the acc
 import contextlib
 import dataclasses
 import logging
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from typing import Any, Generic, Literal, TypeVar
 
 import numpy as np
 import torch
-from accelerate.utils import DistributedType, broadcast_object_list, gather_object
+from accelerate.utils import DistributedType, broadcast_object_list
 from torch import nn
 
 from stableavatar.data.sampler import GroupedSampler
@@ -33,6 +34,7 @@ from stableavatar.training.checkpoints import (
     random_state,
     set_random_state,
 )
+from stableavatar.training.devices import anywhere, everywhere
 from stableavatar.training.efficiency import compile_blocks, enable_gradient_checkpointing
 from stableavatar.training.ema import MovingAverage
 from stableavatar.training.launching import configure_deepspeed, follow_clip_rules, make_accelerator
@@ -50,6 +52,7 @@ from stableavatar.training.log import (
 from stableavatar.training.objective import StepLoss
 from stableavatar.training.optimizers import clip_gradients, make_optimizer, set_constants, set_rate
 from stableavatar.training.parameters import is_finite, trained_parameters
+from stableavatar.training.run_folder import hold_folder
 from stableavatar.training.run_state import DeepSpeedState, RunState, ShardedState, WholeState
 from stableavatar.training.settings import TrainerSettings
 
@@ -142,7 +145,7 @@ class Trainer(Generic[Sample]):
 
     def _refuse_different_clips(self) -> None:
         """A clip that one process alone could not open would shift all others there."""
-        each = self._everywhere(self.source.fingerprint)
+        each = everywhere(self.source.fingerprint)
         other = next((rank for rank, theirs in enumerate(each) if theirs != each[0]), None)
         if other is not None:
             raise InputError(
@@ -232,7 +235,7 @@ class Trainer(Generic[Sample]):
         self.skipped_steps = counters["skipped_steps"]
         self._bad_in_a_row = counters["bad_in_a_row"]
         self._meter = LossMeter(counters["meter"])
-        steps = self._everywhere(self.step)
+        steps = everywhere(self.step)
         if len(set(steps)) > 1:
             raise InputError(
                 f"{checkpoint} is of other steps on other processes ({steps}): they need one storage"
@@ -250,8 +253,13 @@ class Trainer(Generic[Sample]):
 
         Raises:
             InputError: a sample cannot be read; `max_bad_steps` steps in a row, or all there were, were not
-                finite; weights are not; the folder holds checkpoints of later steps than this run's.
+                finite; weights are not; the folder holds checkpoints of later steps than this run's, another
+                run is in it, or processes do not share it.
         """
+        with hold_folder(self.folder, leads=self.accelerator.is_main_process):
+            return self._train_in_folder()
+
+    def _train_in_folder(self) -> TrainingResult:
         settings = self.settings
         later = [path for path in self.checkpoints() if checkpoint_step(path) > self.step]
         if later:
@@ -291,19 +299,18 @@ class Trainer(Generic[Sample]):
         trained, log_time = 0, time.monotonic()
         while self.step < settings.steps:
             late = deadline is not None and time.monotonic() >= deadline
-            if self._anywhere(self._stop or late):
+            if anywhere(self._stop or late):
                 break
-            norm, rate, clips = self._optimizer_step(batches)
+            rate, clips = self._optimizer_step(batches)
             trained += clips
             if self.step % settings.log_every == 0:
                 seconds = time.monotonic() - log_time
                 line = {
                     **self._meter.means(),
                     "learning_rate": rate,
-                    "gradient_norm": norm,
                     "skipped_steps": self.skipped_steps,
                     "clips_per_second": round(trained / seconds, 3),
-                    "stand_ins": sum(self._everywhere(getattr(self.source, "stand_ins", 0))),
+                    "stand_ins": sum(everywhere(getattr(self.source, "stand_ins", 0))),
                 }
                 if log is not None:
                     log.write({"step": self.step, **line})
@@ -343,7 +350,7 @@ class Trainer(Generic[Sample]):
         """
         accelerator = self.accelerator
         kept = [*self.parameters.values(), *(self.ema.state.values() if self.ema else ())]
-        if self._anywhere(not all(map(is_finite, kept))):
+        if anywhere(not all(map(is_finite, kept))):
             raise InputError(
                 f"weights are no longer finite at step {self.step}, which is not saved: go on from a "
                 f"checkpoint in {self.folder} with a lower learning rate"
@@ -393,8 +400,8 @@ class Trainer(Generic[Sample]):
                 kept[name] = whole.detach().to("cpu", dtype)
         return kept
 
-    def _optimizer_step(self, batches: Iterator[Any]) -> tuple[float, float, int]:
-        """One optimizer step; its gradient norm, learning rate and number of clips."""
+    def _optimizer_step(self, batches: Iterator[Any]) -> tuple[float, int]:
+        """One optimizer step; its learning rate and number of clips."""
         settings = self.settings
         rate = settings.optimizer.rate(self.step, settings.steps)
         set_rate(self.optimizer, rate)
@@ -407,9 +414,13 @@ class Trainer(Generic[Sample]):
                 with self._autocast():
                     result: StepLoss = self.module(batch, self._generator(micro_step))
                 weight = self.sampler.weight(self.step, micro_step)
-                self.accelerator.backward(result.loss * weight)
                 if weight:
                     results.append(result)
+                if self.deepspeed and micro_step == settings.accumulation - 1:
+                    # It takes its step in this pass, unless a gradient is not finite.
+                    bad = anywhere(not all(one.per_clip.isfinite().all() for one in results))
+                    weight = math.nan if bad else weight
+                self.accelerator.backward(result.loss * weight)
         engine: Any = self.module if self.deepspeed else None
         taken = engine is not None and engine.was_step_applied()  # by its backward pass, or left out
         if engine is not None:
@@ -422,7 +433,7 @@ class Trainer(Generic[Sample]):
             self.optimizer.step()  # does nothing where DeepSpeed has done it
             if self.ema:
                 self.ema.update()
-            self._meter.add(errors.tolist(), sigmas.tolist())
+            self._meter.add(errors.tolist(), sigmas.tolist(), float(norm))
             self._bad_in_a_row = 0
         elif taken:
             raise InputError(
@@ -439,7 +450,7 @@ class Trainer(Generic[Sample]):
                 f"{self._bad_in_a_row} steps in a row up to step {self.step} were not finite; lower "
                 f"the learning rate, or look at the data. Good checkpoints are in {self.folder}"
             )
-        return float(norm), rate, len(errors)
+        return rate, len(errors)
 
     def _autocast(self) -> contextlib.AbstractContextManager[None]:
         enabled = self.settings.precision == "bf16"
@@ -455,19 +466,8 @@ class Trainer(Generic[Sample]):
         sigmas = torch.cat([nothing, *(result.sigma for result in results)])
         if self.accelerator.num_processes == 1:
             return errors, sigmas
-        everyone = self._everywhere((errors.cpu(), sigmas.cpu()))
+        everyone = everywhere((errors.cpu(), sigmas.cpu()))
         return torch.cat([pair[0] for pair in everyone]), torch.cat([pair[1] for pair in everyone])
-
-    def _anywhere(self, value: bool) -> bool:
-        """Whether it is so on any process: all of them must leave the loop together."""
-        return any(self._everywhere(value))
-
-    def _everywhere(self, value: Any) -> list[Any]:
-        """Every process's value, by rank."""
-        if self.accelerator.num_processes == 1:
-            return [value]
-        each: list[Any] = gather_object([value])
-        return each
 
     def _generator(self, micro_step: int) -> torch.Generator:
         piece = self.sampler.piece(micro_step)

@@ -1,0 +1,73 @@
+"""A run's folder: its own while the run lasts, and one for all its processes."""
+
+import contextlib
+import logging
+import secrets
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO
+
+from accelerate.utils import broadcast_object_list
+
+from stableavatar.errors import InputError
+from stableavatar.media.files import locked, reason_of
+from stableavatar.training.devices import everywhere
+
+logger = logging.getLogger(__name__)
+
+_LOCK = ".lock"
+# Storage that machines share may show one of them later what another has written.
+_PATIENCE_SECONDS = 60.0
+
+
+@contextlib.contextmanager
+def hold_folder(folder: Path, *, leads: bool) -> Iterator[None]:
+    """Keep a folder for this run. Two runs in one would remove each other's checkpoints, and machines that
+    do not share it would find that out at the first of them.
+
+    Called on every process; `leads` on the first of them.
+
+    Raises:
+        InputError: another training runs in it, it cannot be written, or some process sees another folder.
+    """
+    lock: IO[bytes] | None = None
+    told = ["", ""]
+    if leads:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            lock = locked(folder / _LOCK)
+            told[1] = secrets.token_hex(16)
+            lock.truncate(0)
+            lock.write(told[1].encode())
+            lock.flush()
+        except BlockingIOError:
+            told[0] = f"a training runs in {folder}: wait until it has ended, or choose another folder"
+        except OSError as error:
+            told[0] = f"output {folder}: the folder cannot be written ({reason_of(error)})"
+    fault, word = broadcast_object_list(told)
+    try:
+        if fault:
+            raise InputError(fault)
+        blind = [rank for rank, sees in enumerate(everywhere(_appears(folder / _LOCK, word))) if not sees]
+        if blind:
+            raise InputError(
+                f"process {blind[0]} does not see what the first one writes to {folder}: they need storage "
+                "that all machines share"
+            )
+        yield
+    finally:
+        if lock is not None:
+            lock.close()
+
+
+def _appears(file: Path, word: str) -> bool:
+    """Whether a file holds a word, now or soon."""
+    end = time.monotonic() + _PATIENCE_SECONDS
+    while True:
+        with contextlib.suppress(OSError):
+            if file.read_text(encoding="utf-8") == word:
+                return True
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.2)
