@@ -2,6 +2,7 @@ import pytest
 import torch
 from diffusers import WanTransformer3DModel
 from peft import LoraConfig
+from torch import nn
 
 from stableavatar.models.attention import ContextCache, CrossAttention, KeyValue
 from stableavatar.models.audio_adapter import slot_bounds, slot_indices
@@ -224,7 +225,12 @@ def test_gradient_checkpointing_gives_the_same_gradients() -> None:
         model = toy_transformer()
         if checkpointing:
             model.enable_gradient_checkpointing()
+        passes: list[nn.Module] = []
+        blocks = [*model.blocks, *model.vocal_projector.blocks]
+        for block in blocks:
+            block.register_forward_pre_hook(lambda block, *_, passes=passes: passes.append(block))
         model(**inputs()).sample.square().mean().backward()
+        assert len(passes) == len(blocks) * (1 + checkpointing)
         gradients.append({name: p.grad.clone() for name, p in model.named_parameters()})
     for name, gradient in gradients[0].items():
         assert gradient.abs().max() > 0 or name.endswith(("to_k.bias", "add_k_proj.bias", "k_vocal.bias")), (

@@ -66,11 +66,11 @@ def test_activations_are_those_of_the_layers_and_the_adapter() -> None:
     recomputed = found("1.3b-square", "trainer.gradient_checkpointing=true")
     tokens, dim, layers = 21 * 32 * 32, 1536, 30
     between = 2 * tokens * dim * layers  # bfloat16 inputs of blocks
+    # One block of the transformer at a time is there; an upper bound, since the adapter's count too.
     inside = (whole.activations - recomputed.activations + between) / (layers - 1)
     # At least queries, keys, values and results of two attentions over the video, and the feed-forward.
     assert inside > 2 * tokens * (8 * dim + 8960)
-    adapter = recomputed.activations - between - inside
-    assert adapter > 2 * tokens * 4 * dim
+    assert recomputed.activations > between + 2 * tokens * (8 * dim + 8960)
     wide = found("14b-rec-vec-square")
     assert wide.activations > 3 * recomputed.activations
 

@@ -4,6 +4,8 @@ Speech features become a few audio tokens for each latent frame, which look at t
 timestep before the blocks of the transformer attend to them.
 """
 
+from collections.abc import Callable
+
 import torch
 from diffusers.models.attention import FeedForward
 from diffusers.models.normalization import FP32LayerNorm
@@ -115,6 +117,10 @@ class AudioAdapterHead(nn.Module):
 class AudioAdapter(nn.Module):
     """Speech features, the noisy video's tokens and the timestep to audio tokens for each latent frame."""
 
+    _gradient_checkpointing_func: Callable[
+        ..., torch.Tensor
+    ]  # see `enable_gradient_checkpointing`
+
     def __init__(
         self,
         width: int,
@@ -132,6 +138,7 @@ class AudioAdapter(nn.Module):
         self.norm_out = FP32LayerNorm(width, eps=eps, elementwise_affine=False)
         self.final_head = AudioAdapterHead(width)
         self.final_scale_shift_table = nn.Parameter(torch.randn(1, 2, width) / width**0.5)
+        self.gradient_checkpointing = False
 
     def forward(
         self,
@@ -154,7 +161,10 @@ class AudioAdapter(nn.Module):
         index = slot_indices(h.shape[1], video_RFND.shape[1]).to(h.device)  # [F, n]
         h = torch.nn.functional.pad(h, (0, 0, 0, 1))[:, index]  # [R, F, n, D]
         for block in self.blocks:
-            h = block(h, video_RFND, timestep_R6D)
+            if torch.is_grad_enabled() and self.gradient_checkpointing:
+                h = self._gradient_checkpointing_func(block, h, video_RFND, timestep_R6D)
+            else:
+                h = block(h, video_RFND, timestep_R6D)
         modulation = self.final_scale_shift_table.float() + embedding_RD[:, None]
         shift, scale = (m[:, None, None, :] for m in modulation.unbind(1))
         return self.final_head((self.norm_out(h.float()) * (1 + scale) + shift).to(h.dtype))

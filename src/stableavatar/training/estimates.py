@@ -71,7 +71,7 @@ def estimate(recipe: Recipe, gpus: int) -> Estimate:
 
     Weights, gradients and states lie on every GPU, or are spread over them (FSDP2), whole only for the block
     that runs and for what is not in blocks. Of activations what autograd keeps is counted; with gradient
-    checkpointing every block's input, what is within a block one at a time, and all of the audio adapter.
+    checkpointing the input of every block, the audio adapter's too, and what is within a block one at a time.
 
     Raises:
         InputError: the recipe trains the embedded model, whose sizes are not among those of `config.SIZES`.
@@ -95,12 +95,14 @@ def estimate(recipe: Recipe, gpus: int) -> Estimate:
     }
     width, height = max(shapes or {SHAPES["square"]}, key=lambda shape: shape[0] * shape[1])
     clips = recipe.trainer.batch_size
-    layers = settings["num_layers"]
     recomputed = recipe.trainer.gradient_checkpointing
-    outer, inside, between = _activations(
+    outer, blocks = _activations(
         recipe.model.size, frames, height // 8, width // 8, _features(recipe), recipe.lora
     )
-    activations = outer + (between * layers + inside if recomputed else inside * layers)
+    if recomputed:
+        activations = outer + sum(it.between * it.count for it in blocks) + max(it.inside for it in blocks)
+    else:
+        activations = outer + sum(it.inside * it.count for it in blocks)
     passes = 1 + recomputed + (1 if recipe.lora is not None else 2)
     spread = 1 / share
     return Estimate(
@@ -134,11 +136,11 @@ def _train_as(model: StableAvatarTransformer3DModel, lora: LoraSettings | None) 
         freeze_others(model, trained_by_recipe)
 
 
-def _sizes(size: str, layers: int | None = None) -> dict[str, Any]:
-    """The transformer's settings, of a number of layers, those that follow from others filled in."""
+def _sizes(size: str) -> dict[str, Any]:
+    """The transformer's settings, those that follow from others filled in."""
     with torch.device("meta"):
         config = StableAvatarTransformer3DModel(**{**SIZES[size].transformer, "num_layers": 0}).config
-    return {**config, "num_layers": SIZES[size].transformer["num_layers"] if layers is None else layers}
+    return {**config, "num_layers": SIZES[size].transformer["num_layers"]}
 
 
 def _inputs(
@@ -165,23 +167,38 @@ def _pretend(model: nn.Module) -> None:
                 module._parameters[name] = nn.Parameter(made, requires_grad=value.requires_grad)
 
 
+@dataclass(frozen=True)
+class _Blocks:
+    """Blocks of a kind, how many there are, and bytes: that the backward pass needs of what is within one,
+    and of its input."""
+
+    count: int
+    inside: int
+    between: int
+
+
 @functools.cache
 def _activations(
     size: str, frames: int, height: int, width: int, features: int, lora: LoraSettings | None
-) -> tuple[int, int, int]:
-    """Bytes that the backward pass of a clip needs, of what autograd keeps in bfloat16: outside the blocks
-    (the audio adapter above all), within one, and of a block's input."""
-    (one, between), (two, _) = (
-        _kept(_sizes(size, layers), lora, (frames, height, width, features)) for layers in (1, 2)
-    )
-    inside = two - one
-    return one - inside, inside, between
+) -> tuple[int, tuple[_Blocks, _Blocks]]:
+    """Bytes that the backward pass of a clip needs, of what autograd keeps in bfloat16, outside all blocks;
+    and the transformer's blocks and the audio adapter's."""
+    clip = frames, height, width, features
+    config = _sizes(size)
+    counts = {name: config[name] for name in ("num_layers", "audio_layers")}
+    one, inputs = _kept({**config, **dict.fromkeys(counts, 1)}, lora, clip)
+    blocks = []
+    for (name, count), between in zip(counts.items(), inputs, strict=True):
+        two, _ = _kept({**config, **dict.fromkeys(counts, 1), name: 2}, lora, clip)
+        blocks.append(_Blocks(count, two - one, between))
+    return one - sum(it.inside for it in blocks), (blocks[0], blocks[1])
 
 
 def _kept(
     config: Mapping[str, Any], lora: LoraSettings | None, clip: tuple[int, int, int, int]
-) -> tuple[int, int]:
-    """Bytes that autograd keeps of a forward pass, and of a block's input."""
+) -> tuple[int, list[int]]:
+    """Bytes that autograd keeps of a forward pass, and of the inputs of a block and of one of the audio
+    adapter's."""
     with torch.device("meta"):
         model = StableAvatarTransformer3DModel.from_config(config)
         _train_as(model, lora)
@@ -189,7 +206,7 @@ def _kept(
         _pretend(model)
         own = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
         kept: dict[int, Any] = {}
-        between: list[int] = []
+        inputs: dict[str, int] = {}
 
         def keep(tensor: torch.Tensor) -> torch.Tensor:
             storage = tensor.untyped_storage()
@@ -197,13 +214,16 @@ def _kept(
                 kept[storage._cdata] = storage
             return tensor
 
-        model.blocks[0].register_forward_pre_hook(lambda _, given: between.append(given[0].nbytes))
+        for name, blocks in (("video", model.blocks), ("audio", model.vocal_projector.blocks)):
+            blocks[0].register_forward_pre_hook(
+                lambda _, given, name=name: inputs.__setitem__(name, given[0].nbytes)
+            )
         with (
             torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
             torch.autocast("cpu", torch.bfloat16, cache_enabled=False),
         ):
             model(*_inputs(config, *clip))
-        return sum(storage.nbytes() for storage in kept.values()), between[0]
+        return sum(storage.nbytes() for storage in kept.values()), [inputs["video"], inputs["audio"]]
 
 
 @functools.cache
