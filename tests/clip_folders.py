@@ -61,8 +61,8 @@ def write_clip(
 
 
 def looked_at_or_killed(video: Path, work: Path, settings: PrepareSettings) -> list[dict[str, Any]]:
-    """In place of `prepare_video`: a video called deadly brings its worker down, as for want of memory."""
+    """In place of `prepare_video`: a video called deadly, or deadly1, brings its worker down, as for want of memory."""
     del work, settings
-    if video.stem == "deadly":
+    if video.stem.startswith("deadly"):
         os.kill(os.getpid(), signal.SIGKILL)
     return [asdict(Stretch(0, 9, "looked at"))]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import struct
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from stableavatar.data.extract import extract_audio, extract_frames
 from stableavatar.data.landmarks import Network
 from stableavatar.errors import CheckpointError, InputError
 from stableavatar.media.audio import Speech
-from stableavatar.media.reading import probe, read_frames
+from stableavatar.media.reading import probe, read_frames, read_frames_at
 
 
 def late_picture(path: Path, seconds: float, frames: int = 20) -> None:
@@ -86,6 +87,28 @@ def test_what_an_edit_list_hides_is_not_missing(tmp_path: Path) -> None:
         assert container.streams.video[0].frames == 100 > shown > 80
     assert clip_length(clip) == shown == probe(clip / "sub_clip.mp4").frames
     assert len(FolderClip.open(clip).read_frames(shown - 9, 9)) == 9
+
+
+def test_what_an_edit_list_leaves_out_far_from_a_key_frame_is_not_missing(tmp_path: Path) -> None:
+    """Packets that it leaves out are not even read, and the header still counts them."""
+    path = tmp_path / "trimmed.mp4"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=25, options={"g": "10", "bf": "0"})
+        stream.width = stream.height = 64
+        for k in range(100):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.full((64, 64, 3), 2 * k, np.uint8))))
+        container.mux(stream.encode(None))
+    content = bytearray(path.read_bytes())
+    place = content.index(b"elst")
+    length, start, _ = struct.unpack(">III", content[place + 12 : place + 24])
+    ticks = 12_800 // 25  # of the track's clock, a frame
+    content[place + 12 : place + 20] = struct.pack(">II", length * 40 // 100, start + 60 * ticks)
+    path.write_bytes(content)
+    with av.open(str(path)) as container:
+        assert container.streams.video[0].frames == 100
+    shown = [int(frame.mean()) for _, frame in read_frames_at(path, Fraction(25))]
+    assert len(shown) == 40
+    assert shown[0] == pytest.approx(120, abs=3)
 
 
 def test_a_file_that_is_cut_off_is_still_told(tmp_path: Path) -> None:

@@ -360,6 +360,30 @@ class TestFolder:
         assert "worker was killed" in reasons.pop("deadly")
         assert set(reasons.values()) == {"looked at"}
 
+    def test_where_every_worker_is_killed_no_video_is_to_blame(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        raw = tmp_path / "raw"
+        raw.mkdir()
+        for number in range(5):
+            (raw / f"deadly{number}.mp4").write_text(str(number))
+        monkeypatch.setattr("stableavatar.data.prepare.prepare_video", looked_at_or_killed)
+        with pytest.raises(InputError, match="every process"):
+            prepare(raw, tmp_path / "data", SHORT, workers=2, tell=lambda _: None)
+
+    def test_many_names_that_are_no_videos_are_told_in_short(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        raw, told = tmp_path / "raw", list[str]()
+        raw.mkdir()
+        for number in range(40):
+            (raw / f"log.{number}").write_text("")
+        (raw / "a.mp4").write_text("a")
+        monkeypatch.setattr("stableavatar.data.prepare.prepare_video", looked_at_or_killed)
+        prepare(raw, tmp_path / "data", SHORT, tell=told.append)
+        assert told[0].startswith("left out, no videos by their names: 40 (")
+        assert told[0].count(",") == 11
+
     def test_of_copies_one_is_prepared(self, tmp_path: Path) -> None:
         raw = tmp_path / "raw"
         first = video(raw / "a.mp4", [puppet(951_000, 0.8)])

@@ -1,5 +1,6 @@
 """What became of raw videos is kept, whatever happens to the run, at the same cost a video."""
 
+import errno
 import json
 from pathlib import Path
 
@@ -112,3 +113,27 @@ def test_a_damaged_state_is_named(tmp_path: Path, content: str) -> None:
     (tmp_path / "prepare.jsonl").write_text(f"{content}\n")
     with pytest.raises(InputError, match=r"prepare\.jsonl is damaged"):
         PrepareState.open(tmp_path, SHORT)
+
+
+def test_what_cannot_be_read_just_now_keeps_its_clips(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, clip = tmp_path / "a.mp4", tmp_path / "square" / "speech" / "00001"
+    path.write_bytes(b"first")
+    state = PrepareState.open(tmp_path, SHORT)
+    state.take([path])
+    state.add(path, [{"start": 0, "stop": 30, "reason": None, "shape": "square"}])
+    clip.mkdir(parents=True)
+
+    def gone(_: Path) -> str:
+        raise OSError(errno.EIO, "Input/output error")
+
+    again = PrepareState.open(tmp_path, SHORT)
+    with monkeypatch.context() as patch:
+        patch.setattr("stableavatar.data.prepare_state.file_fingerprint", gone)
+        assert again.take([path]) == [path]
+    again.add(path, [{"start": 0, "stop": 0, "reason": "cannot be read"}], settled=False)
+    assert clip.exists()
+    after = PrepareState.open(tmp_path, SHORT)
+    assert after.take([path]) == []
+    assert after.counts() == {"kept": 1, "dropped": 0, "videos": 1}

@@ -1,5 +1,6 @@
 """Stretches of raw videos: what is one shot of one person before a still background, and what is not."""
 
+import errno
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,14 @@ import pytest
 
 from raw_videos import SHORT, SIZE, Frames, empty, needs_networks, puppet, video
 from stableavatar.data.landmarks import FaceLandmarker
-from stableavatar.data.stretches import PrepareSettings, Stretch, find_stretches, judge
+from stableavatar.data.stretches import (
+    PassingError,
+    PrepareSettings,
+    Stretch,
+    find_stretches,
+    judge,
+    refuse_passing,
+)
 from stableavatar.errors import InputError
 from stableavatar.media.audio import SPEECH_RATE, SoundTape
 from stableavatar.media.reading import read_frames_at
@@ -141,3 +149,23 @@ def test_settings_that_cannot_be() -> None:
 def test_values_that_cannot_be(values: dict[str, Any], what: str) -> None:
     with pytest.raises(InputError, match=what):
         PrepareSettings(**values)
+
+
+def test_flashes_that_go_on_are_no_cuts(tmp_path: Path, landmarker: FaceLandmarker) -> None:
+    """A cut at their beginning is one; what follows is kept."""
+    still = np.repeat(puppet(950_000, 0.2)[:1], 60, axis=0)
+    flashing = still.copy()
+    flashing[20::2] = np.clip(still[20::2].astype(int) + 90, 0, 255)
+    found = stretches(video(tmp_path / "a.mp4", [flashing]), landmarker)
+    assert max(it.stop - it.start for it in found) >= 25
+
+
+def test_what_a_disk_does_not_give_just_now_is_not_the_video_s_doing() -> None:
+    def failed(number: int) -> InputError:
+        error = InputError("video a.mp4: damaged after 3.0 s")
+        error.__cause__ = OSError(number, "no")
+        return error
+
+    refuse_passing(failed(errno.EINVAL))
+    with pytest.raises(PassingError, match=r"a\.mp4"):
+        refuse_passing(failed(errno.EIO))

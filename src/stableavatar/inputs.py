@@ -91,6 +91,11 @@ def _needs_no_end(options: GenerateOptions) -> bool:
 
 def _cut(samples: NDArray[np.float32], options: GenerateOptions) -> NDArray[np.float32]:
     first = round(options.start * SPEECH_RATE)
+    if first and first >= len(samples):
+        raise InputError(
+            f"a start at {options.start:g} s lies after the speech's end, it has only "
+            f"{len(samples) / SPEECH_RATE:.2f} s"
+        )
     last = None if options.duration is None else first + round(options.duration * SPEECH_RATE)
     return samples[first:last]
 

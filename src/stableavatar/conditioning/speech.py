@@ -47,8 +47,9 @@ class Normalisation:
             samples = speech.samples(start, min(start + block, len(speech))).astype(np.float64)
             total += float(samples.sum())
             square += float(samples @ samples)
-        mean = total / len(speech)
-        return cls(mean, max(square / len(speech) - mean * mean, 0.0))
+        count = max(len(speech), 1)  # nothing was said: silence of the length that was asked for
+        mean = total / count
+        return cls(mean, max(square / count - mean * mean, 0.0))
 
     def normalise(self, samples: NDArray[np.float32]) -> NDArray[np.float32]:
         """(x - mean) / sqrt(variance + 1e-7), as the speech encoder was trained."""

@@ -75,7 +75,10 @@ def extract_masks(
         return count
     try:
         with contextlib.ExitStack() as stack:
-            folders = {kind: stack.enter_context(replacing(clip / kind, durable=False)) for kind in missing}
+            folders = {
+                kind: stack.enter_context(replacing(clip / kind, alone=True, durable=False))
+                for kind in missing
+            }
             for folder in folders.values():
                 folder.mkdir()
             for number, (frame, points) in enumerate(_tracked(landmarker, clip)):
@@ -96,10 +99,12 @@ def numbered_clips(root: Path, start: int, end: int) -> list[Path]:
     """Clip folders 00001, 00002, ... below `root` from number `start` on, up to `end`, which is left out.
 
     Raises:
-        InputError: there is none.
+        InputError: there is none, or no number is asked for.
     """
     if not root.is_dir():
         raise InputError(f"{root}: there is no such folder")
+    if end <= start:
+        raise InputError(f"end {end}: give a number above the start ({start}); it is left out itself")
     found = sorted(
         (folder for folder in root.glob("*") if folder.name.isdigit() and start <= int(folder.name) < end),
         key=lambda folder: int(folder.name),

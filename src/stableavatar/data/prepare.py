@@ -13,6 +13,7 @@ import hashlib
 import logging
 import os
 import shutil
+from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -29,7 +30,16 @@ from stableavatar.data.clips import PROMPTS, SHAPES, Shape
 from stableavatar.data.landmarks import FaceLandmarker, face_mask, lip_mask
 from stableavatar.data.prepare_report import places, report, thumbnail
 from stableavatar.data.prepare_state import THUMBNAILS, PrepareState
-from stableavatar.data.stretches import FPS, Last, PrepareSettings, Stretch, find_stretches, judge
+from stableavatar.data.stretches import (
+    FPS,
+    Last,
+    PassingError,
+    PrepareSettings,
+    Stretch,
+    find_stretches,
+    judge,
+    refuse_passing,
+)
 from stableavatar.errors import InputError, StorageError
 from stableavatar.lifetimes import end_with_parent
 from stableavatar.media.audio import SPEECH_RATE, Sound, SoundTape
@@ -127,6 +137,7 @@ def prepare_video(video: Path, work: Path, settings: PrepareSettings) -> list[di
 
     Raises:
         StorageError: something cannot be written, for which the video is not to blame.
+        PassingError: the video could not be read just now.
     """
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
@@ -158,6 +169,7 @@ def prepare_video(video: Path, work: Path, settings: PrepareSettings) -> list[di
             except StorageError:
                 raise
             except InputError as error:
+                refuse_passing(error)
                 shutil.rmtree(folder, ignore_errors=True)
                 stretch.reason = str(error)
                 results[stretch.start] = _dropped(part, stretch)
@@ -165,6 +177,7 @@ def prepare_video(video: Path, work: Path, settings: PrepareSettings) -> list[di
     except StorageError:
         raise
     except InputError as error:
+        refuse_passing(error)
         return [asdict(Stretch(0, 0, str(error)))]
     return [{**asdict(it), **results.get(it.start, {})} for it in stretches]
 
@@ -199,13 +212,15 @@ def prepare(
         raise InputError(f"{data}: is a file: name a folder for the clips")
     data = data.absolute()
     own = data.resolve()
-    files = sorted(path for path in raw.rglob("*") if path.is_file() and own not in path.resolve().parents)
+    files = sorted(path for path in raw.rglob("*") if _is_file(path) and own not in path.resolve().parents)
     videos = [path for path in files if path.suffix.lower() in VIDEO_SUFFIXES]
     if not videos:
         raise InputError(f"{raw}: holds no video ({', '.join(sorted(VIDEO_SUFFIXES))})")
     if len(videos) < len(files):
-        others = sorted({path.suffix or path.name for path in files} - {path.suffix for path in videos})
-        tell(f"left out, no videos by their names: {len(files) - len(videos)} ({', '.join(others)})")
+        left = Counter(path.suffix or path.name for path in set(files) - set(videos))
+        names = ", ".join(name for name, _ in left.most_common(_NAMES_TOLD))
+        more = ", ..." if len(left) > _NAMES_TOLD else ""
+        tell(f"left out, no videos by their names: {left.total()} ({names}{more})")
     FaceLandmarker()  # what is missing should be said before the work begins
     try:
         data.mkdir(parents=True, exist_ok=True)
@@ -213,6 +228,13 @@ def prepare(
             return _prepare(raw, data, videos, settings, workers, tell)
     except OSError as error:
         raise cannot_write(data, error) from error
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # of a folder that may be listed, but not looked into
+        return path.suffix.lower() in VIDEO_SUFFIXES
 
 
 @contextlib.contextmanager
@@ -235,8 +257,15 @@ def _prepare(
     if len(waiting) < len(videos):
         tell(f"{len(videos) - len(waiting)} of {len(videos)} videos were prepared before, or are copies")
     jobs = ((video, work / _digest(video, raw), settings) for video in waiting)
+    alive = False
     with contextlib.closing(_in_workers(jobs, workers)) as results:
         for number, ((video, *_), result) in enumerate(results, 1):
+            alive = alive or not isinstance(result.exception(), BrokenProcessPool)
+            if number == _LOST_AT_MOST and not alive:
+                raise InputError(
+                    "every process that was to prepare a video was killed at once, perhaps for want of "
+                    "memory (--workers); from Python, begin it below: if __name__ == '__main__'"
+                )
             entry, settled = _result(result)
             state.add(video, entry, settled=settled)
             kept = sum(it["reason"] is None for it in entry)
@@ -248,6 +277,8 @@ def _prepare(
     return state.counts()
 
 
+_NAMES_TOLD = 10
+_LOST_AT_MOST = 3  # processes, one after another and before any has done its work
 _Job = tuple[Path, Path, PrepareSettings]
 _Made = list[dict[str, Any]]
 
@@ -306,6 +337,8 @@ def _result(job: "Future[_Made]") -> tuple[_Made, bool]:
     error of another kind is left out with that, and tried again another time."""
     try:
         return job.result(), True
+    except PassingError as error:
+        return [asdict(Stretch(0, 0, f"{error}; another run tries again"))], False
     except BrokenProcessPool:
         reason = "its worker was killed, perhaps for want of memory; another run tries again"
         return [asdict(Stretch(0, 0, reason))], False

@@ -107,17 +107,21 @@ class PrepareState:
     ) -> list[dict[str, Any]]:
         """Give a video's clips their places. They are written down before they are taken.
 
+        What a file became that cannot be read just now stays: clips of it are not made worse by that.
+
         Args:
             stretches: what `prepare_video` gave; thumbnails become names of files.
             video: of those that `take` gave. settled: False: what became of it is not its own doing, and
                 another run tries again.
         """
+        place = _place(video)
+        before = self.videos.get(place)
+        if before is not None and not self._prints[place]:
+            return stretches
         for it in stretches:
             if it["reason"] is None:
                 it["clip"] = f"{it['shape']}/{self.settings.kind}/{self._next(it['shape']):05d}"
             it["thumbnails"] = [self._keep_picture(picture) for picture in it.get("thumbnails", [])]
-        place = _place(video)
-        before = self.videos.get(place)
         self.videos[place] = {"file": self._prints[place] if settled else "", "stretches": stretches}
         self._append(place)
         if before is not None:  # the file was another one then

@@ -3,6 +3,7 @@
 A video is looked at in one pass, frame by frame; nothing of it is kept.
 """
 
+import errno
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
@@ -26,6 +27,7 @@ Item = TypeVar("Item")
 FPS = Fraction(25)
 
 _SMALL = (64, 36)  # what shots and backgrounds are compared at
+_PASSING = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.EMFILE, errno.ENFILE}
 _CUT = 24.0  # of 255: mean difference of two neighbouring frames of which the second begins another shot
 _CUT_RATIO = 4.0  # and so many times as large as differences before it
 _FACE_SIZE = (16, 20)  # what faces are compared at
@@ -136,16 +138,32 @@ class _Cuts:
         if self.picture is not None:
             change = float(np.abs(small - self.picture).mean())
             cut = change > _CUT and change > _CUT_RATIO * self.usual
-            self.usual = self.usual if cut else 0.9 * self.usual + 0.1 * change
+            self.usual = _followed(self.usual, change, _CUT)
         self.picture = small
         face = None if points is None else (points, _face_square(frame, points))
         if face is not None and self.face is not None:
             change = float(np.abs(face[1] - self.face[1]).mean())
             another = change > _OTHER and change > _CUT_RATIO * self.usual_of_face
-            self.usual_of_face = self.usual_of_face if another else 0.9 * self.usual_of_face + 0.1 * change
+            self.usual_of_face = _followed(self.usual_of_face, change, _OTHER)
             cut = cut or another or _jumps(self.face[0], face[0])
         self.face = face
         return cut
+
+
+class PassingError(Exception):
+    """A file that its disk, or the network, did not give just now: nothing is known of the file."""
+
+
+def refuse_passing(error: InputError) -> None:
+    """Raise PassingError where it is not the file that is to blame for an error."""
+    if getattr(error.__cause__, "errno", None) in _PASSING:
+        raise PassingError(str(error)) from error
+
+
+def _followed(usual: float, change: float, least: float) -> float:
+    """The usual change after another one. A cut counts as little as it may, and flashes that go on become
+    usual."""
+    return 0.9 * usual + 0.1 * min(change, max(_CUT_RATIO * usual, least))
 
 
 def find_stretches(video: Path, landmarker: FaceLandmarker, settings: PrepareSettings) -> Iterator[Stretch]:
@@ -155,6 +173,7 @@ def find_stretches(video: Path, landmarker: FaceLandmarker, settings: PrepareSet
 
     Raises:
         InputError: nothing of the video can be read.
+        PassingError: it could not be read just now.
     """
     frames = Last(read_frames_at(video, FPS))
     run: _Run | None = None
@@ -171,6 +190,7 @@ def find_stretches(video: Path, landmarker: FaceLandmarker, settings: PrepareSet
         except StopIteration:
             break
         except InputError as error:
+            refuse_passing(error)
             if number < 0:
                 raise
             damaged = error

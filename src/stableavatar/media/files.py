@@ -223,8 +223,11 @@ def replacing(target: Path, *, alone: bool = False, durable: bool = True) -> Ite
         if durable:
             to_disk(target.parent)
     finally:
-        _put_back(previous, target)
-        remove(partial)
+        if previous.exists() and not target.exists():
+            previous.rename(target)
+        for left in (previous, partial):  # somebody may have it open; what was written is there all the same
+            with contextlib.suppress(OSError):
+                remove(left)
 
 
 def _put_back(previous: Path, target: Path) -> None:

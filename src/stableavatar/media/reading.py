@@ -190,8 +190,10 @@ def square_width(width: int, aspect: Fraction | None) -> int:
 
 def _check_whole(container: Any, stream: Any, count: int, hidden: int, what: str) -> None:
     """Raise InputError where a file ends before the frames that its header promises, or has none."""
-    states_frames = "mov" in container.format.name.split(",")
-    if count == 0 or (states_frames and count + hidden < 0.98 * stream.frames):
+    promised = stream.frames if "mov" in container.format.name.split(",") else 0
+    if stream.duration and stream.average_rate:  # of those that are there an edit list may show fewer
+        promised = min(promised, round(stream.duration * stream.time_base * stream.average_rate))
+    if count == 0 or count + hidden < 0.98 * promised:
         raise InputError(f"{what}: cut off, only {count} of its frames can be read. Fetch the whole file.")
 
 

@@ -117,9 +117,7 @@ class AudioAdapterHead(nn.Module):
 class AudioAdapter(nn.Module):
     """Speech features, the noisy video's tokens and the timestep to audio tokens for each latent frame."""
 
-    _gradient_checkpointing_func: Callable[
-        ..., torch.Tensor
-    ]  # see `enable_gradient_checkpointing`
+    _gradient_checkpointing_func: Callable[..., torch.Tensor]  # see `enable_gradient_checkpointing`
 
     def __init__(
         self,
