@@ -9,6 +9,9 @@ from typing import Any
 # What torch and its devices say; only some of them raise `torch.OutOfMemoryError`.
 _OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
 
+GO_ON = " Then the same command with --resume goes on."
+"""At the end of errors that left a state behind; of those who have no command it is left out."""
+
 
 class StableAvatarError(Exception):
     """The base of every error that the package raises on purpose; its text is shown without a traceback."""
@@ -36,6 +39,11 @@ class StoppedError(StableAvatarError):
 
 class ProcessError(StableAvatarError):
     """Another of the processes that make a video together was lost, or has ended."""
+
+
+def extra_missing(what: str, extra: str) -> InputError:
+    """That something needs packages of an extra of this project's."""
+    return InputError(f"{what}. In a clone of the repository: pip install '.[{extra}]'")
 
 
 def with_status(main: Callable[..., int | None]) -> Callable[..., int]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from stableavatar import __version__
-from stableavatar.errors import InputError, ProcessError, StoppedError, StorageError
+from stableavatar.errors import GO_ON, InputError, ProcessError, StoppedError, StorageError
 from stableavatar.generation import Run
 from stableavatar.journal import Journal, SavedState
 from stableavatar.media.audio import Sound
@@ -62,7 +62,7 @@ def write_video(
         if not journal.has_state or "--resume" in str(error):
             raise
         kind = StorageError if isinstance(error, StorageError) else InputError
-        raise kind(f"{error} Then the same command with --resume goes on.") from error
+        raise kind(f"{error}{GO_ON}") from error
     except ProcessError as error:
         if not journal.has_state:
             raise

@@ -1,8 +1,10 @@
 """Running a web application together with the workers that make its videos."""
 
 import logging
+import os
 import socket
 import sqlite3
+import tempfile
 import threading
 
 import uvicorn
@@ -60,6 +62,9 @@ def run_with_workers(
 ) -> None:
     """Serve until told to end (SIGTERM, Ctrl-C); workers then save what they are making.
 
+    Temporary files, such as uploads and resampled recordings, lie beside the jobs, whose disk's room is
+    looked at, unless TMPDIR says where.
+
     Args:
         listener: of `listen`; closed at the end.
         save_seconds: what they have for it. keep_seconds: finished videos are removed after so long; None:
@@ -69,6 +74,9 @@ def run_with_workers(
     Raises:
         CheckpointError: the model cannot be loaded.
     """
+    if "TMPDIR" not in os.environ:  # workers have it from here
+        os.environ["TMPDIR"] = str(workers.store.temporary)
+        tempfile.tempdir = None
     server = uvicorn.Server(
         uvicorn.Config(
             app,

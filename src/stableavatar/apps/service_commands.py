@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from stableavatar.choices import Dtype, ModelSize, Variant
-from stableavatar.errors import InputError
+from stableavatar.errors import InputError, extra_missing
 
 _MOST_DAYS = 36500
 _MODEL, _LIMITS, _PEOPLE = "The model", "What is taken at most", "Who may use it"
@@ -93,9 +93,7 @@ def serve(
         from stableavatar.apps.server import app as server
         from stableavatar.apps.server.access import Keys
     except ImportError as error:
-        raise InputError(
-            f"serve needs packages that are not installed ({error.name}): pip install 'stableavatar[serve]'"
-        ) from error
+        raise extra_missing(f"serve needs packages that are not installed ({error.name})", "serve") from error
     from stableavatar.checkpoints.defaults import read_defaults
     from stableavatar.jobs.intake import Limits
     from stableavatar.jobs.worker import ModelChoice
@@ -175,9 +173,7 @@ def app(
     try:
         from stableavatar.apps.web import app as web
     except ImportError as error:
-        raise InputError(
-            f"app needs packages that are not installed ({error.name}): pip install 'stableavatar[web]'"
-        ) from error
+        raise extra_missing(f"app needs packages that are not installed ({error.name})", "web") from error
     from stableavatar.jobs.intake import Limits
     from stableavatar.jobs.worker import ModelChoice
     from stableavatar.logs import log_to_stderr

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from stableavatar.choices import StoredDtype
-from stableavatar.errors import InputError
+from stableavatar.errors import InputError, extra_missing
 from stableavatar.logs import log_to_stderr, quieten_libraries
 
 RecipeArgument = Annotated[
@@ -101,6 +101,4 @@ def _import(name: str) -> Any:
     except ModuleNotFoundError as error:
         if error.name not in ("pydantic", "yaml"):
             raise
-        raise InputError(
-            f"training needs the package {error.name}: pip install 'stableavatar[train]'"
-        ) from error
+        raise extra_missing(f"training needs the package {error.name}", "train") from error

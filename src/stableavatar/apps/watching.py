@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import anyio.to_thread
+import numpy as np
 from fastapi.responses import FileResponse, Response, StreamingResponse
+from numpy.typing import NDArray
 from PIL import Image
 from starlette.types import Receive, Scope, Send
 
@@ -44,9 +46,14 @@ def video_response(job: Job, path: Path, gone: Response) -> Response:
 def thumbnail(path: Path) -> Image.Image:
     """The video's first frame, small."""
     with contextlib.closing(read_frames(path)) as frames:
-        picture = Image.fromarray(next(frames))
-    picture.thumbnail((_THUMBNAIL, _THUMBNAIL))
-    return picture
+        return small(next(frames))
+
+
+def small(picture: NDArray[np.uint8]) -> Image.Image:
+    """A picture [H, W, 3], small."""
+    made = Image.fromarray(picture)
+    made.thumbnail((_THUMBNAIL, _THUMBNAIL))
+    return made
 
 
 def thumbnail_response(path: Path) -> Response:

@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
-from stableavatar.errors import CheckpointError, InputError
+from stableavatar.errors import CheckpointError, extra_missing
 from stableavatar.media.files import write_file
 from stableavatar.media.reading import Frame
 
@@ -269,7 +269,7 @@ def _runtime() -> Any:
     try:
         return importlib.import_module("ai_edge_litert.interpreter")
     except ImportError as error:
-        raise InputError("finding faces needs ai-edge-litert: pip install 'stableavatar[prepare]'") from error
+        raise extra_missing("finding faces needs ai-edge-litert", "prepare") from error
 
 
 class Network:

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from stableavatar.errors import CheckpointError, InputError
+from stableavatar.errors import CheckpointError, InputError, extra_missing
 from stableavatar.media.audio import Samples
 from stableavatar.media.decoding import stream_sound
 from stableavatar.media.files import refuse_source
@@ -43,9 +43,7 @@ class VocalSeparator:
         try:
             runtime = importlib.import_module("onnxruntime")
         except ImportError as error:
-            raise InputError(
-                "separating vocals needs onnxruntime: pip install 'stableavatar[vocals]'"
-            ) from error
+            raise extra_missing("separating vocals needs onnxruntime", "vocals") from error
         if not path.is_file():
             raise CheckpointError(
                 f"{path}: there is no such file. Kim_Vocal_2.onnx comes with the published weights: "

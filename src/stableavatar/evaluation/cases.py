@@ -16,7 +16,7 @@ from stableavatar.data.puppets.recordings import (
     evaluation_recording,
     evaluation_speech,
 )
-from stableavatar.errors import InputError
+from stableavatar.errors import InputError, extra_missing
 from stableavatar.evaluation.observation import Frames, Track
 from stableavatar.media.reading import Frame
 
@@ -185,9 +185,8 @@ def photograph() -> Frames:
     try:
         from skimage import data
     except ImportError as error:
-        raise InputError(
-            "The photograph of the evaluation comes with scikit-image, which is not installed. "
-            "Install the extra: pip install 'stableavatar[tiny]'"
+        raise extra_missing(
+            "The photograph of the evaluation comes with scikit-image, which is not installed", "tiny"
         ) from error
     picture = Image.fromarray(data.astronaut()).crop(_CROP)
     return np.asarray(picture.resize((SIZE, SIZE), Image.Resampling.LANCZOS))[None]

@@ -117,6 +117,10 @@ class BusyError(StableAvatarError):
     """So many files wait to be looked at that these are not."""
 
 
+class EndingError(StableAvatarError):
+    """The server ends, and takes nothing more."""
+
+
 class FileChecker:
     """Looks at files in a process of its own, one after the other; owners take turns.
 
@@ -155,11 +159,12 @@ class FileChecker:
             InputError: one cannot, is above a limit, or breaks what looks at it; or the model cannot make
                 what the options ask for.
             BusyError: too many wait for this.
+            EndingError: the server ends.
         """
         with self._turns.turn(owner):
             for _ in range(2):  # the process may have been lost before it came to these files
                 if self._closed:
-                    raise InputError("the server ends: send the files again later")
+                    raise EndingError("the server ends: send the files again later")
                 try:
                     work = self._processes().submit(look_at_files, portrait, speech, options, self.limits)
                     found = work.result(self.limits.check_seconds)
@@ -178,9 +183,16 @@ class FileChecker:
             )
 
     def check_options(self, options: GenerateOptions, found: Found) -> None:
-        """Raise InputError where the model cannot make what the options ask for of such a portrait."""
-        if self.defaults is not None:
-            Settings.resolve(options, self.defaults, picture=(found.width, found.height), seed=0)
+        """Raise InputError where the model cannot make what the options ask for of such a portrait, or its
+        own size is above the limit."""
+        if self.defaults is None:
+            return
+        made = Settings.resolve(options, self.defaults, picture=(found.width, found.height), seed=0)
+        if made.width * made.height > self.limits.video_pixels:
+            raise InputError(
+                f"{made.width}x{made.height}, this model's size, are {made.width * made.height} pixels: "
+                f"{self.limits.video_pixels} at most. Give a smaller size."
+            )
 
     def close(self) -> None:
         """End the process; who waits is refused."""

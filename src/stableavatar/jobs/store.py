@@ -367,6 +367,11 @@ class JobStore:
 
     # The one process that owns the folder.
 
+    @property
+    def temporary(self) -> Path:
+        """A folder for what a server needs for a while, on the disk whose room is looked at."""
+        return self.folder / "temporary"
+
     def own(self) -> Any:
         """Be the one server of this folder: what was interrupted waits again, and what was begun to be taken
         is removed. Keep what is returned for as long as that is so, then close it.
@@ -395,6 +400,8 @@ class JobStore:
         self._forget_states(given_up)
         for folder in (self.folder / "incoming").iterdir():
             self.discard(folder)
+        shutil.rmtree(self.temporary, ignore_errors=True)
+        self.temporary.mkdir(exist_ok=True)
         with self._database.reading() as database:
             known = {row["id"] for row in database.execute("SELECT id FROM jobs").fetchall()}
         for folder in (self.folder / "jobs").iterdir():

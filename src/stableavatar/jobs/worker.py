@@ -16,7 +16,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from stableavatar.errors import StableAvatarError, StoppedError, StorageError, is_out_of_memory
+from stableavatar.errors import GO_ON, StableAvatarError, StoppedError, StorageError, is_out_of_memory
 from stableavatar.jobs.intake import without_folder
 from stableavatar.jobs.job import Job
 from stableavatar.jobs.sessions import speak
@@ -174,7 +174,7 @@ def make(
             store.give_back(job.id)  # it goes on where it was once there is room
             return True
         _forget_state(job)
-        store.finish(job.id, "failed", error=without_folder(str(error), job.folder))
+        store.finish(job.id, "failed", error=without_folder(str(error).removesuffix(GO_ON), job.folder))
     except Exception as error:
         logger.exception("%s of %s", job.id, job.owner)
         _forget_state(job)

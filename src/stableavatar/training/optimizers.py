@@ -9,7 +9,7 @@ from typing import ClassVar, Literal, get_args
 import torch
 from torch import nn
 
-from stableavatar.errors import InputError
+from stableavatar.errors import InputError, extra_missing
 from stableavatar.training.muon import MuonAdamW
 
 OptimizerKind = Literal["adamw", "adamw-8bit", "muon"]
@@ -137,7 +137,7 @@ def make_optimizer(
         try:
             library = importlib.import_module("torchao.optim")
         except ImportError as error:
-            raise InputError("adamw-8bit needs torchao: pip install 'stableavatar[large]'") from error
+            raise extra_missing("adamw-8bit needs torchao", "large") from error
         made: torch.optim.Optimizer = library.AdamW8bit(
             parameters.values(),
             lr=settings.learning_rate,

@@ -3,6 +3,7 @@
 import hashlib
 import hmac
 import ipaddress
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
@@ -14,6 +15,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from stableavatar.apps.server.schemas import ApiError, answer_error
 from stableavatar.errors import InputError
+from stableavatar.jobs.intake import Limits
+from stableavatar.jobs.store import LEAST_ROOM, JobStore
 from stableavatar.media.files import reason_of
 
 LOCAL = "local"
@@ -140,17 +143,21 @@ Owner = Annotated[str, Depends(owner_of)]
 
 
 class Gate:
-    """ASGI middleware before everything: who has no key, or sends more bytes than are taken, whatever he says
-    of their number, is answered before they are read.
+    """ASGI middleware before everything: who has no key, sends more bytes than are taken, whatever he says
+    of their number, or sends files while as many of his as may wait are arriving, or while the disk is full,
+    is answered before they are read.
 
     FastAPI reads a form before it asks whose it is, and its own `max_body_size` answers in another form than
     this server's other errors.
     """
 
-    def __init__(self, app: ASGIApp, keys: Keys, most: int) -> None:
+    def __init__(self, app: ASGIApp, keys: Keys, limits: Limits, store: JobStore) -> None:
         self.app = app
         self.keys = keys
-        self.most = most
+        self.most = limits.upload_bytes
+        self.most_arriving = limits.waiting_each
+        self.store = store
+        self._arriving: Counter[str] = Counter()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer, unless nobody asks or too much is sent."""
@@ -158,10 +165,14 @@ class Gate:
             await self.app(scope, receive, send)
             return
         request = HTTPConnection(scope)
+        owner = ""
+        brings_files = (scope["method"], scope["path"].rstrip("/")) == ("POST", "/v1/videos")
         try:
             if scope["path"].startswith("/v1/"):
                 refuse_foreign_pages(request)
-                owner_of_key(self.keys, bearer_of(request))
+                owner = owner_of_key(self.keys, bearer_of(request))
+            if brings_files:
+                self._check_arriving(owner)
             if int(request.headers.get("content-length", "0")) > self.most:
                 raise self._too_much()
         except ApiError as error:
@@ -179,7 +190,23 @@ class Gate:
                 raise HTTPException(413, str(self._too_much()))
             return message
 
-        await self.app(scope, counted, send)
+        if not brings_files:
+            await self.app(scope, counted, send)
+            return
+        self._arriving[owner] += 1
+        try:
+            await self.app(scope, counted, send)
+        finally:
+            self._arriving[owner] -= 1
+            self._arriving += Counter()  # without those that have none
+
+    def _check_arriving(self, owner: str) -> None:
+        """Raise ApiError where too many requests of an owner are read, or there is no room for another."""
+        if self._arriving[owner] >= self.most_arriving:
+            message = "many requests of yours are being read: ask again in a moment"
+            raise ApiError(429, message, kind="rate_limit_error", code="busy")
+        if self.store.free_bytes() < LEAST_ROOM:
+            raise ApiError(507, "there is too little room left", code="no_room")
 
     def _too_much(self) -> ApiError:
         return ApiError(413, f"more than {self.most / 1e6:g} MB were sent", code="too_large")

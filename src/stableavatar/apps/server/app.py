@@ -104,7 +104,7 @@ def create_app(service: Service, store: JobStore) -> FastAPI:
     app.include_router(videos.router)
     app.include_router(speaking.router)
     app.include_router(health.router)
-    app.add_middleware(Gate, keys=service.keys, most=service.limits.upload_bytes)
+    app.add_middleware(Gate, keys=service.keys, limits=service.limits, store=store)
     app.add_middleware(Counted, metrics=app.state.metrics)
     app.add_exception_handler(ApiError, _api_error)
     app.add_exception_handler(RequestValidationError, _invalid)

@@ -22,7 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from stableavatar.apps.server.access import bearer_of, owner_of_key, refuse_foreign_pages
 from stableavatar.apps.server.schemas import VIDEO_ID, ApiError, SessionOptions
 from stableavatar.errors import InputError
-from stableavatar.jobs.intake import OPTIONS, BusyError, Limits, check_options, check_quality
+from stableavatar.jobs.intake import OPTIONS, BusyError, EndingError, Limits, check_options, check_quality
 from stableavatar.jobs.job import PORTRAIT
 from stableavatar.jobs.sessions import DONE, ERROR, VIDEO, Session
 from stableavatar.jobs.store import JobStore
@@ -252,6 +252,8 @@ def _check(checker: Any, owner: str, folder: Path, options: GenerateOptions) -> 
         raise ApiError(400, str(error), code="unusable", param="portrait") from error
     except BusyError as error:
         raise ApiError(429, str(error), kind="rate_limit_error", code="busy") from error
+    except EndingError as error:
+        raise ApiError(503, str(error), kind="server_error", code="ending") from error
     try:
         checker.check_options(options, found)
     except InputError as error:

@@ -28,7 +28,15 @@ from stableavatar.apps.server.schemas import (
 from stableavatar.apps.watching import live_response, thumbnail_response, video_response
 from stableavatar.errors import InputError
 from stableavatar.jobs.asking import Bring, ask, copied
-from stableavatar.jobs.intake import OPTIONS, BusyError, FileChecker, Limits, check_options, check_quality
+from stableavatar.jobs.intake import (
+    OPTIONS,
+    BusyError,
+    EndingError,
+    FileChecker,
+    Limits,
+    check_options,
+    check_quality,
+)
 from stableavatar.jobs.job import Job
 from stableavatar.jobs.store import JobStore, NoRoomError, QueueFullError
 from stableavatar.media.files import reason_of
@@ -43,6 +51,7 @@ _ERRORS: _Answers = {
     400: error_answer("Something cannot be used as it was sent."),
     401: error_answer("No API key, or an unknown one."),
     403: error_answer("A web page of another host."),
+    503: error_answer("The server ends, or its table of videos cannot be used now."),
 }
 _NOT_FOUND: _Answers = {404: error_answer("No such video.")}
 _NOT_THERE: _Answers = {409: error_answer("Not there yet.")}
@@ -118,6 +127,8 @@ def create_video(
         raise ApiError(429, str(error), kind="rate_limit_error", code="queue_full") from error
     except BusyError as error:
         raise ApiError(429, str(error), kind="rate_limit_error", code="busy") from error
+    except EndingError as error:
+        raise ApiError(503, str(error), kind="server_error", code="ending") from error
     except FileNotFoundError as error:
         raise ApiError(404, "that video was removed meanwhile", code="not_found") from error
     except NoRoomError as error:

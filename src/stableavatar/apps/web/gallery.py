@@ -1,5 +1,6 @@
 """The tab of what was made: each video with its settings, to be used again."""
 
+import functools
 import html
 from collections.abc import Iterator
 from itertools import islice
@@ -7,14 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
+from PIL import Image
 
-from stableavatar.apps.watching import thumbnail
+from stableavatar.apps.watching import small, thumbnail
 from stableavatar.apps.web.studio import Studio, owner, player
 from stableavatar.apps.web.texts import Texts
+from stableavatar.errors import InputError
 from stableavatar.jobs.asking import copied
 from stableavatar.jobs.job import Job
+from stableavatar.media.image import read_picture
 
-_MOST = 60
+_PAGE = 60
 
 
 def gallery_tab(studio: Studio, texts: Texts, tab: gr.Tab, tabs: gr.Tabs, fields: list[Any]) -> None:
@@ -30,8 +34,10 @@ def gallery_tab(studio: Studio, texts: Texts, tab: gr.Tab, tabs: gr.Tabs, fields
         buttons=[],
         object_fit="cover",
     )
+    older = gr.Button(texts["older"], size="sm", visible=False, elem_id="older")
     chosen = gr.State(None)
     ids = gr.State([])
+    most = gr.State(_PAGE)
     with gr.Row(visible=False) as about:
         with gr.Column(min_width=260):
             screen = gr.HTML("", elem_id="gallery-screen", padding=False)
@@ -41,14 +47,20 @@ def gallery_tab(studio: Studio, texts: Texts, tab: gr.Tab, tabs: gr.Tabs, fields
                 again = gr.Button(texts["use_again"], variant="primary", elem_id="use-again")
                 delete = gr.Button(texts["delete"], variant="stop", elem_id="delete")
 
-    def show(request: gr.Request) -> Any:
-        jobs = list(islice(_with_video(studio, owner(request)), _MOST))
+    def show(request: gr.Request, most: int = _PAGE) -> Any:
+        found = list(islice(_shown(studio, owner(request)), most + 1))
+        pairs = [(job, picture) for job in found[:most] if (picture := _picture(job)) is not None]
         return (
-            [(thumbnail(job.video), _caption(job)) for job in jobs if job.video],
-            [job.id for job in jobs],
-            gr.update(visible=not jobs),
+            [(picture, _caption(job, texts)) for job, picture in pairs],
+            [job.id for job, _ in pairs],
+            gr.update(visible=not pairs),
             gr.update(visible=False),
+            gr.update(visible=len(found) > most),
+            most,
         )
+
+    def show_older(request: gr.Request, most: int) -> Any:
+        return show(request, most + _PAGE)
 
     def choose(request: gr.Request, known: list[str], event: gr.SelectData) -> Any:
         job = studio.store.get(owner(request), known[event.index])
@@ -68,24 +80,40 @@ def gallery_tab(studio: Studio, texts: Texts, tab: gr.Tab, tabs: gr.Tabs, fields
             studio.store.delete(owner(request), job_id)
 
     quiet: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
-    listing = [pictures, ids, hint, about]
+    listing = [pictures, ids, hint, about, older, most]
     tab.select(show, None, listing, **quiet)
     refresh.click(show, None, listing, **quiet)
+    older.click(show_older, most, listing, **quiet)
     pictures.select(choose, ids, [chosen, screen, settings, about], **quiet)
     again.click(use, chosen, [tabs, *fields], **quiet)
     delete.click(remove, chosen, None, **quiet).then(show, None, listing, **quiet)
 
 
-def _with_video(studio: Studio, whose: str) -> Iterator[Job]:
-    """The finished ones, newest first."""
+def _shown(studio: Studio, whose: str) -> Iterator[Job]:
+    """Those with a video, and those in the making, which can be stopped here; newest first."""
     after: str | None = None
-    while jobs := studio.store.list(whose, limit=_MOST, after=after):
-        yield from (job for job in jobs if job.is_finished and job.video)
+    while jobs := studio.store.list(whose, limit=_PAGE, after=after):
+        yield from (job for job in jobs if job.video or not job.is_finished)
         after = jobs[-1].id
 
 
-def _caption(job: Job) -> str:
-    return f"{job.details['seconds']:.1f} s"
+def _picture(job: Job) -> Image.Image | None:
+    """The video's first frame, or the portrait while there is none; None where it was deleted meanwhile."""
+    try:
+        return _first_frame(job.video) if job.is_finished and job.video else small(read_picture(job.portrait))
+    except (InputError, OSError):
+        return None
+
+
+@functools.lru_cache(maxsize=500)
+def _first_frame(video: Path) -> Image.Image:
+    """A finished video does not change."""
+    return thumbnail(video)
+
+
+def _caption(job: Job, texts: Texts) -> str:
+    seconds = f"{job.details['seconds']:.1f} s"
+    return seconds if job.is_finished else f"{seconds} · {texts['in_the_making']}"
 
 
 def _settings(job: Job) -> str:

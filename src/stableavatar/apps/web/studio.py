@@ -27,6 +27,8 @@ from stableavatar.options import SamplingDefaults
 
 COOKIE = "stableavatar"
 _YEAR = 365 * 86400
+_TRY_AGAIN_MILLISECONDS = 3000
+_TRIES = 1200  # an hour of them
 
 
 class Scratch:
@@ -144,12 +146,24 @@ def cookies_of(scope: Scope) -> dict[str, str]:
 
 
 def player(job: Job, texts: Texts) -> str:
-    """The video as an element of the page: while it is made, or complete."""
-    source = f"/video/{job.id}.mp4" if job.is_finished else f"/live/{job.id}.mp4"
+    """The video as an element of the page: while it is made, or complete.
+
+    Where it cannot be played while it is made, because the connection breaks or the browser plays files alone
+    (Safari), the file is asked for until it is there.
+    """
+    file = f"/video/{job.id}.mp4"
+    source = file if job.is_finished else f"/live/{job.id}.mp4"
+    again = (
+        "const v=this,t=v.currentTime;v.tries=(v.tries||0)+1;"
+        f"if(v.tries<{_TRIES})setTimeout(()=>{{v.src='{file}?'+v.tries;"
+        "v.addEventListener('loadedmetadata',()=>{v.currentTime=t;v.play()},{once:true})},"
+        f"{_TRY_AGAIN_MILLISECONDS})"
+    )
     return (
         # Autoplay alone waits until all of it is sure to play through.
         f'<video class="player" data-job="{job.id}" src="{source}" controls playsinline '
-        f'oncanplay="this.oncanplay=null;this.play()" aria-label="{html.escape(texts["video"])}"></video>'
+        f'oncanplay="this.oncanplay=null;this.play()" onerror="{again}" '
+        f'aria-label="{html.escape(texts["video"])}"></video>'
     )
 
 

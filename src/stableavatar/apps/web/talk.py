@@ -15,7 +15,7 @@ from stableavatar.apps.web.texts import Texts
 from stableavatar.choices import Fit, GuidanceRule, OverlapWeights, SpeechNormalisation
 from stableavatar.errors import InputError
 from stableavatar.jobs.asking import ask, copied
-from stableavatar.jobs.intake import BusyError, check_options
+from stableavatar.jobs.intake import BusyError, EndingError, check_options
 from stableavatar.jobs.job import PORTRAIT, Job
 from stableavatar.jobs.store import NoRoomError, QueueFullError
 from stableavatar.options import SIZE_MULTIPLE, GenerateOptions
@@ -87,11 +87,14 @@ def talk_tab(studio: Studio, texts: Texts, page: gr.Blocks) -> list[Any]:
                 del looks[page_id]
 
     async def find(request: gr.Request) -> Any:
-        """What this browser has in the making: the page may have been opened anew."""
+        """What this browser has in the making, or what failed last while nobody looked: the page may have
+        been opened anew."""
         jobs = await anyio.to_thread.run_sync(lambda: studio.store.list(owner(request), limit=20))
         for found in jobs:
             if not found.is_finished:
                 return found.id, *_views(studio, texts, found, anew=True)
+        if jobs and jobs[0].state == "failed":
+            return jobs[0].id, *_views(studio, texts, jobs[0])
         return None, *_nothing()
 
     def end(request: gr.Request, job_id: str | None) -> None:
@@ -120,6 +123,7 @@ def _form(studio: Studio, texts: Texts) -> dict[str, Any]:
             height=280,
             elem_id="portrait",
             min_width=200,
+            buttons=["download", "fullscreen"],
         )
         form["portrait"].preprocess = _as_sent
         form["speech"] = gr.Audio(
@@ -128,6 +132,7 @@ def _form(studio: Studio, texts: Texts) -> dict[str, Any]:
             sources=["upload", "microphone"],
             elem_id="speech",
             min_width=200,
+            buttons=["download"],
         )
     form["prompt"] = gr.Textbox(
         label=texts["prompt"],
@@ -235,7 +240,7 @@ def _advanced(studio: Studio, texts: Texts, portrait: gr.Image) -> dict[str, Any
             picture = studio.scratch.folder() / PORTRAIT  # under this name errors do not say where it lies
             copied(sent(chosen, texts))(picture)
             found = studio.checker.check(owner(request), picture, None, GenerateOptions(duration=1.0))
-        except (InputError, BusyError) as error:
+        except (InputError, BusyError, EndingError) as error:
             raise gr.Error(in_words(str(error), texts.language), print_exception=False) from error
         shape = found.width / found.height
         near = defaults.size_for("auto", found.width, found.height)
@@ -277,7 +282,7 @@ def _ask(studio: Studio, texts: Texts, who: str, values: dict[str, Any]) -> Job:
             options,
             quality,
         )
-    except (InputError, QueueFullError, BusyError) as error:
+    except (InputError, QueueFullError, BusyError, EndingError) as error:
         raise gr.Error(in_words(str(error), texts.language), print_exception=False) from error
     except (NoRoomError, OSError, sqlite3.Error) as error:
         raise gr.Error(texts["no_room"], print_exception=False) from error

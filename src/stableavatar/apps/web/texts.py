@@ -209,6 +209,8 @@ TEXTS: dict[str, tuple[str, str]] = {
     # Gallery.
     "refresh": ("Refresh", "刷新"),
     "gallery_empty": ("What you make will be here.", "生成的视频会显示在这里。"),
+    "older": ("Show older ones", "显示更早的作品"),
+    "in_the_making": ("in the making", "生成中"),
     "use_again": ("Use these again", "再次使用"),
     "delete": ("Delete", "删除"),
     "settings": ("Settings", "设置"),

@@ -9,7 +9,7 @@ import numpy as np
 
 from stableavatar.data.puppets.identity import Identity
 from stableavatar.data.puppets.painting import Array, blur, noise_field, over, smoothstep
-from stableavatar.errors import InputError
+from stableavatar.errors import extra_missing
 
 _PICTURES = (
     "brick",
@@ -30,9 +30,8 @@ def _picture(name: str) -> Array:
     try:
         from skimage import data
     except ImportError as error:
-        raise InputError(
-            "Backgrounds of puppets need scikit-image, which is not installed. "
-            "Install the extra: pip install 'stableavatar[tiny]'"
+        raise extra_missing(
+            "Backgrounds of puppets need scikit-image, which is not installed", "tiny"
         ) from error
     loaded = getattr(data, name)()
     picture = np.asarray(loaded[0] if isinstance(loaded, tuple) else loaded)
