@@ -5,7 +5,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import get_args, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 import gradio as gr
 import numpy as np
@@ -15,9 +15,9 @@ from PIL import Image
 from playwright.sync_api import Browser, Page, expect
 
 from media_files import tone, write_wav
-from pages import DEMO, SECONDS, needs_browser, open_browser, served_page, visited
+from pages import DEMO, SECONDS, needs_browser, open_browser, served_page, visited, wait
 from stableavatar.apps.web import talk
-from stableavatar.apps.web.studio import Scratch, sent
+from stableavatar.apps.web.studio import Scratch, owner_of, sent
 from stableavatar.apps.web.texts import TEXTS, Texts, preferred
 from stableavatar.jobs.intake import OPTIONS
 from stableavatar.jobs.store import JobStore
@@ -75,16 +75,16 @@ def fill_in(
 
 @needs_browser
 def test_a_video_plays_while_it_is_made_and_is_downloaded(page: Page, speech: Path, tmp_path: Path) -> None:
-    fill_in(page, speech, steps=12)
+    fill_in(page, speech, steps=40)
     page.locator("#first-frames input").check()
     page.locator("#prompt textarea").fill("A woman is talking")
     page.locator("#make").click()
     expect(page.locator("#screen video")).to_be_visible(timeout=30 * SECONDS)
-    page.wait_for_function("document.querySelector('#screen video').videoWidth > 0", timeout=60 * SECONDS)
-    assert page.locator(".status.in_progress").is_visible(), "the first frames were there only at the end"
+    page.wait_for_function("document.querySelector('#screen video').currentTime > 0.3", timeout=60 * SECONDS)
+    assert page.locator(".status.in_progress").is_visible(), "the first frames were seen only at the end"
     expect(page.locator("#status")).to_contain_text("Window", timeout=20 * SECONDS)
     expect(page.locator(".status.completed")).to_be_visible(timeout=120 * SECONDS)
-    page.wait_for_function("document.querySelector('#screen video').currentTime > 0.5", timeout=30 * SECONDS)
+    page.wait_for_function("document.querySelector('#screen video').currentTime > 2", timeout=30 * SECONDS)
     with page.expect_download() as downloading:
         page.locator("a.download").click()
     downloading.value.save_as(tmp_path / "talk.mp4")
@@ -211,6 +211,78 @@ def test_the_gallery_uses_settings_again_and_deletes(
     expect(page.locator("#delete")).to_be_visible(timeout=20 * SECONDS)
     page.locator("#delete").click()
     expect(page.locator("#gallery .thumbnail-item")).to_have_count(1, timeout=20 * SECONDS)
+
+
+@needs_browser
+def test_what_is_in_the_making_is_in_the_gallery_and_stopped_there(page: Page, speech: Path) -> None:
+    """The first of two videos too, which the page no longer looks at."""
+    fill_in(page, speech, steps=100)
+    for _ in range(2):
+        page.locator("#make").click()
+        expect(page.locator(".status:is(.queued, .in_progress)")).to_be_visible(timeout=60 * SECONDS)
+        page.wait_for_timeout(2 * SECONDS)
+    page.get_by_role("tab", name="Gallery").click()
+    items = page.locator("#gallery .thumbnail-item")
+    expect(items).to_have_count(2, timeout=20 * SECONDS)
+    expect(items.nth(1)).to_contain_text("in the making")
+    for left in (1, 0):
+        items.nth(left).click()
+        expect(page.locator("#delete")).to_be_visible(timeout=20 * SECONDS)
+        page.locator("#delete").click()
+        expect(items).to_have_count(left, timeout=30 * SECONDS)
+
+
+def owner_of_page(page: Page) -> str:
+    found = owner_of({cookie["name"]: cookie["value"] for cookie in page.context.cookies()})
+    assert found is not None
+    return found
+
+
+def options_of_job() -> dict[str, Any]:
+    options = GenerateOptions(duration=1.0, seed=1)
+    return {**{name: getattr(options, name) for name in OPTIONS}, "quality": 20}
+
+
+@needs_browser
+def test_what_failed_while_nobody_looked_is_told(page: Page, served: tuple[str, JobStore]) -> None:
+    store, who = served[1], owner_of_page(page)
+    folder = store.new_folder()
+    (folder / "portrait").write_bytes(b"no picture")
+    job = store.add(who, folder, options_of_job(), {"seconds": 1.0})
+    wait(lambda: (found := store.get(who, job.id)) is not None and found.state == "failed", 60)
+    page.reload()
+    expect(page.locator(".status.failed")).to_contain_text("not a picture", timeout=30 * SECONDS)
+
+
+@needs_browser
+def test_where_nothing_can_be_played_while_it_is_made_the_file_is_played(page: Page, speech: Path) -> None:
+    page.route("**/live/*", lambda route: route.abort())
+    fill_in(page, speech, steps=2)
+    page.locator("#make").click()
+    expect(page.locator(".status.completed")).to_be_visible(timeout=120 * SECONDS)
+    page.wait_for_function("document.querySelector('#screen video').currentTime > 0.3", timeout=30 * SECONDS)
+    assert "/video/" in page.locator("#screen video").evaluate("video => video.currentSrc")
+
+
+@needs_browser
+def test_the_gallery_has_older_ones_too(page: Page, speech: Path, served: tuple[str, JobStore]) -> None:
+    fill_in(page, speech)
+    page.locator("#make").click()
+    expect(page.locator(".status.completed")).to_be_visible(timeout=120 * SECONDS)
+    store, who = JobStore(served[1].folder, most_waiting_each=100), owner_of_page(page)
+    (made,) = store.list(who, limit=5)
+    for _ in range(60):  # whose video is there, so that the worker has nothing to do
+        folder = store.new_folder()
+        for name in ("portrait", "video.mp4"):
+            shutil.copyfile(made.folder / name, folder / name)
+        store.add(who, folder, options_of_job(), {"seconds": 3.0})
+    wait(lambda: all(job.state == "completed" for job in store.list(who, limit=100)), 120)
+    page.get_by_role("tab", name="Gallery").click()
+    items = page.locator("#gallery .thumbnail-item")
+    expect(items).to_have_count(60, timeout=60 * SECONDS)
+    page.locator("#older").click()
+    expect(items).to_have_count(61, timeout=60 * SECONDS)
+    expect(page.locator("#older")).not_to_be_visible(timeout=20 * SECONDS)
 
 
 @needs_browser

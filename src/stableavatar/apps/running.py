@@ -11,6 +11,7 @@ import uvicorn
 from starlette.types import ASGIApp
 
 from stableavatar.errors import CheckpointError, InputError
+from stableavatar.jobs.store import JobStore
 from stableavatar.jobs.workers import Workers
 from stableavatar.media.files import reason_of
 
@@ -50,6 +51,14 @@ def listen(host: str, port: int) -> tuple[socket.socket, str]:
     return listener, f"http://{shown}:{listener.getsockname()[1]}"
 
 
+def keep_temporary_files(store: JobStore) -> None:
+    """Have temporary files, such as uploads and resampled recordings, beside the jobs, whose disk's room is
+    looked at, unless TMPDIR says where; of this process and of those that it starts from here on."""
+    if "TMPDIR" not in os.environ:
+        os.environ["TMPDIR"] = str(store.temporary)
+        tempfile.tempdir = None
+
+
 def run_with_workers(
     app: ASGIApp,
     workers: Workers,
@@ -62,9 +71,6 @@ def run_with_workers(
 ) -> None:
     """Serve until told to end (SIGTERM, Ctrl-C); workers then save what they are making.
 
-    Temporary files, such as uploads and resampled recordings, lie beside the jobs, whose disk's room is
-    looked at, unless TMPDIR says where.
-
     Args:
         listener: of `listen`; closed at the end.
         save_seconds: what they have for it. keep_seconds: finished videos are removed after so long; None:
@@ -74,9 +80,6 @@ def run_with_workers(
     Raises:
         CheckpointError: the model cannot be loaded.
     """
-    if "TMPDIR" not in os.environ:  # workers have it from here
-        os.environ["TMPDIR"] = str(workers.store.temporary)
-        tempfile.tempdir = None
     server = uvicorn.Server(
         uvicorn.Config(
             app,

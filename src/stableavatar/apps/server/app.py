@@ -15,7 +15,7 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from stableavatar import __version__
-from stableavatar.apps.running import THREADS, listen, run_with_workers
+from stableavatar.apps.running import THREADS, keep_temporary_files, listen, run_with_workers
 from stableavatar.apps.server import health, speaking, videos
 from stableavatar.apps.server.access import Gate, Keys, check_host
 from stableavatar.apps.server.health import Counted, Metrics
@@ -131,8 +131,10 @@ def serve(service: Service, host: str, port: int, announce: Callable[[str], None
         listener, url = listen(host, port)
         announce(url)
         workers = Workers(store, service.models, verbosity=service.verbosity)
+        app = create_app(service, store)
+        keep_temporary_files(store)  # after the line for sessions, whose name in a folder has to be short
         run_with_workers(
-            create_app(service, store),
+            app,
             workers,
             listener=listener,
             save_seconds=service.save_seconds,

@@ -9,7 +9,7 @@ from pathlib import Path
 # Before Gradio is imported: it would ask elsewhere for its latest version, and count its starts.
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
 
-from stableavatar.apps.running import listen, run_with_workers
+from stableavatar.apps.running import keep_temporary_files, listen, run_with_workers
 from stableavatar.apps.web.page import create_page
 from stableavatar.apps.web.studio import Scratch, Studio
 from stableavatar.checkpoints.defaults import read_defaults
@@ -55,18 +55,21 @@ def run_page(service: PageService, host: str, port: int, announce: Callable[[str
     )
     model = service.model
     defaults = read_defaults(model.source, variant=model.variant, size=model.size)
-    checker, scratch = FileChecker(limits, defaults), Scratch()
-    studio = Studio(
-        store,
-        checker,
-        limits,
-        model.name or Path(model.source).name,
-        defaults,
-        service.vocals,
-        service.checkpoints,
-        scratch,
-    )
-    with contextlib.closing(store.own()), contextlib.closing(checker), contextlib.closing(scratch):
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(contextlib.closing(store.own()))
+        keep_temporary_files(store)  # before anybody asks where they are
+        checker = stack.enter_context(contextlib.closing(FileChecker(limits, defaults)))
+        scratch = stack.enter_context(contextlib.closing(Scratch()))
+        studio = Studio(
+            store,
+            checker,
+            limits,
+            model.name or Path(model.source).name,
+            defaults,
+            service.vocals,
+            service.checkpoints,
+            scratch,
+        )
         listener, url = listen(host, port)
         announce(url)
         run_with_workers(

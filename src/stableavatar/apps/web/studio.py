@@ -156,7 +156,7 @@ def player(job: Job, texts: Texts) -> str:
     again = (
         "const v=this,t=v.currentTime;v.tries=(v.tries||0)+1;"
         f"if(v.tries<{_TRIES})setTimeout(()=>{{v.src='{file}?'+v.tries;"
-        "v.addEventListener('loadedmetadata',()=>{v.currentTime=t;v.play()},{once:true})},"
+        "v.addEventListener('loadedmetadata',()=>{v.currentTime=t;v.play().catch(()=>{})},{once:true})},"
         f"{_TRY_AGAIN_MILLISECONDS})"
     )
     return (
