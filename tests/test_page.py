@@ -214,13 +214,15 @@ def test_the_gallery_uses_settings_again_and_deletes(
 
 
 @needs_browser
-def test_what_is_in_the_making_is_in_the_gallery_and_stopped_there(page: Page, speech: Path) -> None:
+def test_what_is_in_the_making_is_in_the_gallery_and_stopped_there(
+    page: Page, speech: Path, served: tuple[str, JobStore]
+) -> None:
     """The first of two videos too, which the page no longer looks at."""
     fill_in(page, speech, steps=100)
-    for _ in range(2):
+    who = owner_of_page(page)
+    for count in (1, 2):
         page.locator("#make").click()
-        expect(page.locator(".status:is(.queued, .in_progress)")).to_be_visible(timeout=60 * SECONDS)
-        page.wait_for_timeout(2 * SECONDS)
+        wait(lambda count=count: len(served[1].list(who, limit=5)) == count, 60)
     page.get_by_role("tab", name="Gallery").click()
     items = page.locator("#gallery .thumbnail-item")
     expect(items).to_have_count(2, timeout=20 * SECONDS)

@@ -9,6 +9,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import psutil
 import pytest
 import torch
 from torch import nn
@@ -90,6 +92,44 @@ def test_ten_kills_at_any_moment_change_nothing(tmp_path: Path) -> None:
     make(tmp_path / "whole", steps=step + 2, checkpoint_every=1).train()
     assert_same_run(tmp_path / "whole", tmp_path)
     assert not list(tmp_path.glob(".step-*"))
+
+
+class HeavyPoints(Points):
+    """Samples that do not fit into the line between a reader and who trains."""
+
+    def __getitem__(self, key: tuple[int, int]) -> Any:
+        return np.resize(super().__getitem__(key).numpy(), 500_000)
+
+
+def read_on(folder: Path, steps: int = 10**6, *, go_on: bool = False) -> None:
+    """A run whose reader always has something to hand on."""
+
+    def prepare(batch: list[Any], _: torch.device) -> torch.Tensor:
+        return torch.stack([torch.from_numpy(sample[:2]) for sample in batch])
+
+    torch.set_num_threads(1)
+    chosen = settings(steps=steps, checkpoint_every=1, workers=1)
+    trainer = Trainer(Fit(), HeavyPoints(), list, chosen, folder, prepare=prepare)
+    if go_on:
+        trainer.resume("latest")
+    trainer.train()
+
+
+def test_a_killed_run_leaves_no_reader_and_its_folder_free(tmp_path: Path) -> None:
+    process = multiprocessing.get_context("spawn").Process(target=read_on, args=(tmp_path,))
+    process.start()
+    until = time.monotonic() + 60
+    while not list_checkpoints(tmp_path):
+        assert process.is_alive()
+        assert time.monotonic() < until
+        time.sleep(0.01)
+    readers = psutil.Process(process.pid).children(recursive=True)
+    process.kill()
+    process.join()
+    assert readers
+    assert not psutil.wait_procs(readers, timeout=20)[1]
+    step = load_checkpoint(list_checkpoints(tmp_path)[-1]).counters["step"]
+    read_on(tmp_path, step + 1, go_on=True)
 
 
 def test_two_runs_do_not_share_a_folder(tmp_path: Path) -> None:

@@ -1,11 +1,14 @@
 """Running a web application together with the workers that make its videos."""
 
+import contextlib
 import logging
 import os
 import socket
 import sqlite3
 import tempfile
 import threading
+import time
+from pathlib import Path
 
 import uvicorn
 from starlette.types import ASGIApp
@@ -24,6 +27,7 @@ _BACKLOG = 2048
 _CLOSE_SECONDS = 5  # that answers that go on may take after the server is told to end
 _EXPIRE_SECONDS = 60.0
 _LOOK_SECONDS = 0.1
+_UPLOAD_SECONDS = 86_400.0
 
 
 def listen(host: str, port: int) -> tuple[socket.socket, str]:
@@ -110,6 +114,7 @@ def run_with_workers(
                     workers.store.expire_without_video(forget_seconds)
             except sqlite3.Error as error:
                 logger.error("videos cannot be removed (%s)", error)
+            _remove_broken_uploads(workers.store.temporary / "gradio")
 
     def end_workers_too() -> None:
         while not ended.wait(_LOOK_SECONDS):
@@ -128,3 +133,12 @@ def run_with_workers(
         workers.stop(save_seconds)
     if failed:
         raise failed[0]
+
+
+def _remove_broken_uploads(folder: Path) -> None:
+    """Gradio knows nothing of files that were being sent to it when their sender went away."""
+    before = time.time() - _UPLOAD_SECONDS
+    for path in folder.glob("*"):
+        with contextlib.suppress(OSError):
+            if path.is_file() and path.stat().st_mtime < before:
+                path.unlink()

@@ -259,15 +259,16 @@ def _prepare(
     jobs = ((video, work / _digest(video, raw), settings) for video in waiting)
     alive = False
     with contextlib.closing(_in_workers(jobs, workers)) as results:
-        for number, ((video, *_), result) in enumerate(results, 1):
-            alive = alive or not isinstance(result.exception(), BrokenProcessPool)
+        for number, ((video, place, _), result) in enumerate(results, 1):
+            # A process that comes to a video makes its folder first: one that is killed later is the video's.
+            alive = alive or place.exists() or not isinstance(result.exception(), BrokenProcessPool)
             if number == _LOST_AT_MOST and not alive:
                 raise InputError(
                     "every process that was to prepare a video was killed at once, perhaps for want of "
                     "memory (--workers); from Python, begin it below: if __name__ == '__main__'"
                 )
             entry, settled = _result(result)
-            state.add(video, entry, settled=settled)
+            entry = state.add(video, entry, settled=settled)
             kept = sum(it["reason"] is None for it in entry)
             name = os.fsencode(video).decode(errors="replace")
             tell(f"{number}/{len(waiting)} {name}: {kept} clips, {len(entry) - kept} stretches dropped")

@@ -117,7 +117,8 @@ class PrepareState:
         place = _place(video)
         before = self.videos.get(place)
         if before is not None and not self._prints[place]:
-            return stretches
+            kept: list[dict[str, Any]] = before["stretches"]
+            return kept
         for it in stretches:
             if it["reason"] is None:
                 it["clip"] = f"{it['shape']}/{self.settings.kind}/{self._next(it['shape']):05d}"

@@ -228,6 +228,9 @@ def judge(stretch: Stretch, speech: SoundTape, settings: PrepareSettings) -> Str
 
     Args:
         speech: of the video, not read beyond the stretch's start.
+
+    Raises:
+        PassingError: it could not be read just now.
     """
     if stretch.reason is not None:
         return stretch
@@ -241,6 +244,7 @@ def judge(stretch: Stretch, speech: SoundTape, settings: PrepareSettings) -> Str
             length += len(block)
             energy += float(np.square(block, dtype=np.float64).sum())
     except InputError as error:
+        refuse_passing(error)
         if not length:
             return replace(stretch, reason=f"no sound ({error})")
         cut_off = True

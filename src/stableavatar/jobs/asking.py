@@ -40,6 +40,7 @@ def ask(
                 speech(folder / SPEECH)
             recording = None if speech is None else folder / SPEECH
             found = checker.check(owner, folder / PORTRAIT, recording, options)
+            checker.check_options(options, found)
             chosen = {name: getattr(options, name) for name in OPTIONS}
             chosen["quality"] = quality
             if chosen["seed"] is None:  # of the job, so that it is the same video whatever befalls a worker

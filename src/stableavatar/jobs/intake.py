@@ -41,7 +41,7 @@ class Limits:
 
     Attributes:
         upload_bytes: of a request with its files. seconds: of a video. portrait_pixels: of the picture that
-            is sent. video_pixels: of a frame that is made, where a size is asked for.
+            is sent. video_pixels: of a frame that is made.
         steps: of denoising. fps: frames a second. prompt: characters.
         waiting, waiting_each: videos that wait, of all and of one owner. kept_each: videos of one owner that
             are there.
@@ -156,8 +156,7 @@ class FileChecker:
         """See that a portrait and a recording can be used; called from any thread.
 
         Raises:
-            InputError: one cannot, is above a limit, or breaks what looks at it; or the model cannot make
-                what the options ask for.
+            InputError: one cannot, is above a limit, or breaks what looks at it.
             BusyError: too many wait for this.
             EndingError: the server ends.
         """
@@ -167,9 +166,7 @@ class FileChecker:
                     raise EndingError("the server ends: send the files again later")
                 try:
                     work = self._processes().submit(look_at_files, portrait, speech, options, self.limits)
-                    found = work.result(self.limits.check_seconds)
-                    self.check_options(options, found)
-                    return found
+                    return work.result(self.limits.check_seconds)
                 except TimeoutError:
                     self._end()
                     raise InputError(

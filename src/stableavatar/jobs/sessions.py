@@ -70,9 +70,12 @@ class Session:
         """Samples for the worker, 16-bit little-endian mono; it is not waited for. What is beyond the
         session's length is left out. Raises OSError: the disk is full."""
         with self._changed:
+            if self._spool.closed:  # the worker takes no more: it says why
+                return
             taken = samples[: self._most - self._said]
             self._spool.seek(self._said)
             self._spool.write(taken)
+            self._spool.flush()
             self._said += len(taken)
             self._changed.notify()
 
@@ -84,7 +87,7 @@ class Session:
 
     def _pass_on(self) -> None:
         """What was said, to the worker, as it takes it."""
-        with contextlib.suppress(OSError), self._spool:  # the worker, or the client, has gone
+        try:
             while True:
                 with self._changed:
                     self._changed.wait_for(lambda: self._complete or self._said - self._passed_on > 1)
@@ -95,6 +98,11 @@ class Session:
                     self._connection.send_bytes(END)
                     return
                 self._connection.send_bytes(SPEECH + piece)
+        except OSError:  # the worker, or the client, has gone
+            pass
+        finally:
+            with self._changed:
+                self._spool.close()
 
     def receive(self) -> tuple[bytes, bytes] | None:
         """The next message, waited for; None where the worker has ended."""

@@ -2,6 +2,8 @@
 
 FOLDER/jobs.sqlite          a row a job
 FOLDER/jobs/ID/             portrait, speech, video.mp4, and while it is made its journal
+FOLDER/incoming/ID/         what is being asked for, and sessions
+FOLDER/temporary/           of a server while it runs, such as uploads
 """
 
 import json
@@ -401,7 +403,7 @@ class JobStore:
         for folder in (self.folder / "incoming").iterdir():
             self.discard(folder)
         shutil.rmtree(self.temporary, ignore_errors=True)
-        self.temporary.mkdir(exist_ok=True)
+        self.temporary.mkdir(mode=0o700, exist_ok=True)
         with self._database.reading() as database:
             known = {row["id"] for row in database.execute("SELECT id FROM jobs").fetchall()}
         for folder in (self.folder / "jobs").iterdir():

@@ -186,6 +186,15 @@ def locked(path: Path) -> IO[bytes]:
     return file
 
 
+def unlock(file: IO[bytes]) -> None:
+    """Let others lock it, also where a process that was started meanwhile has it open still."""
+    with contextlib.suppress(ImportError, OSError):
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_UN)
+    file.close()
+
+
 def to_disk(path: Path) -> None:
     """Wait until what a file or a folder holds is on the disk (of a folder: its names)."""
     descriptor = os.open(path, os.O_RDONLY)

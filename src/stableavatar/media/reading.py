@@ -192,7 +192,8 @@ def _check_whole(container: Any, stream: Any, count: int, hidden: int, what: str
     """Raise InputError where a file ends before the frames that its header promises, or has none."""
     promised = stream.frames if "mov" in container.format.name.split(",") else 0
     if stream.duration and stream.average_rate:  # of those that are there an edit list may show fewer
-        promised = min(promised, round(stream.duration * stream.time_base * stream.average_rate))
+        shown = round(stream.duration * stream.time_base * stream.average_rate)
+        promised = min(promised, shown + hidden)
     if count == 0 or count + hidden < 0.98 * promised:
         raise InputError(f"{what}: cut off, only {count} of its frames can be read. Fetch the whole file.")
 

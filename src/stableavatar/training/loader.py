@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from stableavatar.data.sampler import ClipKey, GroupedSampler
 from stableavatar.errors import StableAvatarError
+from stableavatar.lifetimes import end_with_parent
 
 SampleOut = TypeVar("SampleOut", covariant=True)
 
@@ -55,7 +56,7 @@ def open_batches(
         batch_sampler=_Batches(sampler, step),
         collate_fn=reading.collate,
         num_workers=readers,
-        worker_init_fn=_ignore_signals,
+        worker_init_fn=_begin_reader,
         # The loader seeds its workers from here, not from the generators that a checkpoint keeps.
         generator=torch.Generator().manual_seed(seed),
     )
@@ -99,7 +100,9 @@ def _readable(batches: Iterator[Any]) -> Iterator[Any]:
         yield batch
 
 
-def _ignore_signals(_worker: int) -> None:
+def _begin_reader(_worker: int) -> None:
+    # Else one that waits to hand on its samples would do so for ever.
+    end_with_parent()
     for name in (signal.SIGTERM, signal.SIGINT):
         signal.signal(name, signal.SIG_IGN)
 

@@ -65,9 +65,10 @@ class Training:
             below `recipe.output`.
         """
         try:
-            with _stopped_by_signals(self.trainer):
-                result = self.trainer.train()
-            return result, self.export()
+            with self.trainer.run_folder.held():
+                with _stopped_by_signals(self.trainer):
+                    result = self.trainer.train()
+                return result, self.export()
         finally:  # after an error too: a process that hung at its end would keep the others
             self.trainer.close()
 

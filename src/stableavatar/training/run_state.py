@@ -154,6 +154,8 @@ class DeepSpeedState:
         try:
             found, _ = self.engine.load_checkpoint(str(path), tag=self.TAG, load_module_strict=False)
         except (OSError, RuntimeError, ValueError, KeyError, EOFError, pickle.UnpicklingError) as error:
+            if isinstance(error, torch.OutOfMemoryError | torch.distributed.DistError):
+                raise  # the file is not to blame
             raise CheckpointError(f"{path} is damaged, or belongs to another model: {error}") from error
         if found is None:
             raise CheckpointError(f"{path} is damaged, or no checkpoint of DeepSpeed")

@@ -52,7 +52,7 @@ from stableavatar.training.log import (
 from stableavatar.training.objective import StepLoss
 from stableavatar.training.optimizers import clip_gradients, make_optimizer, set_constants, set_rate
 from stableavatar.training.parameters import is_finite, trained_parameters
-from stableavatar.training.run_folder import hold_folder
+from stableavatar.training.run_folder import RunFolder
 from stableavatar.training.run_state import DeepSpeedState, RunState, ShardedState, WholeState
 from stableavatar.training.settings import TrainerSettings
 
@@ -118,13 +118,12 @@ class Trainer(Generic[Sample]):
         self.identity = dict(identity or {})
         self.callbacks = tuple(callbacks)
         self._record = plain(record or {"trainer": dataclasses.asdict(settings)})
-        self.step = 0
-        self.skipped_steps = 0
-        self._bad_in_a_row = 0
+        self.step = self.skipped_steps = self._bad_in_a_row = 0
         self._stop = False
         self._meter = LossMeter()
         check_trackers(settings.trackers)
         self.accelerator = make_accelerator(settings, folder)
+        self.run_folder = RunFolder(folder, leads=self.accelerator.is_main_process)
         self._refuse_different_clips()
         if settings.gradient_checkpointing:
             enable_gradient_checkpointing(module)
@@ -256,7 +255,7 @@ class Trainer(Generic[Sample]):
                 finite; weights are not; the folder holds checkpoints of later steps than this run's, another
                 run is in it, or processes do not share it.
         """
-        with hold_folder(self.folder, leads=self.accelerator.is_main_process):
+        with self.run_folder.held():
             return self._train_in_folder()
 
     def _train_in_folder(self) -> TrainingResult:

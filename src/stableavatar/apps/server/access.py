@@ -206,7 +206,7 @@ class Gate:
             message = "many requests of yours are being read: ask again in a moment"
             raise ApiError(429, message, kind="rate_limit_error", code="busy")
         if self.store.free_bytes() < LEAST_ROOM:
-            raise ApiError(507, "there is too little room left", code="no_room")
+            raise ApiError(507, "there is too little room left", code="no_room", kind="server_error")
 
     def _too_much(self) -> ApiError:
         return ApiError(413, f"more than {self.most / 1e6:g} MB were sent", code="too_large")

@@ -139,7 +139,9 @@ async def _begin(socket: WebSocket) -> tuple[Session, str]:
         if folder is not None:
             store.discard(folder)
         if isinstance(error, OSError):
-            raise ApiError(507, "the server has no room for this", code="no_room") from error
+            raise ApiError(
+                507, "the server has no room for this", code="no_room", kind="server_error"
+            ) from error
         raise
     return session, owner
 
@@ -179,7 +181,9 @@ async def _hear(socket: WebSocket, session: Session) -> None:
         try:
             await anyio.to_thread.run_sync(session.say, samples)
         except OSError as error:
-            raise ApiError(507, "the server has no room for this", code="no_room") from error
+            raise ApiError(
+                507, "the server has no room for this", code="no_room", kind="server_error"
+            ) from error
     session.end_speech()
 
 
@@ -269,8 +273,12 @@ def _sessions(socket: WebSocket) -> set[str]:
 async def _refuse(socket: WebSocket, error: ApiError) -> None:
     detail = error.body.error
     await socket.send_json({"type": "error", "error": detail.model_dump()})
-    codes = {429: _TRY_AGAIN, 503: _TRY_AGAIN, 500: _SERVER_FAULT}
+    codes = {429: _TRY_AGAIN, 503: _TRY_AGAIN, 507: _TRY_AGAIN, 500: _SERVER_FAULT}
     await socket.close(codes.get(error.status, _POLICY_VIOLATION))
+
+
+def _no_room() -> ApiError:
+    return ApiError(507, "the server has no room for this", code="no_room", kind="server_error")
 
 
 def _first(error: Exception) -> str:

@@ -100,7 +100,7 @@ def _shown(studio: Studio, whose: str) -> Iterator[Job]:
 def _picture(job: Job) -> Image.Image | None:
     """The video's first frame, or the portrait while there is none; None where it was deleted meanwhile."""
     try:
-        return _first_frame(job.video) if job.is_finished and job.video else small(read_picture(job.portrait))
+        return _first_frame(job.video) if job.is_finished and job.video else _portrait(job.portrait)
     except (InputError, OSError):
         return None
 
@@ -109,6 +109,11 @@ def _picture(job: Job) -> Image.Image | None:
 def _first_frame(video: Path) -> Image.Image:
     """A finished video does not change."""
     return thumbnail(video)
+
+
+@functools.lru_cache(maxsize=100)
+def _portrait(picture: Path) -> Image.Image:
+    return small(read_picture(picture))
 
 
 def _caption(job: Job, texts: Texts) -> str:

@@ -154,10 +154,10 @@ def player(job: Job, texts: Texts) -> str:
     file = f"/video/{job.id}.mp4"
     source = file if job.is_finished else f"/live/{job.id}.mp4"
     again = (
-        "const v=this,t=v.currentTime;v.tries=(v.tries||0)+1;"
-        f"if(v.tries<{_TRIES})setTimeout(()=>{{v.src='{file}?'+v.tries;"
-        "v.addEventListener('loadedmetadata',()=>{v.currentTime=t;v.play().catch(()=>{})},{once:true})},"
-        f"{_TRY_AGAIN_MILLISECONDS})"
+        "const v=this;if(v.currentTime)v.at=v.currentTime;v.tries=(v.tries||0)+1;"
+        f"if(v.tries<{_TRIES})setTimeout(()=>{{if(!v.isConnected)return;"
+        "v.onloadedmetadata=()=>{v.currentTime=v.at||0;v.play().catch(()=>{})};"
+        f"v.src='{file}?'+v.tries}},{_TRY_AGAIN_MILLISECONDS})"
     )
     return (
         # Autoplay alone waits until all of it is sure to play through.

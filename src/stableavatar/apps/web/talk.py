@@ -2,6 +2,7 @@
 
 import asyncio
 import sqlite3
+import time
 from collections.abc import AsyncIterator
 from typing import Any, get_args
 
@@ -21,6 +22,7 @@ from stableavatar.jobs.store import NoRoomError, QueueFullError
 from stableavatar.options import SIZE_MULTIPLE, GenerateOptions
 
 _LOOK_SECONDS = 0.25
+_TOLD_SECONDS = 3600.0
 
 # Fields of the form in the order in which handlers get them; those of options bear their names.
 _FIELDS = (
@@ -87,13 +89,13 @@ def talk_tab(studio: Studio, texts: Texts, page: gr.Blocks) -> list[Any]:
                 del looks[page_id]
 
     async def find(request: gr.Request) -> Any:
-        """What this browser has in the making, or what failed last while nobody looked: the page may have
-        been opened anew."""
+        """What this browser has in the making, or what has failed within the hour: the page may have been
+        opened anew."""
         jobs = await anyio.to_thread.run_sync(lambda: studio.store.list(owner(request), limit=20))
         for found in jobs:
             if not found.is_finished:
                 return found.id, *_views(studio, texts, found, anew=True)
-        if jobs and jobs[0].state == "failed":
+        if jobs and jobs[0].state == "failed" and time.time() - (jobs[0].finished or 0) < _TOLD_SECONDS:
             return jobs[0].id, *_views(studio, texts, jobs[0])
         return None, *_nothing()
 
