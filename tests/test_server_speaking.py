@@ -266,3 +266,27 @@ def test_texts_other_than_the_end_are_refused(
         with pytest.raises(WebSocketDisconnect) as ended:
             line.receive_json()
         assert ended.value.code == 1008
+
+
+def test_speech_that_the_disk_has_no_room_for_is_told() -> None:
+    here, _worker = Pipe()
+    full = Path("/dev/full").open("r+b")  # noqa: SIM115 (the session closes it)
+    session = Session(here, lambda: None, full, most=100)
+    with pytest.raises(OSError, match="No space left"):
+        session.say(b"ab")
+    session.close()
+
+
+def test_speech_after_the_worker_has_gone_is_passed_over(tmp_path: Path) -> None:
+    """What the worker said before is shown still."""
+    here, worker = Pipe()
+    spool = (tmp_path / "said").open("w+b")
+    session = Session(here, lambda: None, spool, most=100)
+    worker.send_bytes(b"p{}")
+    worker.close()
+    session.say(b"ab")
+    until(lambda: spool.closed)
+    session.say(b"cd")
+    assert session.receive() == (b"p", b"{}")
+    assert session.receive() is None
+    session.close()

@@ -101,7 +101,7 @@ class Session:
         except OSError:  # the worker, or the client, has gone
             pass
         finally:
-            with self._changed:
+            with self._changed, contextlib.suppress(OSError):  # of what the disk had no room for
                 self._spool.close()
 
     def receive(self) -> tuple[bytes, bytes] | None:
