@@ -133,8 +133,8 @@ def test_two_people_queue_and_neither_sees_the_others_video(
 def test_a_second_video_of_one_page_takes_the_place_of_the_first(
     page: Page, tmp_path: Path, served: tuple[str, JobStore]
 ) -> None:
-    speech = write_wav(tmp_path / "speech.wav", tone(9.0, 16000), 16000)
-    fill_in(page, speech, steps=100, shown="0:09")
+    speech = write_wav(tmp_path / "speech.wav", tone(14.0, 16000), 16000)
+    fill_in(page, speech, steps=100, shown="0:14")
     page.locator("#make").click()
     expect(page.locator("#status")).to_contain_text("Window", timeout=60 * SECONDS)
     first = page.locator("#screen video").get_attribute("data-job")
