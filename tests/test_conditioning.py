@@ -150,6 +150,10 @@ class TestSpeech:
         features = speech_features(toy_speech_encoder(), np.zeros(17 * 640, dtype=np.float32))
         assert torch.isfinite(features).all()
 
+    def test_a_recording_without_a_sample_is_silence(self) -> None:
+        whole = Speech.from_array(np.zeros(0, np.float32), 16000)
+        assert Normalisation.of_recording(whole) == Normalisation(0.0, 0.0)
+
     def test_loudness_over_the_recording_keeps_a_pause_quiet(self) -> None:
         """Fault 17: normalised window by window, a pause is as loud as speech."""
         samples = np.random.default_rng(0).standard_normal(4 * 16000).astype(np.float32) * 0.1

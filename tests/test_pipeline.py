@@ -100,6 +100,8 @@ class TestLength:
             pipeline.stream(portrait(), None)
         with pytest.raises(InputError, match="start 5"):
             pipeline.stream(portrait(), None, duration=0.2, start=5.0)
+        with pytest.raises(InputError, match="lies after the speech's end"):
+            pipeline.stream(portrait(), np.zeros(16000, np.float32), duration=0.2, start=5.0)
 
     @pytest.mark.parametrize("name", ["fps", "order", "prompt", "steps"])
     def test_nothing_is_no_value(self, pipeline: AvatarPipeline, name: str) -> None:

@@ -97,10 +97,10 @@ def follow_clip_rules(engine: Any, clip: ClipSettings, step: Callable[[], int]) 
     Raises:
         InputError: DeepSpeed's optimizer has no such place (no ZeRO stage, or another version).
     """
-    optimizer = engine.optimizer
-    clip_gradients = getattr(optimizer, "unscale_and_clip_grads", None)
     if not (clip.start_steps or clip.abnormal_ratio is not None):
         return  # its own limit is the only one
+    optimizer = engine.optimizer
+    clip_gradients = getattr(optimizer, "unscale_and_clip_grads", None)
     if clip_gradients is None or not hasattr(optimizer, "clip_grad"):
         raise InputError(
             f"{type(optimizer).__name__} of this DeepSpeed does not clip gradients by the recipe's rules: "

@@ -1,7 +1,6 @@
 """A run's folder: its own while the run lasts, and one for all its processes."""
 
 import contextlib
-import logging
 import secrets
 import time
 from collections.abc import Iterator
@@ -13,8 +12,6 @@ from accelerate.utils import broadcast_object_list
 from stableavatar.errors import InputError
 from stableavatar.media.files import locked, reason_of, unlock
 from stableavatar.training.devices import everywhere
-
-logger = logging.getLogger(__name__)
 
 _LOCK = ".lock"
 # Storage that machines share may show one of them later what another has written.

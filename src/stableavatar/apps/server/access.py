@@ -13,7 +13,7 @@ from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from starlette.requests import HTTPConnection
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from stableavatar.apps.server.schemas import ApiError, answer_error
+from stableavatar.apps.server.schemas import ApiError, answer_error, no_room
 from stableavatar.errors import InputError
 from stableavatar.jobs.intake import Limits
 from stableavatar.jobs.store import LEAST_ROOM, JobStore
@@ -206,7 +206,7 @@ class Gate:
             message = "many requests of yours are being read: ask again in a moment"
             raise ApiError(429, message, kind="rate_limit_error", code="busy")
         if self.store.free_bytes() < LEAST_ROOM:
-            raise ApiError(507, "there is too little room left", code="no_room", kind="server_error")
+            raise no_room()
 
     def _too_much(self) -> ApiError:
         return ApiError(413, f"more than {self.most / 1e6:g} MB were sent", code="too_large")

@@ -39,6 +39,11 @@ class ApiError(Exception):
         self.body = ErrorBody(error=ErrorDetail(message=message, type=kind, param=param, code=code))
 
 
+def no_room(reason: str = "there is too little room left") -> ApiError:
+    """That what was sent cannot be kept."""
+    return ApiError(507, f"the server cannot keep this ({reason})", kind="server_error", code="no_room")
+
+
 def answer_error(error: ApiError) -> JSONResponse:
     """What is sent of an error."""
     headers = {"WWW-Authenticate": "Bearer"} if error.status == 401 else None

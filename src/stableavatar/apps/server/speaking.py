@@ -20,12 +20,13 @@ from fastapi import APIRouter, WebSocket, WebSocketDisconnect
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from stableavatar.apps.server.access import bearer_of, owner_of_key, refuse_foreign_pages
-from stableavatar.apps.server.schemas import VIDEO_ID, ApiError, SessionOptions
+from stableavatar.apps.server.schemas import VIDEO_ID, ApiError, SessionOptions, no_room
 from stableavatar.errors import InputError
 from stableavatar.jobs.intake import OPTIONS, BusyError, EndingError, Limits, check_options, check_quality
 from stableavatar.jobs.job import PORTRAIT
 from stableavatar.jobs.sessions import DONE, ERROR, VIDEO, Session
 from stableavatar.jobs.store import JobStore
+from stableavatar.media.files import reason_of
 from stableavatar.options import GenerateOptions
 
 # Without a word, or without taking what is sent, a session ends.
@@ -139,9 +140,7 @@ async def _begin(socket: WebSocket) -> tuple[Session, str]:
         if folder is not None:
             store.discard(folder)
         if isinstance(error, OSError):
-            raise ApiError(
-                507, "the server has no room for this", code="no_room", kind="server_error"
-            ) from error
+            raise no_room(reason_of(error)) from error
         raise
     return session, owner
 
@@ -181,9 +180,7 @@ async def _hear(socket: WebSocket, session: Session) -> None:
         try:
             await anyio.to_thread.run_sync(session.say, samples)
         except OSError as error:
-            raise ApiError(
-                507, "the server has no room for this", code="no_room", kind="server_error"
-            ) from error
+            raise no_room(reason_of(error)) from error
     session.end_speech()
 
 
@@ -275,10 +272,6 @@ async def _refuse(socket: WebSocket, error: ApiError) -> None:
     await socket.send_json({"type": "error", "error": detail.model_dump()})
     codes = {429: _TRY_AGAIN, 503: _TRY_AGAIN, 507: _TRY_AGAIN, 500: _SERVER_FAULT}
     await socket.close(codes.get(error.status, _POLICY_VIOLATION))
-
-
-def _no_room() -> ApiError:
-    return ApiError(507, "the server has no room for this", code="no_room", kind="server_error")
 
 
 def _first(error: Exception) -> str:

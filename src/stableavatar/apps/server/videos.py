@@ -24,6 +24,7 @@ from stableavatar.apps.server.schemas import (
     answer_error,
     as_video,
     error_answer,
+    no_room,
 )
 from stableavatar.apps.watching import live_response, thumbnail_response, video_response
 from stableavatar.errors import InputError
@@ -132,9 +133,9 @@ def create_video(
     except FileNotFoundError as error:
         raise ApiError(404, "that video was removed meanwhile", code="not_found") from error
     except NoRoomError as error:
-        raise _no_room("there is too little room left") from error
+        raise no_room() from error
     except OSError as error:
-        raise _no_room(reason_of(error)) from error
+        raise no_room(reason_of(error)) from error
     return _answer(request, job)
 
 
@@ -308,7 +309,3 @@ def _unknown() -> ApiError:
 
 def _refuse(message: str, param: str) -> NoReturn:
     raise ApiError(400, message, code="bad_request", param=param)
-
-
-def _no_room(reason: str) -> ApiError:
-    return ApiError(507, f"the server cannot keep this ({reason})", kind="server_error", code="no_room")
