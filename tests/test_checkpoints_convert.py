@@ -10,6 +10,7 @@ import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import nn
+from transformers import Wav2Vec2Model
 
 import published_toy as toy
 from stableavatar import AvatarPipeline
@@ -173,8 +174,12 @@ def test_sizes_are_those_that_the_variant_was_trained_at(published: Path, own: P
     assert SamplingDefaults(**made).sizes == SamplingDefaults().sizes
 
 
-def test_speech_is_heard_in_float32(published: Path) -> None:
+def test_speech_is_heard_in_float32(published: Path, tmp_path: Path) -> None:
     parts = load_published(find_published(published), "square", "1.3b", torch.bfloat16)
+    own = convert(published, tmp_path / "own", dtype=torch.bfloat16, parts=["speech_encoder"])
+    stored = Wav2Vec2Model.from_pretrained(own / "speech_encoder", dtype="auto").state_dict()
+    for name, value in parts["speech_encoder"].state_dict().items():
+        assert torch.equal(stored[name], value), name
     assert {parameter.dtype for parameter in parts["speech_encoder"].parameters()} == {torch.float32}
     assert parts["transformer"].proj_out.weight.dtype == torch.bfloat16
     assert parts["text_encoder"].shared.weight.dtype == torch.bfloat16

@@ -49,11 +49,18 @@ def test_a_variant_is_downloaded_and_nothing_that_it_does_not_need(server: Hub, 
     assert all((target / path).read_bytes() == everything[path] for path in files_below(target))
     assert find_published(target).missing("square") == []
 
-    # The other variant and the vocal network add two files, and nothing is fetched twice.
+    # The other variant adds a file, and nothing is fetched twice.
     server.fetched.clear()
-    hub.download(target, "rec-vec", vocal_separator=True)
-    assert sorted(server.fetched) == ["Kim_Vocal_2.onnx", "StableAvatar-1.3B/transformer3d-rec-vec.pt"]
+    hub.download(target, "rec-vec")
+    assert server.fetched == ["StableAvatar-1.3B/transformer3d-rec-vec.pt"]
     assert find_published(target).missing("rec-vec") == []
+
+
+def test_the_network_that_takes_music_away_comes_alone(server: Hub, tmp_path: Path) -> None:
+    file = hub.download_vocal_separator(tmp_path / "checkpoints")
+    assert server.fetched == ["Kim_Vocal_2.onnx"]
+    assert file.read_bytes() == published_files()["Kim_Vocal_2.onnx"]
+    assert files_below(tmp_path / "checkpoints") == {"Kim_Vocal_2.onnx"}
 
 
 def test_14b_takes_the_encoders_from_one_repository_and_the_base_from_another(

@@ -239,11 +239,18 @@ def test_download_passes_on_what_is_wanted(tmp_path: Path, monkeypatch: pytest.M
     calls = []
     monkeypatch.setattr(hub, "download", lambda *args, **kwargs: calls.append((args, kwargs)) or args[0])
     asked = ["--output", tmp_path, "--variant", "rec-vec", "--model-size", "14b"]
-    result = run("download", *asked, "--repository", "a/b", "--revision", "c", "--vocals")
+    result = run("download", *asked, "--repository", "a/b", "--revision", "c")
     assert result.exit_code == 0, result.output
-    options = {"repo_id": "a/b", "revision": "c", "vocal_separator": True}
-    assert calls == [((tmp_path, "rec-vec", "14b"), options)]
+    assert calls == [((tmp_path, "rec-vec", "14b"), {"repo_id": "a/b", "revision": "c"})]
     assert "for training a transformer of 14B" in result.stdout
+    monkeypatch.setattr(
+        hub,
+        "download_vocal_separator",
+        lambda *args, **kwargs: calls.append((args, kwargs)) or args[0] / "it",
+    )
+    assert run("download", "--vocals", "-o", tmp_path, "--revision", "c").exit_code == 0
+    assert calls[1:] == [((tmp_path,), {"repo_id": hub.PUBLISHED_REPOSITORY, "revision": "c"})]
+    assert "leave --variant" in run("download", "--vocals", "--variant", "square").stderr
     for other in (["--vocals"], ["--variant", "square"], ["-o", tmp_path], ["--model-size", "14b"]):
         refused = run("download", "--landmarks", *other)
         assert refused.exit_code == 2, other

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from command_line import QUICK, Nursery, portrait, run, speech, start, toy_model
+from stableavatar.apps.command_options import stored_settings
 from stableavatar.errors import InputError, StoppedError
 from stableavatar.generation import Progress
 from stableavatar.journal import Journal, SavedState, refuse_unfinished
@@ -202,7 +203,23 @@ def test_what_was_begun_is_not_lost_by_accident(pipeline: AvatarPipeline, tmp_pa
         make(pipeline, tmp_path / "out.mp4", stop=Stop(5))
     with pytest.raises(InputError, match="--resume to go on with it, or --overwrite"):
         make(pipeline, tmp_path / "out.mp4")
-    make(pipeline, tmp_path / "out.mp4", resume=False)
+    with pytest.raises(InputError, match="overlap"):  # refused before it has begun
+        make(pipeline, tmp_path / "out.mp4", resume=False, overlap=1000)
+    make(pipeline, tmp_path / "out.mp4", resume=True)
+    with pytest.raises(StoppedError):
+        make(pipeline, tmp_path / "out.mp4", resume=False, stop=Stop(12))
+    quick = OutputOptions(checkpoint_every=1e6)  # it ends before its first state
+    make(pipeline, tmp_path / "out.mp4", resume=False, output_options=quick)
+    assert list(tmp_path.iterdir()) == [tmp_path / "out.mp4"]
+
+
+def test_a_live_video_takes_the_place_of_what_was_begun(pipeline: AvatarPipeline, tmp_path: Path) -> None:
+    with pytest.raises(StoppedError):
+        make(pipeline, tmp_path / "out.mp4", stop=Stop(12))
+    live = OutputOptions(live=True)
+    with pytest.raises(InputError, match="--resume to go on with it, or --overwrite"):
+        make(pipeline, tmp_path / "out.mp4", output_options=live)
+    make(pipeline, tmp_path / "out.mp4", output_options=live, resume=False)
     assert list(tmp_path.iterdir()) == [tmp_path / "out.mp4"]
 
 
@@ -389,4 +406,10 @@ def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path: Path) -> None:
     result = run(*arguments, "--resume")
     assert result.exit_code == 0, result.output
     assert len(decoded(output)) == 750
-    assert run(*arguments, "--resume", "--overwrite").exit_code == 2
+    assert run(*arguments, "--resume").exit_code == 2  # nothing to go on with
+    process = start(*arguments, "--resume", "--overwrite", "--seed", "8")  # anew
+    wait_for(process, lambda line: "frame 1/" in line)
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=120)
+    assert run(*arguments, "--resume", "--overwrite").exit_code == 0  # goes on, with that run's seed
+    assert stored_settings(output)["seed"] == 8

@@ -37,4 +37,9 @@ def test_published_weights_are_downloaded_with_progress(tmp_path: Path) -> None:
             assert box is not None
             assert box["height"] >= 80  # or the bar would not be seen
             expect(said).to_contain_text("Complete:", timeout=60 * SECONDS)
+            assert not (tmp_path / "checkpoints" / "Kim_Vocal_2.onnx").exists()
+            page.locator("#get-vocals").click()
+            expect(said).not_to_contain_text("Complete:", timeout=20 * SECONDS)
+            expect(said).to_contain_text("Complete:", timeout=60 * SECONDS)
+            assert (tmp_path / "checkpoints" / "Kim_Vocal_2.onnx").exists()
         assert find_published(tmp_path / "checkpoints").missing("square") == []

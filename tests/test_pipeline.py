@@ -359,6 +359,8 @@ class TestLoading:
     ) -> None:
         pipeline.save_pretrained(tmp_path)
         half = stableavatar.load(tmp_path, device="cpu", dtype="bfloat16")
+        for name, value in pipeline.speech_encoder.state_dict().items():
+            assert torch.equal(half.speech_encoder.state_dict()[name], value), name  # nor was rounded
         assert half.transformer.blocks[0].attn1.to_q.weight.dtype == torch.bfloat16
         assert half.transformer.condition_embedder.time_proj.weight.dtype == torch.float32
         assert half.vae.dtype == torch.bfloat16

@@ -63,6 +63,7 @@ class Journal:
             raise InputError(f"output {output}: another process is making this video") from None
         except OSError as error:
             raise cannot_write(output, error) from error
+        self._stale = anew and journal_index(output).exists()
         try:
             self._index = None if anew else self._read_index()
         except JournalError:
@@ -76,7 +77,7 @@ class Journal:
 
     def finish(self) -> None:
         """The video is complete: there is nothing to go on from."""
-        if self._index is not None:
+        if self._index is not None or self._stale:
             self.unfinished.unlink(missing_ok=True)
         self.clear()
         self._index = None
@@ -175,8 +176,9 @@ class Journal:
             raise cannot_write(self.output, error) from error
 
     def close(self) -> None:
-        """Let others have it; where there is nothing to go on from, it is removed."""
-        if not self.has_state:
+        """Let others have it; where there is nothing to go on from, it is removed. What another run began
+        stays until this one has begun."""
+        if not journal_index(self.output).exists():
             shutil.rmtree(self.folder, ignore_errors=True)
         self._lock.close()
 

@@ -164,9 +164,9 @@ class AvatarPipeline(DiffusionPipeline, WanLoraLoaderMixin):
                 )
             check_own(folder, [part for part in OWN_PARTS if part not in kwargs])
             kwargs.setdefault("local_files_only", True)
-            pipeline = super().from_pretrained(folder, dtype=dtype, **kwargs)
-            if pipeline.speech_encoder is not None:
-                pipeline.speech_encoder.float()  # its features feed every window, and it is small
+            # The features of speech feed every window, and what makes them is small.
+            dtypes = {"speech_encoder": torch.float32, "default": dtype}
+            pipeline = super().from_pretrained(folder, dtype=dtypes, **kwargs)
             pipeline.origin = {"model": str(source)}
             pipeline._merge(loras)
             return pipeline
@@ -393,7 +393,7 @@ class AvatarPipeline(DiffusionPipeline, WanLoraLoaderMixin):
             output_options: quality, preset, a folder for PNG frames, how often the state is saved, and
                 whether the file is to play while it grows. What does keeps no journal.
             resume: True goes on with what was begun there (a seed that is not given is that run's), False
-                begins anew; None refuses where something was begun.
+                begins anew; None refuses where something was begun. Live output and live speech begin anew.
             stop: asked between cells; when it says so, the state is saved and what is finished is put beside
                 the output as `NAME.unfinished.mp4`.
 
@@ -419,8 +419,19 @@ class AvatarPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         ):
             if resume:
                 raise InputError("what is written or spoken live cannot be resumed: leave out --resume")
-            run = self._open(portrait, speech, given, latents, progress, processes, follow=True)
-            return write_live(run, open_sound(speech, given), output, encoding, stop)
+            with contextlib.ExitStack() as stack:
+                journal = None
+                if isinstance(output, str | Path) and str(output) != STANDARD_OUTPUT:
+                    if resume is None:
+                        refuse_unfinished(check_output(output))
+                    journal = stack.enter_context(
+                        contextlib.closing(Journal(check_output(output), anew=True))
+                    )
+                run = self._open(portrait, speech, given, latents, progress, processes, follow=True)
+                made = write_live(run, open_sound(speech, given), output, encoding, stop)
+                if journal is not None:  # of a run before, which this video has replaced
+                    journal.finish()
+                return made
         path = check_output(output)
         if resume is None:
             refuse_unfinished(path)
@@ -463,10 +474,17 @@ def generate(
     output: str | Path | Writable,
     *,
     model: str | Path = "tiny",
+    device: str = "auto",
+    dtype: str = "auto",
+    variant: str | None = None,
+    lora: LoraChoice | Sequence[LoraChoice] = (),
     **options: Any,
 ) -> GeneratedVideo:
-    """Write the portrait saying the speech as an MP4 with sound; see `AvatarPipeline.generate`."""
-    return load(model).generate(portrait, speech, output, **options)
+    """Write the portrait saying the speech as an MP4 with sound: `load`, whose are model, device, dtype,
+    variant and lora, then `AvatarPipeline.generate`. For several videos load once: each call here loads the
+    model."""
+    pipeline = load(model, device=device, dtype=dtype, variant=variant, lora=lora)
+    return pipeline.generate(portrait, speech, output, **options)
 
 
 def _chosen_loras(lora: LoraChoice | Sequence[LoraChoice]) -> list[tuple[str | Path, float]]:

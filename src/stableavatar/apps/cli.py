@@ -139,7 +139,12 @@ def generate(
     encoding: OutputOptions,
     generation: GenerateOptions,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace a video that is there.", rich_help_panel=FILE)
+        bool,
+        typer.Option(
+            "--overwrite",
+            help="Replace a video that is there. With --resume: begin anew where nothing was begun.",
+            rich_help_panel=FILE,
+        ),
     ] = False,
     resume: Annotated[
         bool,
@@ -224,10 +229,11 @@ def generate(
         from stableavatar.media.image import read_picture
         from stableavatar.media.live import LiveRecording, read_live
         from stableavatar.media.video import STANDARD_OUTPUT
+        from stableavatar.unfinished import journal_index
 
         to_stdout = str(output) == STANDARD_OUTPUT
-        if resume and overwrite:
-            raise InputError("give --resume to go on or --overwrite to begin anew, not both")
+        if resume and overwrite and not to_stdout:  # go on where there is something to go on from
+            resume = journal_index(check_output(output)).exists()
         if not to_stdout and check_output(output).exists() and not (overwrite or resume):
             raise InputError(f"output {output}: exists already. Choose another name, or add --overwrite.")
         if not to_stdout and not (overwrite or resume):
@@ -305,7 +311,7 @@ def download(
     variant: VariantOption = "square",
     model_size: ModelSizeOption = "1.3b",
     vocals: Annotated[
-        bool, typer.Option("--vocals", help="Also the network of separate-vocals, Kim_Vocal_2.onnx.")
+        bool, typer.Option("--vocals", help="Instead, the network of separate-vocals, Kim_Vocal_2.onnx.")
     ] = False,
     landmarks: Annotated[
         bool,
@@ -319,13 +325,17 @@ def download(
 ) -> None:
     """Get the published weights from the Hugging Face hub (HF_ENDPOINT: from a mirror).
 
-    An interrupted download goes on where it stopped.
+    Of an interrupted download the files that were whole are kept.
     """
     log_to_stderr(verbose if sys.stderr.isatty() else max(verbose, 1))
     quieten_libraries(verbose)
+    given = {
+        name
+        for name in context.params
+        if getattr(context.get_parameter_source(name), "name", "") != "DEFAULT" and name != "verbose"
+    }
     if landmarks:
-        others = set(context.params) - {"landmarks", "verbose"}
-        if any(getattr(context.get_parameter_source(name), "name", "") != "DEFAULT" for name in others):
+        if given != {"landmarks"}:
             raise InputError("--landmarks gets those networks alone: leave the other options out")
         from stableavatar.data.landmarks import fetch_networks
 
@@ -334,14 +344,14 @@ def download(
     from stableavatar.checkpoints import hub
     from stableavatar.checkpoints.layout import find_published
 
-    folder = hub.download(
-        output,
-        variant,
-        model_size,
-        repo_id=repository or hub.PUBLISHED_REPOSITORY,
-        revision=revision,
-        vocal_separator=vocals,
-    )
+    repo_id = repository or hub.PUBLISHED_REPOSITORY
+    if vocals:
+        if given & {"variant", "model_size"}:
+            raise InputError("--vocals gets that network alone: leave --variant and --model-size out")
+        file = hub.download_vocal_separator(output, repo_id=repo_id, revision=revision)
+        typer.echo(f"{file}: complete; use it with --network {file}")
+        return
+    folder = hub.download(output, variant, model_size, repo_id=repo_id, revision=revision)
     if model_size == "14b":  # no transformer with audio was published for it
         typer.echo(f"{folder}: complete, for training a transformer of 14B: see docs/training.md")
         return

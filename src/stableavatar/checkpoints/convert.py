@@ -171,7 +171,9 @@ def _savers(
         model.save_pretrained(folder, max_shard_size=max_shard_size)
         return type(model)
 
-    def encoder(load: Callable[..., Any], part: str) -> Callable[[Path], type]:
+    def encoder(
+        load: Callable[..., Any], part: str, dtype: torch.dtype | None = dtype
+    ) -> Callable[[Path], type]:
         def save(folder: Path) -> type:
             model = load(getattr(found, part), dtype=dtype)
             model.save_pretrained(folder, max_shard_size=max_shard_size)
@@ -195,7 +197,7 @@ def _savers(
         "text_encoder": encoder(loading.load_text_encoder, "text_encoder"),
         "tokenizer": tokenizer,
         "image_encoder": encoder(loading.load_image_encoder, "image_encoder"),
-        "speech_encoder": encoder(loading.load_speech_encoder, "speech_encoder"),
+        "speech_encoder": encoder(loading.load_speech_encoder, "speech_encoder", torch.float32),
         "scheduler": scheduler,
     }
 

@@ -19,6 +19,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import NamedTuple
 
 from huggingface_hub import HfApi, hf_hub_download, snapshot_download
 from huggingface_hub.errors import (
@@ -33,13 +34,16 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.hf_api import RepoFile
 
-from stableavatar.checkpoints.layout import MODEL_INDEX, OWN_PARTS, VARIANTS
+from stableavatar.checkpoints.layout import MODEL_INDEX, OWN_PARTS, VARIANTS, VOCAL_SEPARATOR
 from stableavatar.errors import CheckpointError, InputError
 
 logger = logging.getLogger(__name__)
 
 PUBLISHED_REPOSITORY = "FrancisRing/StableAvatar"
 BASE_14B_REPOSITORY = "Wan-AI/Wan2.1-I2V-14B-480P"
+
+Progress = Callable[[int, int], None]
+"""Bytes that are there, and of how many."""
 
 _BASE_1_3B = "Wan2.1-Fun-V1.1-1.3B-InP"
 _BASE_14B = "Wan2.1-I2V-14B-480P"
@@ -77,13 +81,12 @@ class HubFile:
     sha256: str | None
 
 
-def published_patterns(variant: str, size: str = "1.3b", *, vocal_separator: bool = False) -> list[str]:
+def published_patterns(variant: str, size: str = "1.3b") -> list[str]:
     """Which files of `PUBLISHED_REPOSITORY` a model of this variant and size needs.
 
     Args:
         variant: ``square`` or ``rec-vec``.
         size: ``1.3b``, or ``14b``: the encoders alone, since its base lies in `BASE_14B_REPOSITORY`.
-        vocal_separator: also the network that takes music away.
 
     Raises:
         InputError: unknown variant or size.
@@ -95,8 +98,6 @@ def published_patterns(variant: str, size: str = "1.3b", *, vocal_separator: boo
     patterns = list(_ENCODERS)
     if size == "1.3b":
         patterns += [*_TRANSFORMER_1_3B, f"StableAvatar-1.3B/transformer3d-{variant}.pt"]
-    if vocal_separator:
-        patterns.append("Kim_Vocal_2.onnx")
     return patterns
 
 
@@ -108,8 +109,7 @@ def download(
     repo_id: str = PUBLISHED_REPOSITORY,
     base_14b_repo_id: str = BASE_14B_REPOSITORY,
     revision: str | None = None,
-    vocal_separator: bool = False,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> Path:
     """Download what a published model needs into a folder, in the published layout.
 
@@ -117,7 +117,7 @@ def download(
 
     Args:
         target: the folder, made if need be; for `layout.find_published` afterwards.
-        variant, size, vocal_separator: see `published_patterns`. For ``14b`` the Wan base comes from
+        variant, size: see `published_patterns`. For ``14b`` the Wan base comes from
             `base_14b_repo_id`; its transformer with audio was not released.
         repo_id: the repository of the published layout, or a copy of it.
         revision: branch, tag or commit of `repo_id`.
@@ -132,9 +132,38 @@ def download(
         CheckpointError: no connection, no such repository or revision, no permission, or a damaged file.
     """
     target = Path(target).expanduser()
-    jobs = [(repo_id, revision, target, published_patterns(variant, size, vocal_separator=vocal_separator))]
+    jobs = [_Wanted(repo_id, revision, target, published_patterns(variant, size))]
     if size == "14b":
-        jobs.append((base_14b_repo_id, None, target / _BASE_14B, list(_TRANSFORMER_14B)))
+        jobs.append(_Wanted(base_14b_repo_id, None, target / _BASE_14B, list(_TRANSFORMER_14B)))
+    _get(target, jobs, progress)
+    return target
+
+
+def download_vocal_separator(
+    target: Path | str,
+    *,
+    repo_id: str = PUBLISHED_REPOSITORY,
+    revision: str | None = None,
+    progress: Progress | None = None,
+) -> Path:
+    """Download the network that takes music away, alone, into a folder; as `download`.
+
+    Returns:
+        its file.
+    """
+    target = Path(target).expanduser()
+    _get(target, [_Wanted(repo_id, revision, target, [VOCAL_SEPARATOR])], progress)
+    return target / VOCAL_SEPARATOR
+
+
+class _Wanted(NamedTuple):
+    repo_id: str
+    revision: str | None
+    folder: Path
+    patterns: list[str]
+
+
+def _get(target: Path, jobs: Sequence[_Wanted], progress: Progress | None) -> None:
     planned = []
     for repository, wanted_revision, folder, patterns in jobs:
         commit, files = list_files(repository, patterns, revision=wanted_revision)
@@ -146,7 +175,6 @@ def download(
     with _watched(on_their_way, wanted, progress):
         for repository, commit, folder, files in planned:
             _fetch(repository, commit, folder, files)
-    return target
 
 
 def list_files(
@@ -285,7 +313,7 @@ def _on_their_way(folders: Sequence[Path]) -> Iterator[Path]:
 
 @contextmanager
 def _watched(
-    folders: Sequence[Path], wanted: Mapping[Path, int], progress: Callable[[int, int], None] | None
+    folders: Sequence[Path], wanted: Mapping[Path, int], progress: Progress | None
 ) -> Iterator[None]:
     """Tell `progress` what is there of the wanted files (bytes each), also of those that are on their way."""
     if progress is None:

@@ -47,7 +47,7 @@ _IMAGE_STEM = "models_clip_open-clip-xlm-roberta-large-vit-huge-14"
 _IMAGE_NAMES = (f"{_IMAGE_STEM}.pth", f"{_IMAGE_STEM}.safetensors", "image_encoder")
 _TOKENIZER_NAMES = ("google/umt5-xxl", "tokenizer")
 _SPEECH_NAMES = ("wav2vec2-base-960h", "wav2vec", "speech_encoder")
-_SEPARATOR_NAMES = ("Kim_Vocal_2.onnx",)
+VOCAL_SEPARATOR = "Kim_Vocal_2.onnx"
 
 
 @dataclass(frozen=True)
@@ -233,7 +233,7 @@ def _layout_at(root: Path) -> PublishedLayout:
         tokenizer=_first_file(places, _TOKENIZER_NAMES),
         image_encoder=_first_file(places, _IMAGE_NAMES),
         speech_encoder=_first_file([root], _SPEECH_NAMES),
-        vocal_separator=_first_file([root], _SEPARATOR_NAMES),
+        vocal_separator=_first_file([root], (VOCAL_SEPARATOR,)),
     )
 
 

@@ -46,7 +46,7 @@ class VocalSeparator:
             raise extra_missing("separating vocals needs onnxruntime", "vocals") from error
         if not path.is_file():
             raise CheckpointError(
-                f"{path}: there is no such file. Kim_Vocal_2.onnx comes with the published weights: "
+                f"{path}: there is no such file. Kim_Vocal_2.onnx lies beside the published weights: "
                 "stableavatar download --vocals"
             )
         try:

@@ -2,6 +2,7 @@
 
 import asyncio
 import html
+from collections.abc import Sequence
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -25,8 +26,8 @@ def models_tab(studio: Studio, texts: Texts, tab: gr.Tab) -> None:
     with gr.Row():
         variant = gr.Radio(["square", "rec-vec"], value="square", label=texts["variant"], elem_id="variant")
         size = gr.Radio(["1.3b", "14b"], value="1.3b", label=texts["size"], elem_id="model-size")
-        vocals = gr.Checkbox(False, label=texts["with_vocals"], elem_id="with-vocals")
     button = gr.Button(texts["get_weights"], elem_id="get-weights")
+    voices = gr.Button(texts["get_vocals"], elem_id="get-vocals")
     said = gr.Markdown("", elem_id="download-said", min_height=90)  # room for the bar
 
     def show() -> str:
@@ -45,13 +46,18 @@ def models_tab(studio: Studio, texts: Texts, tab: gr.Tab) -> None:
     async def get(
         variant: Literal["square", "rec-vec"],
         size: Literal["1.3b", "14b"],
-        vocals: bool,
         progress: gr.Progress = gr.Progress(),  # noqa: B008  (how Gradio hands it over)
     ) -> str:
+        return await fetched("download", (variant, size), progress)
+
+    async def get_vocals(progress: gr.Progress = gr.Progress()) -> str:  # noqa: B008
+        return await fetched("download_vocal_separator", (), progress)
+
+    async def fetched(what: str, choice: Sequence[str], progress: gr.Progress) -> str:
         # A process of its own, since the library's threads cannot be ended: the page can.
         here, there = get_context("spawn").Pipe(duplex=False)
         process = get_context("spawn").Process(
-            target=_download, args=(there, studio.checkpoints, variant, size, vocals), daemon=True
+            target=_download, args=(there, studio.checkpoints, what, choice), daemon=True
         )
         process.start()
         there.close()
@@ -72,24 +78,19 @@ def models_tab(studio: Studio, texts: Texts, tab: gr.Tab) -> None:
 
     quiet: dict[str, Any] = {"api_visibility": "private"}
     tab.select(show, None, here, **quiet)
-    button.click(get, [variant, size, vocals], said, concurrency_limit=1, **quiet).then(
-        show, None, here, **quiet
-    )
+    alone: dict[str, Any] = {"concurrency_limit": 1, "concurrency_id": "download"}
+    button.click(get, [variant, size], said, **alone, **quiet).then(show, None, here, **quiet)
+    voices.click(get_vocals, None, said, **alone, **quiet).then(show, None, here, **quiet)
 
 
-def _download(
-    page: Connection,
-    folder: Path,
-    variant: Literal["square", "rec-vec"],
-    size: Literal["1.3b", "14b"],
-    vocals: bool,
-) -> None:
-    """Tells the page how many bytes of how many are there, at last None, or what went wrong."""
+def _download(page: Connection, folder: Path, what: str, choice: Sequence[str]) -> None:
+    """Calls `what` of the hub, and tells the page how many bytes of how many are there, at last None, or what
+    went wrong."""
     from stableavatar.checkpoints import hub
 
     end_with_parent()
     try:
-        hub.download(folder, variant, size, vocal_separator=vocals, progress=lambda *there: page.send(there))
+        getattr(hub, what)(folder, *choice, progress=lambda *there: page.send(there))
     except StableAvatarError as error:
         page.send(str(error))
     else:

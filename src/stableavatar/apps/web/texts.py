@@ -220,12 +220,12 @@ TEXTS: dict[str, tuple[str, str]] = {
     "models_here": ("On this machine", "本机已有"),
     "get_weights": ("Get the published weights", "下载公开权重"),
     "get_help": (
-        "About 19 GB for 1.3B. An interrupted download goes on with the files that are not whole. Then start "
-        "the page with --model and the folder.",
-        "1.3B 约 19 GB。中断后会保留已完整的文件。完成后请用 --model 加文件夹重新启动。",
+        "More than 20 GB for 1.3B. An interrupted download goes on with the files that are not whole. Then "
+        "start the page with --model and the folder.",
+        "1.3B 超过 20 GB。中断后会保留已完整的文件。完成后请用 --model 加文件夹重新启动。",
     ),
     "variant": ("Variant", "变体"),
-    "with_vocals": ("With the vocal separator", "包含人声分离网络"),
+    "get_vocals": ("Get the vocal separator alone", "仅下载人声分离网络"),
     "download_asks": ("Asking which files there are", "正在查询文件列表"),
     "download_comes": ("{done} of {total} GB", "{done} / {total} GB"),
     "download_checks": ("Comparing the files with their check sums", "正在校验文件"),
