@@ -171,6 +171,25 @@ def test_clips_that_can_only_fail_are_left_out_when_they_are_opened(
     assert "3 of 5 clips cannot be used" in caplog.text
     with pytest.raises(InputError, match="no usable clip"):
         ClipDataset.from_folders(clips, settings, sizes=sizes[0])
+    for portrait in (0.5, 0.0):  # prepare writes none
+        settings = ClipDatasetSettings(frames=9, on_error="skip", portrait=portrait)
+        (clips[3] / "portrait.png").unlink(missing_ok=True)
+        left = ClipDataset.from_folders(clips[3:], settings)
+        assert [clip.name for clip in left.clips] == [str(clip) for clip in clips[4 if portrait else 3 :]]
+
+
+def test_a_clip_that_can_be_read_in_part_does_not_end_a_run(root: Path) -> None:
+    """The only one of its size, whose sound ends before its pictures."""
+    clip = write_clip(root / "speech" / "00000", frames=24)
+    with wave.open(str(clip / "audio.wav"), "rb") as file:
+        parameters, samples = file.getparams(), file.readframes(14 * 640)
+    with wave.open(str(clip / "audio.wav"), "wb") as file:
+        file.setparams(parameters)
+        file.writeframes(samples)
+    dataset = ClipDataset.from_folders([clip], ClipDatasetSettings(frames=9, on_error="skip"))
+    starts = [dataset[0, epoch].frames.shape[0] for epoch in range(40)]
+    assert starts == [9] * 40
+    assert 5 < dataset.stand_ins < 39
 
 
 def test_a_lost_frame_is_no_uneven_video(root: Path) -> None:
@@ -258,6 +277,7 @@ def test_path_lists_and_folders(root: Path) -> None:
     path_list = root.parent / "video_square_path.txt"
     path_list.write_text(f"square/speech/00002\n\n{clips[0]}\n")
     assert [path.resolve() for path in read_path_list(path_list)] == [clips[1].resolve(), clips[0].resolve()]
+    write_clip(root / ".prepare" / "0", frames=5)  # what a running `prepare` has
     assert find_clips(root) == clips
     path_list.write_text("\n")
     with pytest.raises(InputError, match="is empty"):

@@ -468,3 +468,24 @@ def test_folders_that_are_not_there_or_files(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="is a file"):
         prepare(tmp_path / "raw", tmp_path / "file", SHORT)
+
+
+CLIPS = Path(__file__).parents[2] / "shared" / "samples" / "clips"
+
+
+@pytest.mark.shared
+@pytest.mark.skipif(not CLIPS.is_dir(), reason="the samples are not beside the checkout")
+def test_clips_of_real_people(tmp_path: Path) -> None:
+    talks = sorted(CLIPS.glob("*.mp4"))
+    counts = prepare(CLIPS, tmp_path, PrepareSettings(), tell=lambda _: None)
+    assert counts["videos"] == len(talks)
+    clips = [FolderClip.open(folder) for folder in read_path_list(tmp_path / "video_vec_path.txt")]
+    seconds = sum(probe(talk).seconds for talk in talks)
+    assert sum(clip.length for clip in clips) / 25 == pytest.approx(seconds, abs=0.2 * len(talks))
+    for clip in clips:
+        assert clip.size == (480, 832)
+        for start in range(0, clip.length - 4, clip.length // 5):
+            faces, lips = (clip.read_masks(kind, start, 4) > 0 for kind in ("face_masks", "lip_masks"))
+            assert 0.02 < faces.mean() < 0.4
+            assert 0.02 < lips.sum() / faces.sum() < 0.2
+            assert (lips & faces).sum() / lips.sum() > 0.99

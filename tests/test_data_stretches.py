@@ -80,6 +80,14 @@ def test_two_people_a_moving_background_no_sound(tmp_path: Path, landmarker: Fac
     path = video(tmp_path / "two.mp4", [np.concatenate([one, other], axis=2)])
     assert spans(stretches(path, landmarker)) == [(0, 25, "more than one face")]
 
+    # The other one comes between two looks for further faces.
+    joined = np.concatenate([one, other], axis=2)
+    joined[:14, :, SIZE:] = 90
+    found = spans(stretches(video(tmp_path / "joined.mp4", [joined]), landmarker))
+    assert [reason for *_, reason in found] == [None, "more than one face"]
+    assert found[0][1] == found[1][0] <= 14
+    assert found[1][1] == 25
+
     blocks = np.random.default_rng(0).integers(0, 2, (4, 24), dtype=np.uint8) * 200
     wall = np.kron(blocks, np.ones((SIZE // 4, 6 * SIZE // 24), np.uint8))
     moving = np.stack([np.roll(wall, 6 * k, axis=1) for k in range(25)])[..., None].repeat(3, -1)

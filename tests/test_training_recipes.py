@@ -84,7 +84,7 @@ def test_full_recipes_have_the_published_values(path: Path) -> None:
     assert (recipe.trainer.precision, recipe.trainer.gradient_checkpointing) == ("bf16", True)
     assert (recipe.trainer.batch_size, recipe.data.clips.frames) == (1, 81)
     objective = recipe.objective
-    assert (objective.timesteps, objective.mask_loss, objective.motion_ratio) == ("uniform", "drawn", 0.0)
+    assert (objective.timesteps, objective.mask_loss, objective.motion_ratio) == ("uniform", "drawn", 0.25)
     assert (objective.audio_dropping, objective.clip_level_audio, objective.prompt_dropping) == (
         0.1,
         0.3,

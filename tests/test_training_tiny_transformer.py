@@ -15,6 +15,7 @@ import torch
 from accelerate.state import AcceleratorState
 from diffusers import AutoencoderKLWan
 from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import nn
 from transformers import UMT5EncoderModel, Wav2Vec2Model
 
@@ -40,6 +41,7 @@ from stableavatar.training.log import read_log
 from stableavatar.training.muon import MuonAdamW
 from stableavatar.training.objective import ObjectiveSettings, draw_step
 from stableavatar.training.recipes import load_recipe
+from stableavatar.training.result import export_checkpoint
 from stableavatar.training.run import Training, cache_latents, prepare_training
 from stableavatar.training.tiny import avatar as tiny_avatar
 from stableavatar.training.tiny.assemble import SAMPLING_DEFAULTS
@@ -445,6 +447,13 @@ def test_two_processes_have_the_curve_of_one(encoders: Path, cache: Path, tmp_pa
             torch.testing.assert_close(found[name], value, rtol=2e-2, atol=1e-3)  # kept in bfloat16
         moved = [(value - before[name]).abs().max() for name, value in found.items()]
         assert max(moved) > 4e-3
+    exported = export_checkpoint(list_checkpoints(tmp_path / "two")[-1], tmp_path / "exported")
+    for file in (tmp_path / "two" / "model").rglob("*.safetensors"):
+        wanted, found = (
+            load_file(it / file.relative_to(tmp_path / "two" / "model")) for it in (file.parents[1], exported)
+        )
+        assert found.keys() == wanted.keys()
+        assert all(torch.equal(found[name], value) for name, value in wanted.items()), file
 
 
 def test_what_it_is_given_is_made_where_the_batch_lies(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -33,7 +33,7 @@ from stableavatar.apps.data_commands import (
     separate_vocals,
 )
 from stableavatar.apps.progress import display, duration
-from stableavatar.apps.training_commands import cache_latents, train
+from stableavatar.apps.training_commands import cache_latents, export, train
 from stableavatar.choices import Dtype, ModelSize, StoredDtype, Variant
 from stableavatar.errors import InputError
 from stableavatar.logs import log_to_stderr, quieten_libraries
@@ -401,31 +401,8 @@ def convert(
     typer.echo(f"{folder}: complete; use it with --model {folder}")
 
 
-@app.command()
-def export(
-    transformer: Annotated[
-        Path, typer.Argument(metavar="TRANSFORMER", help="A transformer: the folder of that name, or a file.")
-    ],
-    target: Annotated[Path, typer.Argument(metavar="TARGET", help="The file to write: .pt or .safetensors.")],
-    dtype: Annotated[
-        StoredDtype | None, typer.Option(help="Of the weights; by default as they are stored.")
-    ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a target that is there.")] = False,
-    verbose: Verbose = 0,
-) -> None:
-    """Write a transformer under the published names, for the published code."""
-    log_to_stderr(verbose)
-    quieten_libraries(verbose)
-    from stableavatar.checkpoints.convert import export_transformer
-    from stableavatar.placement.device import DTYPES
-
-    file = export_transformer(
-        transformer, target, dtype=None if dtype is None else DTYPES[dtype], overwrite=overwrite
-    )
-    typer.echo(f"{file}: complete")
-
-
 app.command()(train)
+app.command()(export)
 app.command("cache-latents")(cache_latents)
 app.command()(service_commands.serve)
 app.command("app")(service_commands.app)

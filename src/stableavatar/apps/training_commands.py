@@ -1,4 +1,4 @@
-"""``stableavatar train`` and ``cache-latents``; see `stableavatar.apps.cli`."""
+"""``stableavatar train``, ``cache-latents`` and ``export``; see `stableavatar.apps.cli`."""
 
 import importlib
 from pathlib import Path
@@ -92,6 +92,45 @@ def cache_latents(
     count = training.cache_latents(chosen, output, passes=passes, dtype=DTYPES[dtype])
     if count is not None:
         typer.echo(f"{output}: {count} samples; train with --set data.cache={output}")
+
+
+def export(
+    source: Annotated[
+        Path,
+        typer.Argument(
+            metavar="SOURCE",
+            help="A transformer: the folder of that name, or a file. Or a checkpoint of a training: a folder "
+            "such as step-00001000.",
+        ),
+    ],
+    target: Annotated[
+        Path,
+        typer.Argument(
+            metavar="TARGET",
+            help="The file to write: .pt or .safetensors. Of a checkpoint also a folder, for what the "
+            "training would write at its end.",
+        ),
+    ],
+    dtype: Annotated[
+        StoredDtype | None, typer.Option(help="Of a file's weights; by default as they are stored.")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a file that is there.")] = False,
+    verbose: Annotated[
+        int, typer.Option("--verbose", "-v", count=True, show_default=False, help="Say more.")
+    ] = 0,
+) -> None:
+    """Write a transformer under the published names, for the published code; or what a checkpoint of a
+    training holds."""
+    log_to_stderr(verbose)
+    quieten_libraries(verbose)
+    from stableavatar.checkpoints.convert import export_transformer
+    from stableavatar.placement.device import DTYPES
+
+    write = export_transformer
+    if (source / "state.json").is_file():
+        write = _import("stableavatar.training.result").export_checkpoint
+    made = write(source, target, dtype=None if dtype is None else DTYPES[dtype], overwrite=overwrite)
+    typer.echo(f"{made}: complete")
 
 
 def _import(name: str) -> Any:

@@ -151,7 +151,7 @@ class FolderClip:
 
     def mark(self, *, masks: bool, portrait: bool) -> str:
         """Of its video, sound, middle picture and masks, and portrait: how many bytes, and some of them.
-        Raises InputError: the middle masks are missing."""
+        Raises InputError: the middle masks, or the portrait, are missing."""
         middle = f"frame_{self.length // 2}.png"
         for kind in get_args(MaskKind) if masks else ():
             if not (self.folder / kind / middle).exists():
@@ -160,6 +160,11 @@ class FolderClip:
                     f"{kind.replace('_', '-')}), or train with objective.mask_loss none and data.clips.masks "
                     "false"
                 )
+        if portrait and not (self.folder / "portrait.png").exists():
+            raise InputError(
+                f"{self.folder / 'portrait.png'}, the person at rest, is missing: put it there, or train "
+                "with data.clips.portrait 0 and any_frame in its place"
+            )
         names = ["sub_clip.mp4", "audio.wav", f"images/{middle}"]
         names += [f"{kind}/{middle}" for kind in get_args(MaskKind)] if masks else []
         names += ["portrait.png"] if portrait else []
@@ -266,12 +271,17 @@ def read_path_list(path: Path) -> list[Path]:
 
 
 def find_clips(root: Path) -> list[Path]:
-    """Every folder below `root` that holds a `sub_clip.mp4`, sorted.
+    """Every folder below `root` that holds a `sub_clip.mp4`, sorted; none in hidden folders, where clips
+    are made.
 
     Raises:
         InputError: there is none.
     """
-    folders = sorted(path.parent for path in root.rglob("sub_clip.mp4"))
+    folders = sorted(
+        path.parent
+        for path in root.rglob("sub_clip.mp4")
+        if not any(part.startswith(".") for part in path.relative_to(root).parts)
+    )
     if not folders:
         raise InputError(f"no clip (a folder with sub_clip.mp4) was found below {root}")
     return folders

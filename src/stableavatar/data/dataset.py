@@ -10,6 +10,7 @@ from collections.abc import Callable, Collection, Iterable
 from dataclasses import asdict, dataclass
 from fractions import Fraction
 from functools import partial
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar, get_args
 
@@ -27,6 +28,7 @@ logger = logging.getLogger(__name__)
 
 MASKS: tuple[MaskKind, ...] = ("face_masks", "lip_masks")
 LATENT_PIXELS = 8  # pixels a latent cell in space
+_LEAST_TRIES = 16  # windows that are drawn in the place of one that cannot be read
 Result = TypeVar("Result")
 OnError = Literal["raise", "skip"]
 ReferenceKind = Literal["first", "portrait", "any"]
@@ -230,13 +232,17 @@ class ClipDataset(Dataset[ClipSample]):
         # The first that is said is this one's; others may have been left out for reasons of their own.
         reason = self.skipped[self.clips[index].name]
         alike = [other for other, group in enumerate(self.groups) if group == self.groups[index]]
-        for number, other in enumerate(np.random.default_rng((*drawn, 0)).permutation(alike), 1):
+        order = np.random.default_rng((*drawn, 0)).permutation(alike)
+        # Of a clip some windows may be readable: a single one is not given up after a few.
+        tries = islice(cycle(order), max(len(order), _LEAST_TRIES))
+        for number, other in enumerate(tries, 1):
             sample = self._sample(int(other), np.random.default_rng((*drawn, number)))
             if sample is not None:
                 return sample
         raise InputError(
             f"no window that was drawn of any clip of {self.clips[index].size} pixels can be read; of the "
-            f"first: {reason}"
+            f"first: {reason}. Mend them; or take them out of the "
+            "data, and go on with --resume latest --new-data"
         )
 
     @property

@@ -34,7 +34,7 @@ _FACE_SIZE = (16, 20)  # what faces are compared at
 _OTHER = 25.0  # of 255: mean difference of the faces of two neighbouring frames, of which one is another's
 _JUMP = 0.15  # of its height: how far a face's middle may move from frame to frame
 _GROWS = 1.2  # so many times as high, or as low, a face may become
-_FACES_EVERY = 12  # frames between looks for further faces
+_FACES_EVERY = 12  # frames between looks for further faces: who comes and goes between two is not seen
 _OTHER_FACE = 0.5  # of the largest one's size: a smaller face is somebody in the background
 _SILENT = 1e-3  # root mean square of a stretch without sound
 
@@ -178,7 +178,7 @@ def find_stretches(video: Path, landmarker: FaceLandmarker, settings: PrepareSet
     frames = Last(read_frames_at(video, FPS))
     run: _Run | None = None
     bad: Stretch | None = None
-    several = False
+    several, sole = False, -1  # further faces when they were last looked for; when there was one at most
     cuts = _Cuts()
     longest = round(settings.most_seconds * FPS)
     number = -1
@@ -201,15 +201,20 @@ def find_stretches(video: Path, landmarker: FaceLandmarker, settings: PrepareSet
         cut = cuts.begins(frame, small, points)
         if cut or number % _FACES_EVERY == 0:
             several = _faces(landmarker, frame) > 1
+            sole = sole if several else number
         reason = "no face" if points is None else "more than one face" if several else None
+        begin = number
+        if run is not None and points is not None and several and not cut:  # since when is not known
+            begin = max(sole + 1, run.start)
         if run is not None and (cut or reason is not None or number - run.start >= longest):
-            yield run.ended(number, settings)
+            if begin > run.start:
+                yield run.ended(begin, settings)
             run = None
         if bad is not None and bad.reason != reason:
             yield replace(bad, stop=number)
             bad = None
         if points is None or reason is not None:
-            bad = bad or Stretch(number, number, reason)
+            bad = bad or Stretch(begin, number, reason)
             continue
         if run is None:
             run = _Run(number, small)

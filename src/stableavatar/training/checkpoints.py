@@ -183,6 +183,12 @@ def load_average(path: Path, device: torch.device | str = "cpu") -> dict[str, to
         return load_file(path / EMA_FILE, device=str(device))
 
 
+def load_weights(path: Path, device: torch.device | str = "cpu") -> dict[str, torch.Tensor]:
+    """The trained weights of a checkpoint of a run whose model was whole. Raises CheckpointError as below."""
+    with _readable(path):
+        return load_file(path / "model.safetensors", device=str(device))
+
+
 def load_checkpoint(path: Path, device: torch.device | str = "cpu", *, average: bool = True) -> TrainingState:
     """Read back a checkpoint of a run whose model was whole, as its first process has it; on request without
     its averaged weights.
@@ -192,7 +198,7 @@ def load_checkpoint(path: Path, device: torch.device | str = "cpu", *, average: 
     """
     with _readable(path):
         return TrainingState(
-            model=load_file(path / "model.safetensors", device=str(device)),
+            model=load_weights(path, device),
             ema=load_average(path, device) if average and (path / EMA_FILE).exists() else None,
             optimizer=torch.load(path / "optimizer.pt", map_location=device, weights_only=True),
             counters=load_counters(path),

@@ -4,6 +4,7 @@ import json
 import logging
 import math
 import secrets
+import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -54,12 +55,16 @@ class LossMeter:
 
 
 class JsonLog:
-    """Appends lines to a file. Opened at a step, it drops what an interrupted run had written after that
-    step.
+    """Appends lines to a file, and says them. Opened at a step, it drops what an interrupted run had written
+    after that step.
+
+    Args:
+        step: where the run stands. steps: where it ends.
     """
 
-    def __init__(self, path: Path, step: int) -> None:
-        self.path = path
+    def __init__(self, path: Path, step: int, steps: int) -> None:
+        self.path, self.steps = path, steps
+        self._last = (step, time.monotonic())
         path.parent.mkdir(parents=True, exist_ok=True)
         kept = [line for line in read_log(path) if line["step"] <= step] if path.exists() else []
         write_file(path, "".join(json.dumps(line) + "\n" for line in kept).encode())
@@ -72,6 +77,17 @@ class JsonLog:
         }
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(clean) + "\n")
+        step, now = line["step"], time.monotonic()
+        (before, then), self._last = self._last, (step, now)
+        left = (self.steps - step) * (now - then) / (step - before)
+        logger.info("step %d of %d: %s", step, self.steps, _in_words(clean, left))
+
+
+def _in_words(line: Mapping[str, Any], seconds_left: float) -> str:
+    loss = "no loss, all were skipped" if line.get("loss") is None else f"loss {line['loss']:.4f}"
+    hours, minutes = divmod(round(seconds_left / 60), 60)
+    left = f"{hours} h {minutes:02d} min" if hours else f"{minutes} min"
+    return f"{loss}, {line['clips_per_second']:.2g} clips/s, {left} left"
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:

@@ -32,8 +32,7 @@ class ObjectiveSettings:
         mask_loss: `drawn`: one draw a batch (of each process, and each piece of accumulation) chooses between
             the three weights of `mask_weight`; `expected`: their expectation in every batch, the same
             gradient on average with less noise; `none`: every latent counts the same.
-        motion_ratio: part of the loss that the motion term takes; 0 leaves it out (published recipes with it:
-            0.25).
+        motion_ratio: part of the loss that the motion term takes (published runs: 0.25); 0 leaves it out.
         audio_dropping: probability that a clip's speech features are zeros at the adapter's input.
         audio_output_dropping: probability that a clip gets zeros in place of the adapter's output, which is
             what guidance without audio does by default when sampling (spec 5, fault 16).

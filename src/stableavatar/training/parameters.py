@@ -1,7 +1,7 @@
 """Which parameters of a model are trained."""
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import nn
@@ -55,6 +55,13 @@ def trained_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
     if not chosen:
         raise InputError("no parameter of the model is trained")
     return chosen
+
+
+def frozen_state(module: nn.Module, trained: Mapping[str, nn.Parameter]) -> dict[str, torch.Tensor]:
+    """Everything of a module's state that is not trained, by name; a trained parameter's second name is left
+    out."""
+    own = {id(parameter) for parameter in trained.values()}
+    return {name: value for name, value in module.state_dict(keep_vars=True).items() if id(value) not in own}
 
 
 def is_finite(value: torch.Tensor) -> bool:

@@ -6,7 +6,7 @@ recipe -> transformer and encoders -> clips (or a cache of them) -> trainer -> t
 import contextlib
 import logging
 import signal
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -18,35 +18,26 @@ from accelerate.utils import broadcast_object_list
 from stableavatar.data.cache import CacheWriter
 from stableavatar.data.encoding import Encoders, stack_samples
 from stableavatar.errors import InputError
-from stableavatar.media.files import check_folder, replacing
+from stableavatar.media.files import check_folder
 from stableavatar.models.transformer import StableAvatarTransformer3DModel
 from stableavatar.training.avatar import Avatar
 from stableavatar.training.devices import process_device
 from stableavatar.training.efficiency import use_explicit_attention
-from stableavatar.training.lora import add_lora, is_factor, save_lora, without_lora
-from stableavatar.training.parameters import freeze_others, frozen_digest, trained_by_recipe
+from stableavatar.training.parameters import frozen_digest
 from stableavatar.training.recipes import Recipe
+from stableavatar.training.result import whole_avatar, write_result
 from stableavatar.training.start import (
-    TRANSFORMER,
-    embedded_avatar,
     encoder_files,
     load_encoders,
-    load_start,
     open_cache,
     open_clips,
     start_device,
     start_embedded,
-    starts_adapter,
 )
-from stableavatar.training.tiny.assemble import assemble
-from stableavatar.training.tiny.avatar import TinyAvatar
 from stableavatar.training.trainer import Trainer, TrainingResult
 from stableavatar.training.validation import ValidationVideos
 
 logger = logging.getLogger(__name__)
-
-LORA = "lora"
-EMBEDDED = "model"
 
 
 @dataclass(frozen=True)
@@ -73,35 +64,11 @@ class Training:
             self.trainer.close()
 
     def export(self) -> Path:
-        """Write what was trained; called on every process."""
-        trained = self.trainer.final_parameters()
-        if isinstance(self.avatar, TinyAvatar):
-            return self._export_embedded(self.avatar, trained)
-        prefix = "transformer."
-        trained = {name.removeprefix(prefix): value for name, value in trained.items()}
-        leads = self.trainer.accelerator.is_main_process
-        lora, output = self.recipe.lora, self.recipe.output
-        if lora is None or not all(map(is_factor, self.trainer.parameters)):
-            frozen = {name.removeprefix(prefix): value for name, value in self.trainer.frozen_state().items()}
-            if leads:
-                whole = without_lora({**frozen, **trained})
-                _save_transformer(self.avatar.transformer, whole, output / TRANSFORMER)
-        if lora is None:
-            return output / TRANSFORMER
-        return save_lora(trained, lora, output / LORA) if leads else output / LORA
-
-    def _export_embedded(self, avatar: TinyAvatar, trained: Mapping[str, torch.Tensor]) -> Path:
-        folder = self.recipe.output / EMBEDDED
-        frozen = self.trainer.frozen_state()
+        """Write what was trained; called on every process, of which the first learns where it is."""
+        trained, frozen = self.trainer.final_parameters(), self.trainer.frozen_state()
         if self.trainer.accelerator.is_main_process:
-            encoders = load_encoders(self.recipe.model, torch.device("cpu"))
-            with torch.device("meta"):
-                written = embedded_avatar(self.recipe, avatar.transformer.config)
-            # What has two names is there by one.
-            written.load_state_dict({**frozen, **trained}, strict=False, assign=True)
-            written.text_encoder.tie_weights()
-            assemble(written, encoders.vae, encoders.speech_encoder, folder)
-        return folder
+            return write_result(self.recipe, self.avatar, trained, frozen)
+        return self.recipe.output
 
 
 def prepare_training(
@@ -123,12 +90,7 @@ def prepare_training(
     leads = PartialState().is_main_process
     encoders = None
     if recipe.model.embedded is None:
-        transformer = load_start(recipe.model, start_device(recipe, leads=leads))
-        if recipe.lora is not None:
-            add_lora(transformer, recipe.lora, train_adapter=starts_adapter(recipe.model))
-        else:
-            freeze_others(transformer, trained_by_recipe)
-        avatar = Avatar(transformer, recipe.objective)
+        avatar = whole_avatar(recipe, start_device(recipe, leads=leads))
     else:
         encoders = load_encoders(recipe.model, device)
         avatar = start_embedded(recipe, encoders)
@@ -240,17 +202,6 @@ class _Encode:
 
 def _to_device(batch: Any, device: torch.device) -> Any:
     return batch.to(device)
-
-
-def _save_transformer(
-    transformer: StableAvatarTransformer3DModel, state: Mapping[str, torch.Tensor], folder: Path
-) -> None:
-    """In diffusers' layout; complete under its name, or not there."""
-    with torch.device("meta"):
-        written = StableAvatarTransformer3DModel.from_config(transformer.config)
-    written.load_state_dict(state, assign=True)
-    with replacing(folder, alone=True) as partial:
-        written.save_pretrained(partial)
 
 
 @contextlib.contextmanager

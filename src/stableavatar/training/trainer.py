@@ -51,7 +51,7 @@ from stableavatar.training.log import (
 )
 from stableavatar.training.objective import StepLoss
 from stableavatar.training.optimizers import clip_gradients, make_optimizer, set_constants, set_rate
-from stableavatar.training.parameters import is_finite, trained_parameters
+from stableavatar.training.parameters import frozen_state, is_finite, trained_parameters
 from stableavatar.training.run_folder import RunFolder
 from stableavatar.training.run_state import DeepSpeedState, RunState, ShardedState, WholeState
 from stableavatar.training.settings import TrainerSettings
@@ -266,7 +266,8 @@ class Trainer(Generic[Sample]):
                 f"{self.folder} holds checkpoints up to {later[-1].name}, and this run stands at step "
                 f"{self.step}: resume from the latest, remove the later ones, or choose another folder"
             )
-        log = JsonLog(self.folder / "log.jsonl", self.step) if self.accelerator.is_main_process else None
+        leads = self.accelerator.is_main_process
+        log = JsonLog(self.folder / "log.jsonl", self.step, settings.steps) if leads else None
         if settings.trackers:
             leads = self.accelerator.is_main_process
             start = tracker_arguments(self.folder / "trackers", self.step) if leads else {}
@@ -384,9 +385,7 @@ class Trainer(Generic[Sample]):
     def frozen_state(self) -> dict[str, torch.Tensor]:
         """Everything of the module's state that is not trained, by name, whole and on the CPU; a trained
         parameter's second name is left out. Called on every process; all but the first get nothing."""
-        state = self.accelerator.unwrap_model(self.module).state_dict(keep_vars=True)
-        trained = {id(parameter) for parameter in self.parameters.values()}
-        return self._kept({name: value for name, value in state.items() if id(value) not in trained})
+        return self._kept(frozen_state(self.accelerator.unwrap_model(self.module), self.parameters))
 
     def _kept(
         self, values: Mapping[str, torch.Tensor], dtype: torch.dtype | None = None

@@ -145,13 +145,18 @@ class Identity:
     def varied(cls, seed: int) -> Identity:
         """The same person with a nose of any relief, from none on, folds drawn faintly or strongly, and marks
         of any kind on the skin: less of the face is as all puppets' is, so that it has to be taken from the
-        portrait. For training; what is measured are the persons of `from_seed`."""
+        portrait. And taken darker or brighter, flatter or harder, as photographs are. For training; what is
+        measured are the persons of `from_seed`."""
         rng = np.random.default_rng([seed, 404])
+        usual = cls.from_seed(seed)
         return replace(
-            cls.from_seed(seed),
+            usual,
             nose_relief=float(rng.uniform(0, 0.2)),
             lines=float(rng.uniform(0, 1.3)),
             marks=float(rng.uniform(0, 1)),
+            exposure=usual.exposure * float(rng.uniform(0.8, 1.4)),
+            contrast=usual.contrast * float(rng.uniform(0.85, 1.3)),
+            warmth=usual.warmth + float(rng.normal(0, 0.05)),
         )
 
     def describe(self) -> str:
