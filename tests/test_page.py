@@ -17,7 +17,7 @@ from playwright.sync_api import Browser, Page, expect
 from media_files import tone, write_wav
 from pages import DEMO, SECONDS, needs_browser, open_browser, served_page, visited, wait
 from stableavatar.apps.web import talk
-from stableavatar.apps.web.studio import Scratch, owner_of, sent
+from stableavatar.apps.web.studio import Scratch, cookies_of, owner_of, sent
 from stableavatar.apps.web.texts import TEXTS, Texts, preferred
 from stableavatar.jobs.intake import OPTIONS
 from stableavatar.jobs.store import JobStore
@@ -219,6 +219,7 @@ def test_what_is_in_the_making_is_in_the_gallery_and_stopped_there(
 ) -> None:
     """The first of two videos too, which the page no longer looks at."""
     fill_in(page, speech, steps=100)
+    page.locator("#first-frames input").check()
     who = owner_of_page(page)
     for count in (1, 2):
         page.locator("#make").click()
@@ -230,6 +231,10 @@ def test_what_is_in_the_making_is_in_the_gallery_and_stopped_there(
     for left in (1, 0):
         items.nth(left).click()
         expect(page.locator("#delete")).to_be_visible(timeout=20 * SECONDS)
+        if left:  # the one that runs: stopped, it is not gone
+            page.locator("#gallery-stop").click()
+            wait(lambda: served[1].list(who, limit=5)[1].state == "cancelled", 60)
+            expect(page.locator("#gallery-stop")).not_to_be_visible(timeout=20 * SECONDS)
         page.locator("#delete").click()
         expect(items).to_have_count(left, timeout=30 * SECONDS)
 
@@ -238,6 +243,17 @@ def owner_of_page(page: Page) -> str:
     found = owner_of({cookie["name"]: cookie["value"] for cookie in page.context.cookies()})
     assert found is not None
     return found
+
+
+def test_cookies_of_others_do_not_hide_the_pages() -> None:
+    """Of another program on this machine: cookies are not told apart by port."""
+    for text in (
+        'prefs={"a":1}; stableavatar=abc',
+        "stableavatar=abc; x=a b",
+        "a@b=c; stableavatar=abc; flag",
+    ):
+        scope = {"type": "http", "headers": [(b"cookie", text.encode())]}
+        assert cookies_of(scope)["stableavatar"] == "abc", text
 
 
 def options_of_job() -> dict[str, Any]:
@@ -335,6 +351,16 @@ def test_the_size_follows_the_picture_and_is_swapped(page: Page, speech: Path) -
     page.locator("#swap").click()
     expect(page.locator("#height :is(input, textarea)")).to_have_value("64", timeout=20 * SECONDS)
     expect(page.locator("#width :is(input, textarea)")).to_have_value(height)
+
+
+@needs_browser
+def test_strengths_are_those_of_the_guidance(page: Page, speech: Path) -> None:
+    fill_in(page, speech)
+    strengths = [page.locator(f"#{name} input[type=number]") for name in ("text-scale", "audio-scale")]
+    for rule, values in (("audio-native", ("1", "2")), ("three-branch", ("3", "5"))):
+        page.locator(f"#guidance input[value='{rule}']").check()
+        for field, value in zip(strengths, values, strict=True):
+            expect(field).to_have_value(value, timeout=20 * SECONDS)
 
 
 @needs_browser

@@ -116,6 +116,15 @@ def test_pages_of_the_list(client: TestClient, files: dict[str, bytes]) -> None:
 def test_earlier_files_are_used_again(client: TestClient, files: dict[str, bytes]) -> None:
     first = asked(client, files)
     answer = client.post("/v1/videos", data={**QUICK, "portrait_from": first, "speech_from": first})
+    # OpenAI's client sends JSON where there is no file.
+    wanted = {"prompt": "A woman", "portrait_from": first, "seconds": 1.0, "steps": 2}
+    of_json = client.post("/v1/videos", json=wanted)
+    assert of_json.status_code == 200, of_json.text
+    assert (of_json.json()["prompt"], of_json.json()["options"]["steps"]) == ("A woman", 2)
+    for wrong, word in ((b"{", "JSON"), (b'{"portrait": "x"}', "portrait"), (b'{"steps": "many"}', "steps")):
+        refused = client.post("/v1/videos", content=wrong, headers={"Content-Type": "application/json"})
+        assert refused.status_code == 400
+        assert word in refused.json()["error"]["message"]
     assert answer.status_code == 200, answer.text
     job = store_of(client).get("ann", answer.json()["id"])
     assert job is not None

@@ -188,6 +188,8 @@ def test_a_session_that_lasts_too_long_is_told_so(
 class StalledSession:
     """Whose worker says nothing."""
 
+    answered = True
+
     def __init__(self) -> None:
         self.closed = threading.Event()
 
@@ -196,6 +198,9 @@ class StalledSession:
 
     def end_speech(self) -> None:
         pass
+
+    def wait(self, _patience: float) -> bool:
+        return True
 
     def receive(self) -> None:
         self.closed.wait(60)
@@ -227,7 +232,8 @@ def test_speech_waits_for_a_worker_that_is_behind(tmp_path: Path) -> None:
     """In messages of any length, of an odd number of bytes too."""
     here, worker = Pipe()
     said = np.random.default_rng(0).bytes(3_000_001)
-    session = Session(here, lambda: None, (tmp_path / "said").open("w+b"), most=2_000_000)
+    session = Session(lambda: None, (tmp_path / "said").open("w+b"), most=2_000_000)
+    session.answer(here)
     for start in range(0, len(said), 4097):  # more than a line between two processes holds
         session.say(said[start : start + 4097])
     session.end_speech()
@@ -238,9 +244,40 @@ def test_speech_waits_for_a_worker_that_is_behind(tmp_path: Path) -> None:
     session.close()
 
 
+def test_what_is_said_before_a_worker_is_there_waits_for_it(tmp_path: Path) -> None:
+    here, worker = Pipe()
+    session = Session(lambda: None, (tmp_path / "said").open("w+b"), most=100)
+    session.say(b"abcd")
+    assert not session.wait(0.01)
+    session.end_speech()
+    threading.Timer(0.1, session.answer, [here]).start()
+    assert session.wait(20)
+    assert (worker.recv_bytes(), worker.recv_bytes()) == (SPEECH + b"abcd", END)
+    session.close()
+
+
+def test_who_leaves_while_no_worker_is_free_may_come_again(
+    files: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    service = Service(tmp_path / "jobs", [ModelChoice("toy")])
+    app = create_app(service, service.store())
+    with TestClient(app, base_url="http://127.0.0.1") as client:
+        with client.websocket_connect("ws://127.0.0.1/v1/sessions") as line:
+            line.send_json(spoken(files))
+            line.send_bytes(bytes(3200))
+            until(lambda: bool(app.state.speaking))
+        until(lambda: not app.state.speaking)  # long before a worker is no longer waited for
+        monkeypatch.setattr("stableavatar.apps.server.speaking._PATIENCE_SECONDS", 0.2)
+        with client.websocket_connect("ws://127.0.0.1/v1/sessions") as line:
+            line.send_json(spoken(files))
+            assert line.receive_json()["error"]["code"] == "busy"
+    assert not list((tmp_path / "jobs").rglob("portrait"))
+
+
 def test_a_lone_byte_at_the_end_is_no_sample(tmp_path: Path) -> None:
     here, worker = Pipe()
-    session = Session(here, lambda: None, (tmp_path / "said").open("w+b"), most=100)
+    session = Session(lambda: None, (tmp_path / "said").open("w+b"), most=100)
+    session.answer(here)
     session.say(b"abc")
     session.end_speech()
     assert (worker.recv_bytes(), worker.recv_bytes()) == (SPEECH + b"ab", END)
@@ -271,7 +308,8 @@ def test_texts_other_than_the_end_are_refused(
 def test_speech_that_the_disk_has_no_room_for_is_told() -> None:
     here, _worker = Pipe()
     full = Path("/dev/full").open("r+b")  # noqa: SIM115 (the session closes it)
-    session = Session(here, lambda: None, full, most=100)
+    session = Session(lambda: None, full, most=100)
+    session.answer(here)
     with pytest.raises(OSError, match="No space left"):
         session.say(b"ab")
     session.close()
@@ -281,7 +319,8 @@ def test_speech_after_the_worker_has_gone_is_passed_over(tmp_path: Path) -> None
     """What the worker said before is shown still."""
     here, worker = Pipe()
     spool = (tmp_path / "said").open("w+b")
-    session = Session(here, lambda: None, spool, most=100)
+    session = Session(lambda: None, spool, most=100)
+    session.answer(here)
     worker.send_bytes(b"p{}")
     worker.close()
     session.say(b"ab")

@@ -48,23 +48,43 @@ _PRESET: Preset = "veryfast"
 
 
 class Session:
-    """A session as the server has it: a worker at the other end of a line.
+    """A session as the server has it: a line, and a worker at the other end once one has answered. What is
+    said before waits for it.
 
     Args:
         spool: a file for what is said and not taken yet. most: bytes of speech that are taken.
     """
 
-    def __init__(
-        self, connection: Connection, hang_up: Callable[[], None], spool: BinaryIO, most: int
-    ) -> None:
-        self._connection = connection
+    def __init__(self, hang_up: Callable[[], None], spool: BinaryIO, most: int) -> None:
+        self._connection: Connection | None = None
         self._hang_up = hang_up
         self._spool = spool
         self._most = most
         self._said, self._passed_on = 0, 0  # bytes
-        self._complete = False
+        self._complete, self._closed = False, False
         self._changed = threading.Condition()
-        threading.Thread(target=self._pass_on, daemon=True).start()
+
+    @property
+    def answered(self) -> bool:
+        """Whether a worker has taken it."""
+        return self._connection is not None
+
+    def answer(self, connection: Connection) -> None:
+        """A worker is there."""
+        with self._changed:
+            if self._closed:
+                connection.close()
+                return
+            self._connection = connection
+            self._changed.notify_all()
+        threading.Thread(target=self._pass_on, args=(connection,), daemon=True).start()
+
+    def wait(self, patience: float) -> bool:
+        """Until a worker is there, at most so many seconds; whether one is. Ends when the session is
+        closed."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._closed or self.answered, patience)
+            return self.answered
 
     def say(self, samples: bytes) -> None:
         """Samples for the worker, 16-bit little-endian mono; it is not waited for. What is beyond the
@@ -77,15 +97,15 @@ class Session:
             self._spool.write(taken)
             self._spool.flush()
             self._said += len(taken)
-            self._changed.notify()
+            self._changed.notify_all()
 
     def end_speech(self) -> None:
         """No more is said."""
         with self._changed:
             self._complete = True
-            self._changed.notify()
+            self._changed.notify_all()
 
-    def _pass_on(self) -> None:
+    def _pass_on(self, worker: Connection) -> None:
         """What was said, to the worker, as it takes it."""
         try:
             while True:
@@ -95,9 +115,9 @@ class Session:
                     piece = self._spool.read(min(_PASSED_ON, (self._said - self._passed_on) & ~1))
                     self._passed_on += len(piece)
                 if not piece:
-                    self._connection.send_bytes(END)
+                    worker.send_bytes(END)
                     return
-                self._connection.send_bytes(SPEECH + piece)
+                worker.send_bytes(SPEECH + piece)
         except OSError:  # the worker, or the client, has gone
             pass
         finally:
@@ -105,7 +125,8 @@ class Session:
                 self._spool.close()
 
     def receive(self) -> tuple[bytes, bytes] | None:
-        """The next message, waited for; None where the worker has ended."""
+        """The next message, waited for; None where the worker has ended. For a session that was answered."""
+        assert self._connection is not None
         try:
             message = self._connection.recv_bytes()
         except (EOFError, OSError):
@@ -115,7 +136,12 @@ class Session:
     def close(self) -> None:
         """Hang up: a worker in the middle of the video stops, and who waits in `receive` need not wait on."""
         self._hang_up()
+        with self._changed:
+            self._closed = True
         self.end_speech()
+        if self._connection is None:
+            self._spool.close()
+            return
         with contextlib.suppress(OSError):
             if hasattr(socket, "AF_UNIX"):  # closing alone wakes nobody
                 with socket.socket(fileno=os.dup(self._connection.fileno())) as line:
@@ -130,23 +156,31 @@ class SessionLine:
         self._store = store
         self._key = secrets.token_bytes(32)
         self._listener = Listener(authkey=self._key)
-        self._waiting: dict[str, tuple[threading.Event, list[Connection]]] = {}
+        self._waiting: dict[str, Session] = {}
         self._closing = False
         threading.Thread(target=self._accept, daemon=True).start()
 
-    def open(
-        self, folder: Path, options: Mapping[str, Any], rate: int, most_seconds: float, patience: float
-    ) -> Session | None:
-        """Call a worker; None where none was free within `patience` seconds.
+    def open(self, folder: Path, options: Mapping[str, Any], rate: int, most_seconds: float) -> Session:
+        """Call a worker, which `Session.wait` waits for.
 
         Args:
             folder: with the portrait; it is removed at the session's end.
             options: of `AvatarPipeline.generate`, and "quality". rate: samples a second of the speech.
             most_seconds: after which it ends.
+
+        Raises:
+            OSError: the disk is full.
         """
         session_id = folder.name
-        here, arrived = threading.Event(), list[Connection]()
-        self._waiting[session_id] = (here, arrived)
+
+        def hang_up() -> None:
+            self._waiting.pop(session_id, None)
+            self._store.calls.hang_up(session_id)
+            shutil.rmtree(folder, ignore_errors=True)
+
+        spool = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 (the session closes it)
+        session = Session(hang_up, spool, round(most_seconds * rate) * 2)
+        self._waiting[session_id] = session
         self._store.calls.call(
             session_id,
             {
@@ -158,19 +192,7 @@ class SessionLine:
                 "most_seconds": most_seconds,
             },
         )
-
-        def hang_up() -> None:
-            self._store.calls.hang_up(session_id)
-            shutil.rmtree(folder, ignore_errors=True)
-
-        if here.wait(patience):
-            spool = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 (the session closes it)
-            return Session(arrived[0], hang_up, spool, round(most_seconds * rate) * 2)
-        hang_up()
-        self._waiting.pop(session_id, None)
-        for connection in arrived:  # it came in this very moment
-            connection.close()
-        return None
+        return session
 
     def close(self) -> None:
         """Take no more."""
@@ -186,12 +208,11 @@ class SessionLine:
                 session_id = connection.recv_bytes().decode()
             except (AuthenticationError, EOFError, OSError, ValueError):
                 continue
-            here, arrived = self._waiting.pop(session_id, (None, []))
-            if here is None:
+            session = self._waiting.pop(session_id, None)
+            if session is None:
                 connection.close()
             else:
-                arrived.append(connection)
-                here.set()
+                session.answer(connection)
 
 
 def speak(

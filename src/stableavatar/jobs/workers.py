@@ -42,12 +42,12 @@ class Workers:
         """Whether one is ready, waited for.
 
         Raises:
-            CheckpointError: the model cannot be loaded; the worker has said why.
+            CheckpointError: no worker could load its model; each has said why.
         """
         pause = threading.Event()
         waited = 0.0
         while not self.store.workers_ready():
-            if any(keeper.no_model.is_set() for keeper in self._keepers):
+            if all(keeper.no_model.is_set() for keeper in self._keepers):
                 raise CheckpointError("the model cannot be loaded, see above")
             if seconds is not None and waited >= seconds:
                 return False
@@ -108,10 +108,9 @@ class _Keeper:
             loaded |= self._settle(crashed=not ending.is_set() and status not in (FAULTY, NO_MODEL))
             if ending.is_set():
                 return
-            # What could be loaded before can be again, such as when a device has come to itself.
             if status == NO_MODEL and not loaded:
                 self.no_model.set()
-                return
+            # Also what could not be loaded: another program may have had the device.
             steady = status == FAULTY or time.monotonic() - began > _STEADY_SECONDS
             losses = 0 if steady else losses + 1
             logger.error("%s was lost (exit status %s); another one is started", self._name, status)

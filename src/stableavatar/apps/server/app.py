@@ -12,6 +12,7 @@ import anyio.to_thread
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from fastapi_offline import FastAPIOffline
 from starlette.exceptions import HTTPException
 
 from stableavatar import __version__
@@ -84,7 +85,9 @@ def create_app(service: Service, store: JobStore) -> FastAPI:
         checker.close()
         line.close()
 
-    app = FastAPI(
+    app = FastAPIOffline(  # whose page /docs loads nothing from elsewhere
+        docs_url="/docs",
+        redoc_url=None,
         title="StableAvatar",
         version=__version__,
         description=DESCRIPTION,

@@ -148,18 +148,13 @@ class ModelList(BaseModel):
     data: list[Model]
 
 
-class VideoFiles(BaseModel):
-    """What a video is made of: a portrait and its speech, each sent, or taken of a video that is there."""
+class VideoParts(BaseModel):
+    """What a video is made of, where nothing is sent: portrait and speech of videos that are there."""
 
-    model_config = ConfigDict(extra="forbid", title="VideoRequest")
+    model_config = ConfigDict(extra="forbid", title="VideoRequestWithoutFiles")
 
     model: str | None = Field(None, max_length=200, description="The server's model; by default that one.")
-    portrait: UploadFile | None = Field(None, description="A picture of the person.")
-    input_reference: UploadFile | None = Field(None, description="The same, by the name OpenAI's API has.")
     portrait_from: str | None = Field(None, pattern=VIDEO_ID, description="A video of yours: its portrait.")
-    speech: UploadFile | None = Field(
-        None, description="What is said: a recording. Without one the video is silent, and needs seconds."
-    )
     speech_from: str | None = Field(None, pattern=VIDEO_ID, description="A video of yours: its speech.")
     size: str | None = Field(
         None,
@@ -169,6 +164,18 @@ class VideoFiles(BaseModel):
     )
     seconds: float | None = Field(
         None, gt=0, allow_inf_nan=False, description="Length of the video; by default the speech's."
+    )
+
+
+class VideoFiles(VideoParts):
+    """What a video is made of: a portrait and its speech, each sent, or taken of a video that is there."""
+
+    model_config = ConfigDict(extra="forbid", title="VideoRequest")
+
+    portrait: UploadFile | None = Field(None, description="A picture of the person.")
+    input_reference: UploadFile | None = Field(None, description="The same, by the name OpenAI's API has.")
+    speech: UploadFile | None = Field(
+        None, description="What is said: a recording. Without one the video is silent, and needs seconds."
     )
 
 
@@ -190,7 +197,7 @@ def _session_fields() -> dict[str, Any]:
     loud all of it will be."""
     of_recordings = ("start", "order", "speech_normalisation")
     made = {name: entry for name, entry in _request_fields().items() if name not in of_recordings}
-    size = VideoFiles.model_fields["size"]
+    size = VideoParts.model_fields["size"]
     return {**made, "size": (size.annotation, size)}
 
 
@@ -204,8 +211,12 @@ def _described(default: Any, metadata: "Mapping[str, Any]") -> Any:
 
 if TYPE_CHECKING:
     VideoRequest = VideoFiles
+    VideoRequestWithoutFiles = VideoParts
 else:
     VideoRequest = create_model("VideoRequest", __base__=VideoFiles, **_request_fields())
+    VideoRequestWithoutFiles = create_model(
+        "VideoRequestWithoutFiles", __base__=VideoParts, **_request_fields()
+    )
 
 
 class ChosenNow(BaseModel):

@@ -36,6 +36,7 @@ _PATIENCE_SECONDS = 60.0  # until a worker is free: one that makes a video has t
 # is: of few at a time.
 MOST_MESSAGE = 16 * 2**20
 _MOST_UNKNOWN = 16
+_UNKNOWN_SECONDS = 10.0
 # Than the speech that is taken at most, a session may last, whether or not anything is said.
 _LONGER_SECONDS = 120.0
 _POLICY_VIOLATION, _SERVER_FAULT, _TRY_AGAIN = 1008, 1011, 1013
@@ -70,6 +71,7 @@ async def speak(socket: WebSocket) -> None:
         return
     except WebSocketDisconnect:
         return
+    # From now on: a client whose messages are not read cannot answer whether it is still there.
     hearing = asyncio.create_task(_hear(socket, session))
     showing = asyncio.create_task(_show(socket, session))
     until = asyncio.get_running_loop().time() + socket.app.state.limits.seconds + _LONGER_SECONDS
@@ -100,7 +102,7 @@ def _left(until: float) -> float:
 
 
 async def _begin(socket: WebSocket) -> tuple[Session, str]:
-    """What a session needs. Raises ApiError: something cannot be used, or no worker is free."""
+    """What a session needs. Raises ApiError: something cannot be used."""
     state = socket.app.state
     refuse_foreign_pages(socket)
     try:
@@ -116,7 +118,6 @@ async def _begin(socket: WebSocket) -> tuple[Session, str]:
         raise ApiError(429, "you are speaking already: end that session first", code="one_session")
     store: JobStore = state.store
     folder: Path | None = None
-    session: Session | None = None
     _sessions(socket).add(owner)
     try:
         folder = await anyio.to_thread.run_sync(store.new_folder)
@@ -128,15 +129,9 @@ async def _begin(socket: WebSocket) -> tuple[Session, str]:
             {**{name: getattr(options, name) for name in _CHOSEN}, "quality": quality},
             start.sample_rate,
             state.limits.seconds,
-            _PATIENCE_SECONDS,
         )
-        if session is None:
-            raise ApiError(503, "no worker is free: try again later", code="busy", kind="server_error")
-        await socket.send_json({"type": "ready"})
     except BaseException as error:
         _sessions(socket).discard(owner)
-        if session is not None:
-            session.close()
         if folder is not None:
             store.discard(folder)
         if isinstance(error, OSError):
@@ -154,7 +149,7 @@ async def _first_message(socket: WebSocket) -> str:
         raise ApiError(429, "many sessions are beginning: try again in a moment", code="busy")
     state.unknown += 1
     try:
-        return await asyncio.wait_for(socket.receive_text(), _SILENT_SECONDS)
+        return await asyncio.wait_for(socket.receive_text(), _UNKNOWN_SECONDS)
     finally:
         state.unknown -= 1
 
@@ -170,6 +165,8 @@ async def _hear(socket: WebSocket, session: Session) -> None:
         try:
             message = await asyncio.wait_for(socket.receive(), _SILENT_SECONDS)
         except TimeoutError:
+            if not session.answered:  # it waits for the word that it may speak
+                continue
             break
         if message["type"] == "websocket.disconnect":
             raise WebSocketDisconnect
@@ -194,7 +191,11 @@ def _check_end(text: str) -> None:
 
 
 async def _show(socket: WebSocket, session: Session) -> None:
-    """The video from the worker to the client, to its end. Raises ApiError: it does not come to its end."""
+    """The video from the worker to the client, to its end. Raises ApiError: no worker is free, or it does not
+    come to its end."""
+    if not await anyio.to_thread.run_sync(session.wait, _PATIENCE_SECONDS):
+        raise ApiError(503, "no worker is free: try again later", code="busy", kind="server_error")
+    await socket.send_json({"type": "ready"})
     while True:
         message = await anyio.to_thread.run_sync(session.receive)
         if message is None:

@@ -8,8 +8,10 @@ from typing import Annotated, Any, Literal, NoReturn
 
 import anyio.to_thread
 from fastapi import APIRouter, Depends, Form, Path, Query, Request, UploadFile
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, Response, StreamingResponse
 from fastapi.sse import EventSourceResponse, ServerSentEvent
+from pydantic import ValidationError
 
 from stableavatar.apps.server.access import Owner
 from stableavatar.apps.server.schemas import (
@@ -21,6 +23,7 @@ from stableavatar.apps.server.schemas import (
     Video,
     VideoList,
     VideoRequest,
+    VideoRequestWithoutFiles,
     answer_error,
     as_video,
     error_answer,
@@ -43,6 +46,7 @@ from stableavatar.jobs.store import JobStore, NoRoomError, QueueFullError
 from stableavatar.media.files import reason_of
 from stableavatar.options import GenerateOptions
 
+JSON = "application/json"
 _COPY = 2**20
 _EVENT_SECONDS = 0.25
 _SAY_AGAIN_SECONDS = 15.0
@@ -76,9 +80,25 @@ def list_models(request: Request, owner: Owner) -> ModelList:
     return ModelList(data=[Model(id=request.app.state.model)])
 
 
+async def _asked_for(
+    request: Request, form: Annotated[VideoRequest, Form(media_type="multipart/form-data")]
+) -> VideoRequest:
+    """What is asked for, of a form, or of JSON: OpenAI's client sends that where there is no file."""
+    if request.headers.get("content-type", "").partition(";")[0].strip().lower() != JSON:
+        return form
+    try:
+        chosen = VideoRequestWithoutFiles.model_validate_json(await request.body())
+    except ValidationError as error:
+        raise RequestValidationError(error.errors()) from error
+    return VideoRequest(**chosen.model_dump())
+
+
 @router.post(
     "/videos",
     tags=["videos"],
+    openapi_extra={
+        "requestBody": {"content": {JSON: {"schema": VideoRequestWithoutFiles.model_json_schema()}}}
+    },
     responses={
         404: error_answer("No such model, or no such video of yours."),
         413: error_answer("More bytes than are taken."),
@@ -86,9 +106,7 @@ def list_models(request: Request, owner: Owner) -> ModelList:
         507: error_answer("The server has no room left."),
     },
 )
-def create_video(
-    request: Request, owner: Owner, form: Annotated[VideoRequest, Form(media_type="multipart/form-data")]
-) -> Video:
+def create_video(request: Request, owner: Owner, form: Annotated[VideoRequest, Depends(_asked_for)]) -> Video:
     """Ask for a video: a portrait says a recording.
 
     It is made when its turn comes. Owners take turns, whatever the number of their videos.

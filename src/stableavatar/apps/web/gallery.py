@@ -45,6 +45,7 @@ def gallery_tab(studio: Studio, texts: Texts, tab: gr.Tab, tabs: gr.Tabs, fields
             settings = gr.HTML("", elem_id="gallery-settings")
             with gr.Row():
                 again = gr.Button(texts["use_again"], variant="primary", elem_id="use-again")
+                stop = gr.Button(texts["stop"], visible=False, elem_id="gallery-stop")
                 delete = gr.Button(texts["delete"], variant="stop", elem_id="delete")
 
     def show(request: gr.Request, most: int = _PAGE) -> Any:
@@ -65,8 +66,9 @@ def gallery_tab(studio: Studio, texts: Texts, tab: gr.Tab, tabs: gr.Tabs, fields
     def choose(request: gr.Request, known: list[str], event: gr.SelectData) -> Any:
         job = studio.store.get(owner(request), known[event.index])
         if job is None:
-            return gr.skip(), "", "", gr.update(visible=False)
-        return job.id, player(job, texts), _settings(job), gr.update(visible=True)
+            return gr.skip(), "", "", gr.update(visible=False), gr.update(visible=False)
+        going = not job.is_finished and not job.stopping
+        return job.id, player(job, texts), _settings(job), gr.update(visible=True), gr.update(visible=going)
 
     def use(request: gr.Request, job_id: str | None) -> Any:
         job = None if job_id is None else studio.store.get(owner(request), job_id)
@@ -74,6 +76,11 @@ def gallery_tab(studio: Studio, texts: Texts, tab: gr.Tab, tabs: gr.Tabs, fields
             return (gr.skip(),) * (1 + len(fields))
         gr.Info(texts["used_again"])
         return gr.Tabs(selected="talk"), *_values(job, studio.scratch.folder())
+
+    def end(request: gr.Request, job_id: str | None) -> Any:
+        if job_id is not None:
+            studio.store.cancel(owner(request), job_id)
+        return gr.update(visible=False)
 
     def remove(request: gr.Request, job_id: str | None) -> None:
         if job_id is not None:
@@ -84,7 +91,8 @@ def gallery_tab(studio: Studio, texts: Texts, tab: gr.Tab, tabs: gr.Tabs, fields
     tab.select(show, None, listing, **quiet)
     refresh.click(show, None, listing, **quiet)
     older.click(show_older, most, listing, **quiet)
-    pictures.select(choose, ids, [chosen, screen, settings, about], **quiet)
+    pictures.select(choose, ids, [chosen, screen, settings, about, stop], **quiet)
+    stop.click(end, chosen, stop, **quiet)  # what there is of it is kept
     again.click(use, chosen, [tabs, *fields], **quiet)
     delete.click(remove, chosen, None, **quiet).then(show, None, listing, **quiet)
 

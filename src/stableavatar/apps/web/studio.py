@@ -9,13 +9,13 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from http.cookies import CookieError, SimpleCookie
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
 from gradio.utils import get_upload_folder
 from starlette.datastructures import MutableHeaders
+from starlette.requests import HTTPConnection
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from stableavatar.apps.web.sentences import in_words
@@ -135,14 +135,7 @@ class NamedBrowsers:
 
 def cookies_of(scope: Scope) -> dict[str, str]:
     """The cookies of a request."""
-    found: dict[str, str] = {}
-    for name, value in scope["headers"]:
-        if name == b"cookie":
-            try:
-                found |= {key: it.value for key, it in SimpleCookie(value.decode("latin-1")).items()}
-            except CookieError:
-                continue
-    return found
+    return dict(HTTPConnection(scope).cookies)  # as requests have them: others' odd ones do not hide ours
 
 
 def player(job: Job, texts: Texts) -> str:

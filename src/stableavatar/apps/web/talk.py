@@ -1,6 +1,7 @@
 """The tab in which a portrait is made to talk."""
 
 import asyncio
+import math
 import sqlite3
 import time
 from collections.abc import AsyncIterator
@@ -19,7 +20,7 @@ from stableavatar.jobs.asking import ask, copied
 from stableavatar.jobs.intake import BusyError, EndingError, check_options
 from stableavatar.jobs.job import PORTRAIT, Job
 from stableavatar.jobs.store import NoRoomError, QueueFullError
-from stableavatar.options import SIZE_MULTIPLE, GenerateOptions
+from stableavatar.options import AUDIO_NATIVE_WEIGHTS, SIZE_MULTIPLE, GenerateOptions
 
 _LOOK_SECONDS = 0.25
 _TOLD_SECONDS = 3600.0
@@ -49,6 +50,8 @@ _FIELDS = (
     "duration",
     "quality",
 )
+# More, and short videos would not be seen before they are nearly done.
+_MOST_WINDOWS_BEFORE_FRAMES = 10
 _WHOLE = ("steps", "overlap", "seed", "width", "height")
 
 
@@ -70,7 +73,7 @@ def talk_tab(studio: Studio, texts: Texts, page: gr.Blocks) -> list[Any]:
         made = await anyio.to_thread.run_sync(
             lambda: _ask(studio, texts, owner(request), dict(zip(_FIELDS, values, strict=True)))
         )
-        return made.id, *_views(studio, texts, made, anew=True)
+        return made.id, empty_player(texts), *_views(studio, texts, made)[1:]
 
     # What each open page looks at. A page that asks for another video looks at that one from then on.
     looks: dict[str | None, object] = {}
@@ -94,7 +97,7 @@ def talk_tab(studio: Studio, texts: Texts, page: gr.Blocks) -> list[Any]:
         jobs = await anyio.to_thread.run_sync(lambda: studio.store.list(owner(request), limit=20))
         for found in jobs:
             if not found.is_finished:
-                return found.id, *_views(studio, texts, found, anew=True)
+                return found.id, *_views(studio, texts, found)
         if jobs and jobs[0].state == "failed" and time.time() - (jobs[0].finished or 0) < _TOLD_SECONDS:
             return jobs[0].id, *_views(studio, texts, jobs[0])
         return None, *_nothing()
@@ -152,8 +155,13 @@ def _form(studio: Studio, texts: Texts) -> dict[str, Any]:
         elem_id="shape",
         visible=len(shapes) > 2,
     )
+    # Of windows in wavefront order: the first is done when its neighbour is a step behind it, and so on.
+    before_first = math.ceil(defaults.steps / 2)
     form["first_frames"] = gr.Checkbox(
-        False, label=texts["order"], info=texts["order_help"], elem_id="first-frames"
+        before_first > _MOST_WINDOWS_BEFORE_FRAMES,
+        label=texts["order"],
+        info=texts("order_help", windows=before_first),
+        elem_id="first-frames",
     )
     with gr.Accordion(texts["advanced"], open=False, elem_id="advanced"):
         form |= _advanced(studio, texts, form["portrait"])
@@ -190,6 +198,15 @@ def _advanced(studio: Studio, texts: Texts, portrait: gr.Image) -> dict[str, Any
         )
 
     radio("guidance", get_args(GuidanceRule))
+    usual = {"text_scale": defaults.text_scale, "audio_scale": defaults.audio_scale}
+
+    def strengths(rule: str) -> list[float]:
+        return list((AUDIO_NATIVE_WEIGHTS if rule == "audio-native" else usual).values())
+
+    # By hand: a video whose settings are used again has its own.
+    form["guidance"].input(
+        strengths, form["guidance"], [form[name] for name in usual], queue=False, api_visibility="private"
+    )
     form["negative_prompt"] = gr.Textbox(
         "",
         label=texts["negative_prompt"],
@@ -248,7 +265,7 @@ def _advanced(studio: Studio, texts: Texts, portrait: gr.Image) -> dict[str, Any
         near = defaults.size_for("auto", found.width, found.height)
         area = near[0] * near[1]
         width = max(round((area * shape) ** 0.5 / SIZE_MULTIPLE), 1) * SIZE_MULTIPLE
-        return width, max(round(area / width / SIZE_MULTIPLE), 1) * SIZE_MULTIPLE
+        return width, max(area // width // SIZE_MULTIPLE, 1) * SIZE_MULTIPLE  # not above the area
 
     of_picture.click(of, portrait, size, **quiet)  # queued: of what is not, Gradio shows no errors
     swap.click(lambda width, height: (height, width), size, size, queue=False, **quiet)
@@ -299,17 +316,19 @@ def _number(texts: Texts, name: str, value: Any) -> int | float:
 
 
 async def _watch(studio: Studio, texts: Texts, who: str, job_id: str | None) -> AsyncIterator[Any]:
-    """What is shown of a job as it changes, to its end."""
-    said = None
+    """What is shown of a job as it changes, to its end. One that waits has no player: browsers keep few
+    connections to a host, and two tabs would take all of them."""
+    said, plays = None, False
     if job_id is None:
         yield _nothing()  # without a word, Gradio would empty what is shown
     while job_id is not None:
         job = await anyio.to_thread.run_sync(studio.store.get, who, job_id)
         if job is None:
             return
-        views = await anyio.to_thread.run_sync(_views, studio, texts, job)
-        if views[1] != said:
-            said = views[1]
+        anew = not plays and job.state != "queued"
+        views = await anyio.to_thread.run_sync(_views, studio, texts, job, anew)
+        if anew or views[1] != said:
+            said, plays = views[1], plays or anew
             yield views
         if job.is_finished:
             return
@@ -325,10 +344,10 @@ def _views(studio: Studio, texts: Texts, job: Job, anew: bool = False) -> tuple[
     """The screen, the status, and the buttons; the screen changes only with the job, or the video would begin
     anew."""
     screen = gr.skip()
-    if anew:
-        screen = player(job, texts)
-    elif job.state == "failed" or (job.is_finished and job.video is None):
+    if job.state == "failed" or (job.is_finished and job.video is None):
         screen = empty_player(texts)
+    elif anew:
+        screen = player(job, texts)
     return (
         screen,
         status(job, studio.store, texts),

@@ -77,8 +77,10 @@ TEXTS: dict[str, tuple[str, str]] = {
     ),
     "order": ("First frames at once", "尽快出首帧"),
     "order_help": (
-        "The first frames come after one window, and no window hears from the next: a little less smooth.",
-        "第一个窗口完成后立即出画面；窗口之间不再相互参照，略欠平滑。",
+        "The first frames come after one window, and no window hears from the next: a little less smooth. "
+        "Else they come after the work of {windows} windows: of a short video, when it is nearly done.",
+        "第一个窗口完成后立即出画面；窗口之间不再相互参照，略欠平滑。"
+        "否则要等约 {windows} 个窗口的计算，短视频几乎到完成时才出画面。",
     ),
     "size": ("Size", "尺寸"),
     "width": ("Width", "宽"),

@@ -61,7 +61,13 @@ def _tool(texts: Texts, name: str, work: Any) -> None:
         with gr.Column():
             given = gr.File(label=texts["recording_or_video"], type="filepath", elem_id=f"{name}-file")
             button = gr.Button(texts[name], variant="primary", elem_id=f"{name}-button")
-        result = gr.Audio(label=texts["result"], type="filepath", interactive=False, elem_id=f"{name}-result")
+        result = gr.Audio(
+            label=texts["result"],
+            type="filepath",
+            interactive=False,
+            elem_id=f"{name}-result",
+            buttons=["download"],
+        )
     # One at a time: videos are made meanwhile.
     button.click(work, given, result, api_visibility="private", concurrency_limit=1)
 
