@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from command_line import QUICK, portrait, run, speech, toy_model
+from stableavatar.apps.command_options import stored_settings
 from stableavatar.checkpoints.lora import (
     Lora,
     LowRank,
@@ -329,6 +330,24 @@ class TestPipeline:
             for name, value in pipeline.transformer.state_dict().items():
                 torch.testing.assert_close(value, wanted[name], atol=1e-6, rtol=1e-5)
         assert pipeline.origin["lora"] == [f"{file}:0.2", f"{file}:0.3"]
+
+
+def test_a_video_says_what_was_done_by_hand(tmp_path: Path) -> None:
+    """No command repeats it: LoRAs that were attached in a program, and starting latents."""
+    pipeline = AvatarPipeline.from_pretrained(toy_model())
+    pipeline.load_lora_weights(NAMINGS["diffusers"](random_lora(toy_transformer())), "person")
+    face = np.zeros((32, 32, 3), np.uint8)
+    options = {"steps": 1, "width": 32, "height": 32, "duration": 0.2, "seed": 1}
+    pipeline.generate(face, None, tmp_path / "a.mp4", **options)
+    assert stored_settings(tmp_path / "a.mp4")["by_hand"] == ["LoRA person was attached"]
+    shown = run("info", tmp_path / "a.mp4")
+    assert "It repeats all but this: LoRA person was attached." in shown.stdout
+    pipeline.unload_lora_weights()
+    latents = torch.zeros(pipeline.vae.config.z_dim, 5, 4, 4)
+    pipeline.generate(face, None, tmp_path / "b.mp4", latents=latents, **options)
+    assert stored_settings(tmp_path / "b.mp4")["by_hand"] == ["the starting latents were given"]
+    pipeline.generate(face, None, tmp_path / "c.mp4", **options)
+    assert "by_hand" not in stored_settings(tmp_path / "c.mp4")
 
 
 class TestCommand:

@@ -92,13 +92,15 @@ class GenerateOptions:
     )
     text_scale: float | None = _option(
         None,
-        "Strength of the prompt, usually 3 to 6. Higher follows it more closely and burns colours.",
+        "Strength of the prompt: 3 to 6 for the released models, 2 for tiny; for audio-native guidance 1. "
+        "Higher follows it more closely and burns colours.",
         panel=SAMPLING,
         minimum=0,
     )
     audio_scale: float | None = _option(
         None,
-        "Strength of the speech, usually 3 to 6. Lower mumbles, higher exaggerates the mouth.",
+        "Strength of the speech: 3 to 6 for the released models, 2 for tiny; for audio-native guidance 2. "
+        "Lower mumbles, higher exaggerates the mouth.",
         panel=SAMPLING,
         minimum=0,
     )

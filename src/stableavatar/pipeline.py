@@ -148,6 +148,7 @@ class AvatarPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         if "torch_dtype" in kwargs:
             raise InputError("torch_dtype is called dtype here, as in diffusers since 0.40")
         published = {"variant": variant or "square", "size": size or "1.3b"}
+        origin = {"model": str(source)}  # for the metadata of videos
         folder = model_folder(source)
         if str(source) == "tiny" and not folder.is_dir():
             raise CheckpointError(
@@ -157,6 +158,7 @@ class AvatarPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         if not folder.is_dir():
             places = {name: kwargs.pop(name) for name in HUB_ARGUMENTS if name in kwargs}
             folder = hub.resolve(str(source), **published, **places)
+            origin |= {name: places[name] for name in ("revision",) if places.get(name)}
         if is_own(folder):
             if variant is not None or size is not None:
                 raise InputError(
@@ -167,17 +169,13 @@ class AvatarPipeline(DiffusionPipeline, WanLoraLoaderMixin):
             # The features of speech feed every window, and what makes them is small.
             dtypes = {"speech_encoder": torch.float32, "default": dtype}
             pipeline = super().from_pretrained(folder, dtype=dtypes, **kwargs)
-            pipeline.origin = {"model": str(source)}
+            pipeline.origin = dict(origin)
             pipeline._merge(loras)
             return pipeline
         if kwargs:
             raise InputError(f"{', '.join(kwargs)} cannot be used with the published checkpoints in {folder}")
         pipeline = cls(**load_published(find_published(folder), dtype=dtype, **published))
-        pipeline.origin = {
-            "model": str(source),
-            "variant": published["variant"],
-            "model_size": published["size"],
-        }
+        pipeline.origin = {**origin, "variant": published["variant"], "model_size": published["size"]}
         pipeline._merge(loras)
         return pipeline
 
@@ -234,11 +232,12 @@ class AvatarPipeline(DiffusionPipeline, WanLoraLoaderMixin):
 
         Args:
             portrait: a picture file, a Pillow image, or uint8 `[H, W, 3]`.
-            speech: an audio file, a video with sound, mono samples at 16 kHz, or None for a silent video of
-                `duration` seconds. Speech that is still arriving: an iterator of such samples, or a
-                `media.live.LiveRecording` (whose `sound` is kept until it is taken); it is asked for more
-                when a window needs it.
-            latents: the starting noise `[C, L, H/8, W/8]`, in place of the seed's.
+            speech: an audio file, a video with sound, mono samples at 16 kHz (floats in [-1, 1], `[n]`), or
+                None for a silent video of `duration` seconds. Speech that is still arriving: an iterator of
+                such samples, or a `media.live.LiveRecording` (whose `sound` is kept until it is taken); it is
+                asked for more when a window needs it.
+            latents: the starting noise `[C, L, H/8, W/8]`, in place of the seed's; L is that of the plan: a
+                latent frame for the first frame and one for every four after it, at least a window's.
             progress: called after every cell and every frame.
             processes: several that share the work; this is the first, the others call `assist`.
             options: fields of `GenerateOptions`.
@@ -248,8 +247,10 @@ class AvatarPipeline(DiffusionPipeline, WanLoraLoaderMixin):
             frames are asked for; `order` says how much of it comes before the first.
 
         Raises:
-            InputError: a file or an option that cannot be used.
+            InputError: a file or an option that cannot be used; while iterating: of speech that is followed
+                (causal order, or live), sound that turns out damaged.
             SamplingError: while iterating: latents or a frame became NaN or infinite.
+            ProcessError: while iterating: another process was lost, or has ended.
         """
         given = generate_options(options)
         live = as_live(speech, given)

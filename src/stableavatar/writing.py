@@ -18,8 +18,9 @@ from stableavatar.media.encoding import Writable
 from stableavatar.media.files import cannot_write, hidden_name, to_disk
 from stableavatar.media.live import LiveSound
 from stableavatar.media.segments import SegmentWriter
-from stableavatar.media.video import FrameWriter, VideoWriter
+from stableavatar.media.video import STANDARD_OUTPUT, FrameWriter, VideoWriter
 from stableavatar.options import OutputOptions, Settings
+from stableavatar.sampling.noise import GivenNoise
 from stableavatar.sampling.sharing import Wish
 
 # Saving a state may take this share of the time: it can be large and the disk slow.
@@ -237,7 +238,7 @@ def write_live(
             stopped = StoppedError(f"Interrupted: {name} plays the {seconds:.1f} s that were made.")
     if stopped is not None:
         raise stopped
-    path = Path(output) if isinstance(output, str | Path) else None
+    path = Path(output) if isinstance(output, str | Path) and str(output) != STANDARD_OUTPUT else None
     return GeneratedVideo(path, video.frames, run.frame_rate, run.options, first_frame)
 
 
@@ -258,12 +259,19 @@ class _Stopper:
 
 
 def settings_of(run: Run, encoding: OutputOptions) -> dict[str, Any]:
-    """Everything that repeats a video, as JSON can hold it."""
+    """Everything that repeats a video, as JSON can hold it; and under "by_hand", in words, what a program did
+    beside it."""
+    transformer = run.pipeline.transformer
+    attached = transformer.active_adapters() if getattr(transformer, "peft_config", None) else []
+    by_hand = [f"LoRA {name} was attached" for name in attached]  # of merged ones the origin tells
+    if isinstance(run.noise, GivenNoise):
+        by_hand.append("the starting latents were given")
     return {
         "version": __version__,
         **run.pipeline.origin,
-        "dtype": str(run.pipeline.transformer.dtype).removeprefix("torch."),
+        "dtype": str(transformer.dtype).removeprefix("torch."),
         **{f.name: getattr(run.options, f.name) for f in fields(run.options)},
         "quality": encoding.quality,
         "preset": encoding.preset,
+        **({"by_hand": by_hand} if by_hand else {}),
     }

@@ -269,7 +269,7 @@ def generate(
         )
     made = video.options
     typer.echo(
-        f"{video.path}: {video.frame_count} frames, {float(video.frame_count / video.frame_rate):.2f} s at "
+        f"{output}: {video.frame_count} frames, {float(video.frame_count / video.frame_rate):.2f} s at "
         f"{float(video.frame_rate):g} frames/s, {made.width}x{made.height}, seed {made.seed}, "
         f"made in {duration(time.monotonic() - started)}, the first frame after "
         f"{duration(video.first_frame_seconds)}",
@@ -436,3 +436,8 @@ def _show_settings(video: Path) -> None:
         typer.echo(f"{name.replace('_', ' '):<22} {shown}".rstrip())
     typer.echo()
     typer.echo(repeating_command(settings))
+    beside = list(settings.get("by_hand", ()))
+    if settings.get("revision"):
+        beside.append("the model's revision was chosen")
+    if beside:
+        typer.echo(f"It repeats all but this: {'; '.join(beside)}.")

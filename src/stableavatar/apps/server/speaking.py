@@ -56,7 +56,8 @@ class Start(BaseModel):
     sample_rate: int = Field(16_000, ge=8000, le=48_000, description="Samples a second of the speech.")
     options: SessionOptions = Field(
         default_factory=SessionOptions,
-        description="Sampling options, size and quality, as for videos, but start, seconds and order.",
+        description="Sampling options, size and quality, as for videos, but start, seconds, order and "
+        "speech_normalisation.",
     )
 
 
