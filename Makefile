@@ -56,7 +56,7 @@ test-large: $(STAMP) ## the tests that need DeepSpeed, torchao and W&B, in an en
 	$(PYTHON) -m venv $(VENV)-large
 	$(VENV)-large/bin/pip install -q -c constraints.txt -e '.[dev,large]'
 	$(VENV)-large/bin/python -m pytest tests/test_training_processes.py tests/test_training_trainer.py tests/test_training_optimizers.py \
-	    tests/test_training_tiny_transformer.py
+	    tests/test_training_tiny_transformer.py tests/test_training_recipes.py
 
 lint: $(STAMP)   ## style and types
 	$(BIN)/ruff check .

@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 from accelerate.state import AcceleratorState
 
-from benchmarks.measuring import interleaved, table
-from benchmarks.sizes import Sizes
+from benchmarks.measuring import BenchmarkError, interleaved, table
+from benchmarks.sizes import FULL, Sizes
 from stableavatar.data.encoding import EncodedSample, stack_samples
 from stableavatar.data.sampler import ClipKey
 from stableavatar.training.efficiency import use_explicit_attention
@@ -19,6 +19,7 @@ from stableavatar.training.settings import TrainerSettings
 from stableavatar.training.tiny.avatar import TinyAvatar
 from stableavatar.training.trainer import Trainer
 
+_BAR = 0.95
 _CLIPS = 64
 _AUDIO_DIM = 192
 _CHANNELS = 24
@@ -91,6 +92,9 @@ def measure(sizes: Sizes, threads: int) -> str:
     calls = {"bare loop": partial(_bare, sizes), "the trainer": partial(_with_trainer, sizes)}
     times = interleaved(calls, sizes.rounds)
     bare = times["bare loop"]
+    reached = bare.ratio(times["the trainer"])
+    if reached < _BAR and sizes.training_steps >= FULL.training_steps:  # of few steps the start is the most
+        raise BenchmarkError(f"the trainer reaches {reached:.3f} of the bare loop, less than {_BAR}")
     rows = [
         [name, f"{taken.median / sizes.training_steps:.3f}", f"{bare.ratio(taken):.3f}"]
         for name, taken in times.items()

@@ -8,34 +8,13 @@ import pytest
 
 from command_line import run
 from media_files import tone, write_video, write_wav
+from networks import BINS, FRAMES, N_FFT, network
 from stableavatar.data.extract import extract_audio, extract_frames
 from stableavatar.data.vocals import HOP, SAMPLE_RATE, VocalSeparator, separate_vocals
 from stableavatar.errors import CheckpointError, InputError
 from stableavatar.media.audio import Sound, Speech
 from stableavatar.media.image import read_picture
 from stableavatar.media.reading import read_frames
-
-onnx = pytest.importorskip("onnx")
-
-BINS, FRAMES, N_FFT = 600, 16, 2048
-
-
-def network(path: Path, cut: int | None = None, shape: tuple[int | str, ...] = (1, 4, BINS, FRAMES)) -> Path:
-    """An MDX network that keeps all it is given, or the frequencies below a bin."""
-    mask = np.ones((1, 1, BINS, 1), np.float32)
-    if cut is not None:
-        mask[:, :, cut:] = 0
-    helper = onnx.helper
-    graph = helper.make_graph(
-        [helper.make_node("Mul", ["x", "mask"], ["y"])],
-        "mdx",
-        [helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, shape)],
-        [helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, shape)],
-        [onnx.numpy_helper.from_array(mask, "mask")],
-    )
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
-    onnx.save(model, path)
-    return path
 
 
 def separator(path: Path, cut: int | None = None) -> VocalSeparator:

@@ -314,21 +314,30 @@ def test_a_training_resumes_beside_the_same_frozen_weights_alone(data: Path, tmp
             )
 
 
-def train_whole_and_spread(recipe: Path, data: Path, folder: Path, *more: str) -> None:
+def train_whole_and_spread(recipe: Path, data: Path, folder: Path, *more: str, way: str = "fsdp2") -> None:
     """A recipe in one process, into `one`, and spread over two, into `two`, of the same clips a step."""
     one = toy(data, folder / "one", *more, "trainer.accumulation=2")
     prepare_training(load_recipe(recipe, one)).run()
-    two = toy(data, folder / "two", *more, "trainer.accumulation=1", "trainer.sharding=fsdp2")
+    two = toy(data, folder / "two", *more, "trainer.accumulation=1")
+    launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    if way == "fsdp2":
+        two.append("trainer.sharding=fsdp2")
+    else:
+        config = SQUARE.parent / "accelerate" / f"{way}.yaml"
+        launcher = ["accelerate.commands.launch", "--config_file", str(config), "--num_processes", "2"]
     subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-         "-m", "stableavatar", "train", str(recipe), *(word for it in two for word in ("--set", it))],
-        check=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"},
+        [sys.executable, "-m", *launcher, "-m", "stableavatar", "train", str(recipe),
+         *(word for it in two for word in ("--set", it))],
+        check=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"},
     )  # fmt: skip
 
 
+@pytest.mark.parametrize("way", ["fsdp2", "zero3"])
 def test_spread_over_two_processes_a_recipe_is_that_of_one_and_makes_its_videos(
-    data: Path, tmp_path: Path
+    data: Path, tmp_path: Path, way: str
 ) -> None:
+    if way == "zero3":
+        pytest.importorskip("deepspeed", reason="in the extra large; see make test-large")
     case = {
         "portrait": str(portrait(tmp_path / "face.png")),
         "speech": str(speech(tmp_path / "speech.wav", 2.0)),
@@ -340,7 +349,7 @@ def test_spread_over_two_processes_a_recipe_is_that_of_one_and_makes_its_videos(
         # A smaller one makes steps of full size of gradients that are nothing but rounding.
         "trainer.optimizer.epsilon=1.0e-3", "trainer.optimizer.learning_rate=1.0e-2",
     ]  # fmt: skip
-    train_whole_and_spread(SQUARE, data, tmp_path, *more)
+    train_whole_and_spread(SQUARE, data, tmp_path, *more, way=way)
     for alone, spread in zip(curve(tmp_path / "one"), curve(tmp_path / "two"), strict=True):
         assert spread["loss"] == pytest.approx(alone["loss"], rel=1e-5)
         assert spread["gradient_norm"] == pytest.approx(alone["gradient_norm"], rel=1e-4)
