@@ -271,6 +271,10 @@ def test_who_leaves_while_no_worker_is_free_may_come_again(
         with client.websocket_connect("ws://127.0.0.1/v1/sessions") as line:
             line.send_json(spoken(files))
             assert line.receive_json()["error"]["code"] == "busy"
+            until(lambda: 'sessions_total{outcome="failed"} 1.0' in client.get("/metrics").text)
+        figures = client.get("/metrics").text
+        assert 'stableavatar_sessions_total{outcome="left"} 1.0' in figures
+        assert "stableavatar_sessions_open 0.0" in figures
     assert not list((tmp_path / "jobs").rglob("portrait"))
 
 

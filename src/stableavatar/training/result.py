@@ -4,7 +4,7 @@ one of its checkpoints."""
 import importlib
 import tempfile
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -150,7 +150,7 @@ def _export(checkpoint: Path, recipe: Recipe, counters: Mapping[str, object]) ->
             f"{checkpoint} was trained from other weights than {recipe.model.source} holds now"
         )
     parameters = trained_parameters(avatar)
-    trained = _trained(checkpoint)
+    trained = _trained(checkpoint, parameters)
     expected = {name: tuple(value.shape) for name, value in parameters.items()}
     found = {name: tuple(value.shape) for name, value in trained.items()}
     if expected != found:
@@ -159,14 +159,14 @@ def _export(checkpoint: Path, recipe: Recipe, counters: Mapping[str, object]) ->
     return write_result(recipe, avatar, trained, frozen_state(avatar, parameters))
 
 
-def _trained(checkpoint: Path) -> dict[str, torch.Tensor]:
+def _trained(checkpoint: Path, names: Collection[str]) -> dict[str, torch.Tensor]:
     """Trained parameters by name, float32: their average, where there is one."""
     if (checkpoint / ShardedState.FOLDER).is_dir():
         found = _from_shards(checkpoint / ShardedState.FOLDER)
     elif (checkpoint / EMA_FILE).exists():
         found = load_average(checkpoint)
     elif (checkpoint / DeepSpeedState.TAG).is_dir():
-        found = _from_deepspeed(checkpoint)
+        found = _from_deepspeed(checkpoint, names)
     else:
         found = load_weights(checkpoint)
     return {name: value.float() for name, value in found.items()}
@@ -189,7 +189,7 @@ def _from_shards(folder: Path) -> dict[str, torch.Tensor]:
     return {name.removeprefix(kind): value for name, value in state.items()}
 
 
-def _from_deepspeed(checkpoint: Path) -> dict[str, torch.Tensor]:
+def _from_deepspeed(checkpoint: Path, names: Collection[str]) -> dict[str, torch.Tensor]:
     try:
         reader = importlib.import_module("deepspeed.utils.zero_to_fp32")
     except ImportError as error:
@@ -197,7 +197,7 @@ def _from_deepspeed(checkpoint: Path) -> dict[str, torch.Tensor]:
     found: dict[str, torch.Tensor] = reader.get_fp32_state_dict_from_zero_checkpoint(
         str(checkpoint), tag=DeepSpeedState.TAG, exclude_frozen_parameters=True
     )
-    return found
+    return {name: value for name, value in found.items() if name in names}  # not under second names
 
 
 def _write_embedded(

@@ -5,7 +5,14 @@ from collections.abc import Iterator
 from typing import Annotated, Literal
 
 from fastapi import APIRouter, Depends, Request, Response
-from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client import (
+    CONTENT_TYPE_LATEST,
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    generate_latest,
+)
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from pydantic import BaseModel
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -82,6 +89,13 @@ class Metrics:
         self.seconds = Histogram(
             "stableavatar_request_seconds", "Seconds until an answer began.", ("route",),
             registry=self.registry,
+        )  # fmt: skip
+        self.speaking = Gauge(
+            "stableavatar_sessions_open", "Sessions that are going on.", registry=self.registry
+        )
+        self.sessions = Counter(
+            "stableavatar_sessions", "Sessions by how they ended: done, refused, failed, left by the client.",
+            ("outcome",), registry=self.registry,
         )  # fmt: skip
         self.registry.register(self)
 

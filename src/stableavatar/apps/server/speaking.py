@@ -20,6 +20,7 @@ from fastapi import APIRouter, WebSocket, WebSocketDisconnect
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from stableavatar.apps.server.access import bearer_of, owner_of_key, refuse_foreign_pages
+from stableavatar.apps.server.health import Metrics
 from stableavatar.apps.server.schemas import VIDEO_ID, ApiError, SessionOptions, no_room
 from stableavatar.errors import InputError
 from stableavatar.jobs.intake import OPTIONS, BusyError, EndingError, Limits, check_options, check_quality
@@ -64,19 +65,26 @@ class Start(BaseModel):
 @router.websocket("/sessions")
 async def speak(socket: WebSocket) -> None:
     """A session, from its start to its end."""
+    metrics: Metrics = socket.app.state.metrics
     await socket.accept()
     try:
         session, owner = await _begin(socket)
     except ApiError as error:
+        metrics.sessions.labels("refused").inc()
         await _refuse(socket, error)
         return
-    except WebSocketDisconnect:
-        return
+    except BaseException as error:  # servers cancel what a client has left
+        metrics.sessions.labels("left").inc()
+        if isinstance(error, WebSocketDisconnect):
+            return
+        raise
+    metrics.speaking.inc()
     # From now on: a client whose messages are not read cannot answer whether it is still there.
     hearing = asyncio.create_task(_hear(socket, session))
     showing = asyncio.create_task(_show(socket, session))
     until = asyncio.get_running_loop().time() + socket.app.state.limits.seconds + _LONGER_SECONDS
     failed: BaseException | None = None
+    outcome = "left"
     try:
         await asyncio.wait({hearing, showing}, timeout=_left(until), return_when=asyncio.FIRST_COMPLETED)
         failed = hearing.exception() if hearing.done() else None
@@ -86,6 +94,7 @@ async def speak(socket: WebSocket) -> None:
             failed = failed or showing.exception()
         elif failed is None:
             failed = ApiError(400, "the session lasted too long, and is ended", code="too_long")
+        outcome = "done" if failed is None else "failed" if isinstance(failed, ApiError) else "left"
     finally:
         hearing.cancel()
         showing.cancel()
@@ -93,6 +102,8 @@ async def speak(socket: WebSocket) -> None:
         # What else they raise says that the client went away, or takes nothing.
         await asyncio.gather(hearing, showing, return_exceptions=True)
         _sessions(socket).discard(owner)
+        metrics.speaking.dec()
+        metrics.sessions.labels(outcome).inc()
     if isinstance(failed, ApiError):
         with contextlib.suppress(Exception):  # the client may take nothing
             await asyncio.wait_for(_refuse(socket, failed), _SILENT_SECONDS)
