@@ -3,6 +3,7 @@
 import json
 import signal
 import sqlite3
+import time
 from collections.abc import Iterator
 from fractions import Fraction
 from itertools import zip_longest
@@ -14,6 +15,7 @@ import pytest
 import torch
 
 from command_line import toy_model
+from serving import until
 from stableavatar import load
 from stableavatar.errors import CheckpointError, InputError, StorageError
 from stableavatar.jobs import worker as worker_module
@@ -337,8 +339,33 @@ def test_a_worker_that_cannot_load_its_model_again_is_tried_again(
     assert workers.ending.wait(20)
     assert workers._keepers[0].no_model.is_set() is False
 
-    ends = iter([NO_MODEL])
-    another = Workers(JobStore(jobs.folder.parent / "other"), [MODEL])
-    another.start()
-    with pytest.raises(CheckpointError):
-        another.wait(20)
+
+def test_a_server_ends_only_where_no_worker_can_load_its_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One whose device another program has is started again."""
+    busy = {"worker-0", "worker-1"}
+
+    def run(keeper: _Keeper) -> int:
+        if keeper._name in busy:
+            time.sleep(0.01)
+            return NO_MODEL
+        store.worker_ready(keeper._name)
+        keeper._workers.ending.wait(60)
+        return 0
+
+    monkeypatch.setattr("stableavatar.jobs.workers._PAUSES", (0.0,))
+    monkeypatch.setattr(_Keeper, "_run", run)
+    for able in ("", "worker-1", "worker-0"):
+        store = JobStore(tmp_path / (able or "none"))
+        busy = {"worker-0", "worker-1"} - {able}
+        workers = Workers(store, [MODEL, MODEL])
+        workers.start()
+        if able:
+            assert workers.wait(20)
+            busy.clear()  # the device is free again
+            until(lambda store=store: store.workers_ready() == 2)
+        else:
+            with pytest.raises(CheckpointError):
+                workers.wait(20)
+        workers.stop(20)

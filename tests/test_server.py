@@ -125,6 +125,9 @@ def test_earlier_files_are_used_again(client: TestClient, files: dict[str, bytes
         refused = client.post("/v1/videos", content=wrong, headers={"Content-Type": "application/json"})
         assert refused.status_code == 400
         assert word in refused.json()["error"]["message"]
+    much = b'{"prompt": "' + bytes(200_000) + b'"}'
+    refused = client.post("/v1/videos", content=much, headers={"Content-Type": "application/json"})
+    assert refused.status_code == 413
     assert answer.status_code == 200, answer.text
     job = store_of(client).get("ann", answer.json()["id"])
     assert job is not None

@@ -317,6 +317,11 @@ def test_speech_that_the_disk_has_no_room_for_is_told() -> None:
     with pytest.raises(OSError, match="No space left"):
         session.say(b"ab")
     session.close()
+    full = Path("/dev/full").open("r+b")  # noqa: SIM115 (as before)
+    waiting = Session(lambda: None, full, most=100)  # for a worker
+    with pytest.raises(OSError, match="No space left"):
+        waiting.say(b"ab")
+    waiting.close()
 
 
 def test_speech_after_the_worker_has_gone_is_passed_over(tmp_path: Path) -> None:

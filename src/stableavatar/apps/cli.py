@@ -376,7 +376,10 @@ def convert(
         typer.Option(help="A transformer file in place of the variant's, such as one of a training."),
     ] = None,
     dtype: Annotated[
-        StoredDtype | None, typer.Option(help="Of the weights; by default as each part is stored.")
+        StoredDtype | None,
+        typer.Option(
+            help="Of the weights, but for the speech encoder, float32; by default as each part is stored."
+        ),
     ] = None,
     shard_size: Annotated[str, typer.Option(help="Split weights into files of at most this size.")] = "5GB",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a target that is there.")] = False,

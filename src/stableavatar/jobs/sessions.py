@@ -140,7 +140,8 @@ class Session:
             self._closed = True
         self.end_speech()
         if self._connection is None:
-            self._spool.close()
+            with contextlib.suppress(OSError):  # of what the disk had no room for
+                self._spool.close()
             return
         with contextlib.suppress(OSError):
             if hasattr(socket, "AF_UNIX"):  # closing alone wakes nobody
@@ -181,17 +182,21 @@ class SessionLine:
         spool = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 (the session closes it)
         session = Session(hang_up, spool, round(most_seconds * rate) * 2)
         self._waiting[session_id] = session
-        self._store.calls.call(
-            session_id,
-            {
-                "address": self._listener.address,
-                "key": self._key.hex(),
-                "folder": str(folder),
-                "options": dict(options),
-                "rate": rate,
-                "most_seconds": most_seconds,
-            },
-        )
+        try:
+            self._store.calls.call(
+                session_id,
+                {
+                    "address": self._listener.address,
+                    "key": self._key.hex(),
+                    "folder": str(folder),
+                    "options": dict(options),
+                    "rate": rate,
+                    "most_seconds": most_seconds,
+                },
+            )
+        except BaseException:
+            session.close()
+            raise
         return session
 
     def close(self) -> None:

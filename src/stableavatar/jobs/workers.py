@@ -111,7 +111,8 @@ class _Keeper:
             if status == NO_MODEL and not loaded:
                 self.no_model.set()
             # Also what could not be loaded: another program may have had the device.
-            steady = status == FAULTY or time.monotonic() - began > _STEADY_SECONDS
+            worked = status != NO_MODEL and time.monotonic() - began > _STEADY_SECONDS
+            steady = status == FAULTY or worked
             losses = 0 if steady else losses + 1
             logger.error("%s was lost (exit status %s); another one is started", self._name, status)
 

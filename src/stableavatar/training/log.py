@@ -59,11 +59,11 @@ class JsonLog:
     after that step.
 
     Args:
-        step: where the run stands. steps: where it ends.
+        step: where the run stands. steps: where it ends. deadline: of `time.monotonic`, when it ends earlier.
     """
 
-    def __init__(self, path: Path, step: int, steps: int) -> None:
-        self.path, self.steps = path, steps
+    def __init__(self, path: Path, step: int, steps: int, deadline: float | None = None) -> None:
+        self.path, self.steps, self.deadline = path, steps, deadline
         self._last = (step, time.monotonic())
         path.parent.mkdir(parents=True, exist_ok=True)
         kept = [line for line in read_log(path) if line["step"] <= step] if path.exists() else []
@@ -80,6 +80,8 @@ class JsonLog:
         step, now = line["step"], time.monotonic()
         (before, then), self._last = self._last, (step, now)
         left = (self.steps - step) * (now - then) / (step - before)
+        if self.deadline is not None:
+            left = min(left, max(self.deadline - now, 0.0))
         logger.info("step %d of %d: %s", step, self.steps, _in_words(clean, left))
 
 

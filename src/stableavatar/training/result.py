@@ -2,9 +2,10 @@
 one of its checkpoints."""
 
 import importlib
+import pickle
 import tempfile
 import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -45,6 +46,7 @@ from stableavatar.training.tiny.avatar import TinyAvatar
 LORA = "lora"
 EMBEDDED = "model"
 _PREFIX = "transformer."
+_DAMAGE = (OSError, RuntimeError, ValueError, KeyError, EOFError, AssertionError, pickle.UnpicklingError)
 
 
 def whole_avatar(recipe: Recipe, device: str = "cpu") -> Avatar:
@@ -71,7 +73,7 @@ def write_result(
 
     Args:
         avatar: what was trained, whose values are not read.
-        trained, frozen: all of its values, by name.
+        trained, frozen: all of its values, by name; of a LoRA alone those that are frozen are not needed.
 
     Returns:
         The folder of the transformer, or of the embedded model, or the LoRA's file.
@@ -80,10 +82,15 @@ def write_result(
         return _write_embedded(recipe, avatar, trained, frozen)
     lora, output = recipe.lora, recipe.output
     trained = {name.removeprefix(_PREFIX): value for name, value in trained.items()}
-    if lora is None or not all(map(is_factor, trained)):
+    if not is_pure_lora(recipe, trained):
         frozen = {name.removeprefix(_PREFIX): value for name, value in frozen.items()}
         _save_transformer(avatar.transformer, without_lora({**frozen, **trained}), output / TRANSFORMER)
     return output / TRANSFORMER if lora is None else save_lora(trained, lora, output / LORA)
+
+
+def is_pure_lora(recipe: Recipe, trained: Iterable[str]) -> bool:
+    """Whether a training's result is a LoRA, and no transformer beside it."""
+    return recipe.lora is not None and recipe.model.embedded is None and all(map(is_factor, trained))
 
 
 def export_checkpoint(
@@ -119,6 +126,8 @@ def export_checkpoint(
             f"{checkpoint} was trained by another release: {'.'.join(map(str, first['loc']))}: {first['msg']}"
         ) from error
     if target.suffix not in (".pt", ".safetensors"):
+        if dtype is not None:
+            raise InputError("a dtype is of a file: what goes into a folder is as it was trained")
         check_folder(target)
         return _export(checkpoint, replace(recipe, output=target), counters)
     if target.exists() and not overwrite:
@@ -184,7 +193,7 @@ def _from_shards(folder: Path) -> dict[str, torch.Tensor]:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "torch.distributed is")  # one process is what is meant
             state_dict_loader.load(state, checkpoint_id=folder, no_dist=True)
-    except (OSError, RuntimeError, ValueError, CheckpointException) as error:
+    except (*_DAMAGE, CheckpointException) as error:
         raise CheckpointError(f"{folder} is damaged: {error}") from error
     return {name.removeprefix(kind): value for name, value in state.items()}
 
@@ -194,9 +203,12 @@ def _from_deepspeed(checkpoint: Path, names: Collection[str]) -> dict[str, torch
         reader = importlib.import_module("deepspeed.utils.zero_to_fp32")
     except ImportError as error:
         raise InputError(f"{checkpoint} is DeepSpeed's: install deepspeed to export it") from error
-    found: dict[str, torch.Tensor] = reader.get_fp32_state_dict_from_zero_checkpoint(
-        str(checkpoint), tag=DeepSpeedState.TAG, exclude_frozen_parameters=True
-    )
+    try:
+        found: dict[str, torch.Tensor] = reader.get_fp32_state_dict_from_zero_checkpoint(
+            str(checkpoint), tag=DeepSpeedState.TAG, exclude_frozen_parameters=True
+        )
+    except _DAMAGE as error:
+        raise CheckpointError(f"{checkpoint} is damaged: {error}") from error
     return {name: value for name, value in found.items() if name in names}  # not under second names
 
 

@@ -25,7 +25,7 @@ from stableavatar.training.devices import process_device
 from stableavatar.training.efficiency import use_explicit_attention
 from stableavatar.training.parameters import frozen_digest
 from stableavatar.training.recipes import Recipe
-from stableavatar.training.result import whole_avatar, write_result
+from stableavatar.training.result import is_pure_lora, whole_avatar, write_result
 from stableavatar.training.start import (
     encoder_files,
     load_encoders,
@@ -65,7 +65,9 @@ class Training:
 
     def export(self) -> Path:
         """Write what was trained; called on every process, of which the first learns where it is."""
-        trained, frozen = self.trainer.final_parameters(), self.trainer.frozen_state()
+        trained = self.trainer.final_parameters()
+        # Of a LoRA alone they are not written, and may be tens of GiB.
+        frozen = {} if is_pure_lora(self.recipe, self.trainer.parameters) else self.trainer.frozen_state()
         if self.trainer.accelerator.is_main_process:
             return write_result(self.recipe, self.avatar, trained, frozen)
         return self.recipe.output

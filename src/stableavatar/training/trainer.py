@@ -267,12 +267,11 @@ class Trainer(Generic[Sample]):
                 f"{self.step}: resume from the latest, remove the later ones, or choose another folder"
             )
         leads = self.accelerator.is_main_process
-        log = JsonLog(self.folder / "log.jsonl", self.step, settings.steps) if leads else None
+        deadline = time.monotonic() + 60 * settings.minutes if settings.minutes is not None else None
+        log = JsonLog(self.folder / "log.jsonl", self.step, settings.steps, deadline) if leads else None
         if settings.trackers:
-            leads = self.accelerator.is_main_process
             start = tracker_arguments(self.folder / "trackers", self.step) if leads else {}
             self.accelerator.init_trackers(PROJECT, flat(self._record), init_kwargs=start)
-        deadline = time.monotonic() + 60 * settings.minutes if settings.minutes is not None else None
         with open_batches(
             self.source,
             self.collate,

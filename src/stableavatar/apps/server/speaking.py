@@ -37,7 +37,6 @@ _PATIENCE_SECONDS = 60.0  # until a worker is free: one that makes a video has t
 # is: of few at a time.
 MOST_MESSAGE = 16 * 2**20
 _MOST_UNKNOWN = 16
-_UNKNOWN_SECONDS = 10.0
 # Than the speech that is taken at most, a session may last, whether or not anything is said.
 _LONGER_SECONDS = 120.0
 _POLICY_VIOLATION, _SERVER_FAULT, _TRY_AGAIN = 1008, 1011, 1013
@@ -98,12 +97,14 @@ async def speak(socket: WebSocket) -> None:
     finally:
         hearing.cancel()
         showing.cancel()
-        await anyio.to_thread.run_sync(session.close)
-        # What else they raise says that the client went away, or takes nothing.
-        await asyncio.gather(hearing, showing, return_exceptions=True)
-        _sessions(socket).discard(owner)
-        metrics.speaking.dec()
-        metrics.sessions.labels(outcome).inc()
+        try:
+            await anyio.to_thread.run_sync(session.close)
+            # What else they raise says that the client went away, or takes nothing.
+            await asyncio.gather(hearing, showing, return_exceptions=True)
+        finally:
+            _sessions(socket).discard(owner)
+            metrics.speaking.dec()
+            metrics.sessions.labels(outcome).inc()
     if isinstance(failed, ApiError):
         with contextlib.suppress(Exception):  # the client may take nothing
             await asyncio.wait_for(_refuse(socket, failed), _SILENT_SECONDS)
@@ -161,7 +162,7 @@ async def _first_message(socket: WebSocket) -> str:
         raise ApiError(429, "many sessions are beginning: try again in a moment", code="busy")
     state.unknown += 1
     try:
-        return await asyncio.wait_for(socket.receive_text(), _UNKNOWN_SECONDS)
+        return await asyncio.wait_for(socket.receive_text(), _SILENT_SECONDS)
     finally:
         state.unknown -= 1
 
@@ -174,10 +175,11 @@ async def _hear(socket: WebSocket, session: Session) -> None:
     """Speech from the client to the worker, until it says that there is no more. Raises ApiError: what it
     sends is no speech, or there is no room for it."""
     while True:
+        waiting = not session.answered  # the client may wait for the word that it may speak
         try:
             message = await asyncio.wait_for(socket.receive(), _SILENT_SECONDS)
         except TimeoutError:
-            if not session.answered:  # it waits for the word that it may speak
+            if waiting:
                 continue
             break
         if message["type"] == "websocket.disconnect":

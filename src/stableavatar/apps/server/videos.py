@@ -47,6 +47,7 @@ from stableavatar.media.files import reason_of
 from stableavatar.options import GenerateOptions
 
 JSON = "application/json"
+_MOST_JSON = 100_000
 _COPY = 2**20
 _EVENT_SECONDS = 0.25
 _SAY_AGAIN_SECONDS = 15.0
@@ -86,8 +87,13 @@ async def _asked_for(
     """What is asked for, of a form, or of JSON: OpenAI's client sends that where there is no file."""
     if request.headers.get("content-type", "").partition(";")[0].strip().lower() != JSON:
         return form
+    body = b""
+    async for piece in request.stream():
+        body += piece
+        if len(body) > _MOST_JSON:
+            raise ApiError(413, f"{_MOST_JSON} bytes of JSON at most", code="too_large")
     try:
-        chosen = VideoRequestWithoutFiles.model_validate_json(await request.body())
+        chosen = VideoRequestWithoutFiles.model_validate_json(body)
     except ValidationError as error:
         raise RequestValidationError(error.errors()) from error
     return VideoRequest(**chosen.model_dump())

@@ -12,7 +12,7 @@ from PIL import Image
 
 from stableavatar.apps.watching import small, thumbnail
 from stableavatar.apps.web.studio import Studio, owner, player
-from stableavatar.apps.web.texts import Texts
+from stableavatar.apps.web.texts import TEXTS, Texts
 from stableavatar.errors import InputError
 from stableavatar.jobs.asking import copied
 from stableavatar.jobs.job import Job
@@ -68,7 +68,8 @@ def gallery_tab(studio: Studio, texts: Texts, tab: gr.Tab, tabs: gr.Tabs, fields
         if job is None:
             return gr.skip(), "", "", gr.update(visible=False), gr.update(visible=False)
         going = not job.is_finished and not job.stopping
-        return job.id, player(job, texts), _settings(job), gr.update(visible=True), gr.update(visible=going)
+        about = gr.update(visible=True)
+        return job.id, player(job, texts), _settings(job, texts), about, gr.update(visible=going)
 
     def use(request: gr.Request, job_id: str | None) -> Any:
         job = None if job_id is None else studio.store.get(owner(request), job_id)
@@ -129,15 +130,26 @@ def _caption(job: Job, texts: Texts) -> str:
     return seconds if job.is_finished else f"{seconds} · {texts['in_the_making']}"
 
 
-def _settings(job: Job) -> str:
-    """A table of everything that repeats the video."""
+def _settings(job: Job, texts: Texts) -> str:
+    """A table of everything that repeats the video, by the names that the form has."""
     options = {**job.options, **(job.result or {})}
     rows = "".join(
-        f"<tr><th>{html.escape(name.replace('_', ' '))}</th><td>{html.escape(str(value))}</td></tr>"
+        f"<tr><th>{html.escape(_named(name, texts))}</th>"
+        f"<td>{html.escape(_valued(name, value, texts))}</td></tr>"
         for name, value in options.items()
         if not (value is None or value is False or value in ("", []))
     )
     return f'<table class="settings">{rows}</table>'
+
+
+def _named(name: str, texts: Texts) -> str:
+    # What the form asks about the order has one of the orders for its name.
+    return texts[name] if name in TEXTS and name != "order" else name.replace("_", " ")
+
+
+def _valued(name: str, value: object, texts: Texts) -> str:
+    choice = f"{name}_{value}"
+    return texts[choice] if choice in TEXTS else str(value)
 
 
 def _values(job: Job, folder: Path) -> list[Any]:

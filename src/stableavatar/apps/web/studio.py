@@ -106,7 +106,10 @@ def owner(request: gr.Request) -> str:
     """Whose browser asks. Raises gradio.Error: it does not keep cookies."""
     found = owner_of(dict(request.cookies))
     if found is None:
-        raise gr.Error("This page needs cookies, to know which videos are yours.", print_exception=False)
+        raise gr.Error(  # who it is, and so the language, is not known
+            "This page needs cookies, to know which videos are yours. / 本页需要 Cookie 来识别您的视频。",
+            print_exception=False,
+        )
     return found
 
 
