@@ -26,8 +26,10 @@ def models_tab(studio: Studio, texts: Texts, tab: gr.Tab) -> None:
     with gr.Row():
         variant = gr.Radio(["square", "rec-vec"], value="square", label=texts["variant"], elem_id="variant")
         size = gr.Radio(["1.3b", "14b"], value="1.3b", label=texts["size"], elem_id="model-size")
-    button = gr.Button(texts["get_weights"], elem_id="get-weights")
-    voices = gr.Button(texts["get_vocals"], elem_id="get-vocals")
+    with gr.Row():
+        button = gr.Button(texts["get_weights"], elem_id="get-weights")
+        voices = gr.Button(texts["get_vocals"], elem_id="get-vocals")
+        stop = gr.Button(texts["stop"], variant="stop", elem_id="stop-download")
     said = gr.Markdown("", elem_id="download-said", min_height=90)  # room for the bar
 
     def show() -> str:
@@ -79,8 +81,13 @@ def models_tab(studio: Studio, texts: Texts, tab: gr.Tab) -> None:
     quiet: dict[str, Any] = {"api_visibility": "private"}
     tab.select(show, None, here, **quiet)
     alone: dict[str, Any] = {"concurrency_limit": 1, "concurrency_id": "download"}
-    button.click(get, [variant, size], said, **alone, **quiet).then(show, None, here, **quiet)
-    voices.click(get_vocals, None, said, **alone, **quiet).then(show, None, here, **quiet)
+    begun = (
+        button.click(get, [variant, size], said, **alone, **quiet),
+        voices.click(get_vocals, None, said, **alone, **quiet),
+    )
+    for one in begun:
+        one.then(show, None, here, **quiet)
+    stop.click(lambda: texts["download_stopped"], None, said, cancels=list(begun), queue=False, **quiet)
 
 
 def _download(page: Connection, folder: Path, what: str, choice: Sequence[str]) -> None:

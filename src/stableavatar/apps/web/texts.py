@@ -228,6 +228,7 @@ TEXTS: dict[str, tuple[str, str]] = {
     ),
     "variant": ("Variant", "变体"),
     "get_vocals": ("Get the vocal separator alone", "仅下载人声分离网络"),
+    "download_stopped": ("Stopped. What was whole is kept.", "已停止。已完整的文件会保留。"),
     "download_asks": ("Asking which files there are", "正在查询文件列表"),
     "download_comes": ("{done} of {total} GB", "{done} / {total} GB"),
     "download_checks": ("Comparing the files with their check sums", "正在校验文件"),
