@@ -215,7 +215,6 @@ def test_what_the_first_takes_is_handed_over_without_waiting_for_it(
     [
         (2, ["--order", "lockstep"], "wavefront"),
         (3, ["--steps", "2"], "2 processes at most"),
-        (2, ["--overwrite", "--resume"], "not both"),
     ],
 )
 def test_what_cannot_be_shared_is_refused(

@@ -399,7 +399,9 @@ def test_a_person_acts_every_expression_of_a_store_with_the_same_words_and_movem
 def test_varied_persons_look_otherwise_and_move_alike(tmp_path: Path) -> None:
     seed = max(range(EVALUATION_SEED, EVALUATION_SEED + 8), key=lambda seed: Identity.varied(seed).marks)
     usual, varied = Identity.from_seed(seed), Identity.varied(seed)
-    assert replace(varied, nose_relief=usual.nose_relief, lines=1.0, marks=0.0) == usual
+    same = ("nose_relief", "lines", "marks", "exposure", "contrast", "warmth")
+    assert replace(varied, **{name: getattr(usual, name) for name in same}) == usual
+    assert all(getattr(varied, name) != getattr(usual, name) for name in same)
     arguments = [
         "store",
         "--folder",
@@ -417,9 +419,12 @@ def test_varied_persons_look_otherwise_and_move_alike(tmp_path: Path) -> None:
     assert (drawn.mark(), smiling.mark()) == (f"{seed} varied", f"{seed} smiling varied")
     plain = make_clip(seed, 0.2, size=48)
     assert np.array_equal(drawn.frames, make_clip(seed, 0.2, size=48, identity=varied).frames)
-    difference = np.abs(drawn.frames.astype(int) - plain.frames).max(axis=-1)
+    light = {name: getattr(varied, name) for name in ("exposure", "contrast", "warmth")}
+    as_bright = make_clip(seed, 0.2, size=48, identity=replace(usual, **light))
+    difference = np.abs(drawn.frames.astype(int) - as_bright.frames).max(axis=-1)
     assert difference[plain.face_masks > 0].mean() > 4
-    assert difference[:, :4].max() == 0  # only the face
+    assert difference[:, :4].max() == 0  # but for the light only the face
+    assert np.abs(as_bright.frames.astype(int) - plain.frames)[:, :4].mean() > 4
     assert np.array_equal(drawn.samples, plain.samples)
     assert np.array_equal(drawn.lip_masks, plain.lip_masks)
 

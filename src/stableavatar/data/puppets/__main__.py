@@ -66,7 +66,7 @@ def main(arguments: list[str] | None = None) -> int:
         "--expressions", nargs="+", default=(), metavar="NAME",
         help="a clip of every person for each of these, in place of one with the seed's own expression",
     )  # fmt: skip
-    store.add_argument("--varied", action="store_true", help="persons whose noses and skin are less alike")
+    store.add_argument("--varied", action="store_true", help="persons less alike, and lit as photographs are")
     store.add_argument("--processes", type=int, default=2)
     dataset = commands.add_parser("dataset", help="clips as MP4, WAV and PNG in the trainer's folders")
     dataset.add_argument("--folder", type=Path, required=True)
