@@ -63,7 +63,7 @@ class Journal:
             raise InputError(f"output {output}: another process is making this video") from None
         except OSError as error:
             raise cannot_write(output, error) from error
-        self._stale = anew and journal_index(output).exists()
+        self._replaces = anew and journal_index(output).exists()  # what another run began
         try:
             self._index = None if anew else self._read_index()
         except JournalError:
@@ -77,7 +77,7 @@ class Journal:
 
     def finish(self) -> None:
         """The video is complete: there is nothing to go on from."""
-        if self._index is not None or self._stale:
+        if self._index is not None or self._replaces:
             self.unfinished.unlink(missing_ok=True)
         self.clear()
         self._index = None

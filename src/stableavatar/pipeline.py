@@ -148,7 +148,7 @@ class AvatarPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         if "torch_dtype" in kwargs:
             raise InputError("torch_dtype is called dtype here, as in diffusers since 0.40")
         published = {"variant": variant or "square", "size": size or "1.3b"}
-        origin = {"model": str(source)}  # for the metadata of videos
+        origin: dict[str, Any] = {"model": str(source)}  # for the metadata of videos
         folder = model_folder(source)
         if str(source) == "tiny" and not folder.is_dir():
             raise CheckpointError(
@@ -158,7 +158,8 @@ class AvatarPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         if not folder.is_dir():
             places = {name: kwargs.pop(name) for name in HUB_ARGUMENTS if name in kwargs}
             folder = hub.resolve(str(source), **published, **places)
-            origin |= {name: places[name] for name in ("revision",) if places.get(name)}
+            if places.get("revision"):
+                origin["revision"] = places["revision"]
         if is_own(folder):
             if variant is not None or size is not None:
                 raise InputError(
@@ -169,7 +170,7 @@ class AvatarPipeline(DiffusionPipeline, WanLoraLoaderMixin):
             # The features of speech feed every window, and what makes them is small.
             dtypes = {"speech_encoder": torch.float32, "default": dtype}
             pipeline = super().from_pretrained(folder, dtype=dtypes, **kwargs)
-            pipeline.origin = dict(origin)
+            pipeline.origin = origin
             pipeline._merge(loras)
             return pipeline
         if kwargs:
@@ -423,11 +424,10 @@ class AvatarPipeline(DiffusionPipeline, WanLoraLoaderMixin):
             with contextlib.ExitStack() as stack:
                 journal = None
                 if isinstance(output, str | Path) and str(output) != STANDARD_OUTPUT:
+                    path = check_output(output)
                     if resume is None:
-                        refuse_unfinished(check_output(output))
-                    journal = stack.enter_context(
-                        contextlib.closing(Journal(check_output(output), anew=True))
-                    )
+                        refuse_unfinished(path)
+                    journal = stack.enter_context(contextlib.closing(Journal(path, anew=True)))
                 run = self._open(portrait, speech, given, latents, progress, processes, follow=True)
                 made = write_live(run, open_sound(speech, given), output, encoding, stop)
                 if journal is not None:  # of a run before, which this video has replaced

@@ -241,8 +241,8 @@ class ClipDataset(Dataset[ClipSample]):
                 return sample
         raise InputError(
             f"no window that was drawn of any clip of {self.clips[index].size} pixels can be read; of the "
-            f"first: {reason}. Mend them; or take them out of the "
-            "data, and go on with --resume latest --new-data"
+            f"first: {reason}. Mend them, or take them out of the data and go on with --resume latest "
+            "--new-data"
         )
 
     @property

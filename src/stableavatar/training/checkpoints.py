@@ -38,7 +38,8 @@ logger = logging.getLogger(__name__)
 
 PREFIX = "step-"
 EMA_FILE = "ema.safetensors"
-_UNPICKLING = (pickle.UnpicklingError, EOFError, KeyError)
+# Of files that are cut off; torch's and DeepSpeed's own, of shards.
+_DAMAGE = (pickle.UnpicklingError, EOFError, KeyError, CheckpointException, AssertionError)
 
 
 @dataclass(frozen=True)
@@ -157,7 +158,7 @@ def random_file(rank: int) -> str:
 def load_counters(path: Path, needed: Sequence[str] = ()) -> dict[str, Any]:
     """Step, place in the data, counters and settings of a checkpoint. Raises CheckpointError as below, and
     where one of those `needed` is missing."""
-    with _readable(path):
+    with readable(path):
         counters: dict[str, Any] = json.loads((path / "state.json").read_text(encoding="utf-8"))
         missing = [name for name in needed if name not in counters]
         if missing:
@@ -170,7 +171,7 @@ def load_random(path: Path, rank: int) -> dict[str, Any] | None:
     CheckpointError as below."""
     if not (path / random_file(rank)).exists() and (path / random_file(0)).exists():
         return None
-    with _readable(path):
+    with readable(path):
         state: dict[str, Any] = torch.load(path / random_file(rank), map_location="cpu", weights_only=True)
     return state
 
@@ -179,13 +180,13 @@ def load_average(path: Path, device: torch.device | str = "cpu") -> dict[str, to
     """The averaged weights of a checkpoint. Raises CheckpointError as below, and where it has none."""
     if not (path / EMA_FILE).exists():
         raise CheckpointError(f"{path} has no averaged weights; train with ema_decay=0")
-    with _readable(path):
+    with readable(path):
         return load_file(path / EMA_FILE, device=str(device))
 
 
 def load_weights(path: Path, device: torch.device | str = "cpu") -> dict[str, torch.Tensor]:
     """The trained weights of a checkpoint of a run whose model was whole. Raises CheckpointError as below."""
-    with _readable(path):
+    with readable(path):
         return load_file(path / "model.safetensors", device=str(device))
 
 
@@ -196,7 +197,7 @@ def load_checkpoint(path: Path, device: torch.device | str = "cpu", *, average: 
     Raises:
         CheckpointError: it is missing, damaged or incomplete.
     """
-    with _readable(path):
+    with readable(path):
         return TrainingState(
             model=load_weights(path, device),
             ema=load_average(path, device) if average and (path / EMA_FILE).exists() else None,
@@ -206,10 +207,11 @@ def load_checkpoint(path: Path, device: torch.device | str = "cpu", *, average: 
 
 
 @contextmanager
-def _readable(path: Path) -> Iterator[None]:
+def readable(path: Path) -> Iterator[None]:
+    """Raises CheckpointError for what reading a checkpoint comes upon."""
     try:
         yield
-    except (OSError, SafetensorError, RuntimeError, ValueError, *_UNPICKLING) as error:
+    except (OSError, SafetensorError, RuntimeError, ValueError, *_DAMAGE) as error:
         raise CheckpointError(f"{path} is not a readable training checkpoint: {error}") from error
 
 

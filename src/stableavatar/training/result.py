@@ -2,7 +2,6 @@
 one of its checkpoints."""
 
 import importlib
-import pickle
 import tempfile
 import warnings
 from collections.abc import Collection, Iterable, Mapping
@@ -12,7 +11,6 @@ from pathlib import Path
 import torch
 from pydantic import TypeAdapter, ValidationError
 from torch.distributed.checkpoint import state_dict_loader
-from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
@@ -21,24 +19,17 @@ from stableavatar.errors import CheckpointError, InputError
 from stableavatar.media.files import check_folder, replacing
 from stableavatar.models.transformer import StableAvatarTransformer3DModel
 from stableavatar.training.avatar import Avatar
-from stableavatar.training.checkpoints import EMA_FILE, load_average, load_counters, load_weights
-from stableavatar.training.lora import add_lora, is_factor, save_lora, without_lora
-from stableavatar.training.parameters import (
-    freeze_others,
-    frozen_digest,
-    frozen_state,
-    trained_by_recipe,
-    trained_parameters,
-)
+from stableavatar.training.checkpoints import EMA_FILE, load_average, load_counters, load_weights, readable
+from stableavatar.training.lora import is_factor, save_lora, without_lora
+from stableavatar.training.parameters import frozen_digest, frozen_state, trained_parameters
 from stableavatar.training.recipes import Recipe
 from stableavatar.training.run_state import DeepSpeedState, ShardedState
 from stableavatar.training.start import (
     TRANSFORMER,
     embedded_avatar,
     load_encoders,
-    load_start,
+    start_avatar,
     start_embedded,
-    starts_adapter,
 )
 from stableavatar.training.tiny.assemble import assemble
 from stableavatar.training.tiny.avatar import TinyAvatar
@@ -46,24 +37,6 @@ from stableavatar.training.tiny.avatar import TinyAvatar
 LORA = "lora"
 EMBEDDED = "model"
 _PREFIX = "transformer."
-_DAMAGE = (OSError, RuntimeError, ValueError, KeyError, EOFError, AssertionError, pickle.UnpicklingError)
-
-
-def whole_avatar(recipe: Recipe, device: str = "cpu") -> Avatar:
-    """A transformer as a training starts from it, with what is trained marked so.
-
-    Args:
-        device: "meta": without its values.
-
-    Raises:
-        InputError, CheckpointError: a file that is missing, damaged or does not fit.
-    """
-    transformer = load_start(recipe.model, device)
-    if recipe.lora is not None:
-        add_lora(transformer, recipe.lora, train_adapter=starts_adapter(recipe.model))
-    else:
-        freeze_others(transformer, trained_by_recipe)
-    return Avatar(transformer, recipe.objective)
 
 
 def write_result(
@@ -149,7 +122,7 @@ def _export(checkpoint: Path, recipe: Recipe, counters: Mapping[str, object]) ->
     torch.manual_seed(recipe.trainer.seed)
     avatar: Avatar
     if recipe.model.embedded is None:
-        avatar = whole_avatar(recipe)
+        avatar = start_avatar(recipe)
     else:
         avatar = start_embedded(recipe, load_encoders(recipe.model, torch.device("cpu")))
     identity = counters["identity"]
@@ -171,7 +144,7 @@ def _export(checkpoint: Path, recipe: Recipe, counters: Mapping[str, object]) ->
 def _trained(checkpoint: Path, names: Collection[str]) -> dict[str, torch.Tensor]:
     """Trained parameters by name, float32: their average, where there is one."""
     if (checkpoint / ShardedState.FOLDER).is_dir():
-        found = _from_shards(checkpoint / ShardedState.FOLDER)
+        found = _from_shards(checkpoint)
     elif (checkpoint / EMA_FILE).exists():
         found = load_average(checkpoint)
     elif (checkpoint / DeepSpeedState.TAG).is_dir():
@@ -181,8 +154,10 @@ def _trained(checkpoint: Path, names: Collection[str]) -> dict[str, torch.Tensor
     return {name: value.float() for name, value in found.items()}
 
 
-def _from_shards(folder: Path) -> dict[str, torch.Tensor]:
-    try:
+def _from_shards(checkpoint: Path) -> dict[str, torch.Tensor]:
+    folder = checkpoint / ShardedState.FOLDER
+    with readable(checkpoint), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is")  # one process is what is meant
         stored = FileSystemReader(folder).read_metadata().state_dict_metadata
         kind = "ema." if any(name.startswith("ema.") for name in stored) else "model."
         state = {
@@ -190,11 +165,7 @@ def _from_shards(folder: Path) -> dict[str, torch.Tensor]:
             for name, entry in stored.items()
             if name.startswith(kind) and isinstance(entry, TensorStorageMetadata)
         }
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "torch.distributed is")  # one process is what is meant
-            state_dict_loader.load(state, checkpoint_id=folder, no_dist=True)
-    except (*_DAMAGE, CheckpointException) as error:
-        raise CheckpointError(f"{folder} is damaged: {error}") from error
+        state_dict_loader.load(state, checkpoint_id=folder, no_dist=True)
     return {name.removeprefix(kind): value for name, value in state.items()}
 
 
@@ -203,12 +174,10 @@ def _from_deepspeed(checkpoint: Path, names: Collection[str]) -> dict[str, torch
         reader = importlib.import_module("deepspeed.utils.zero_to_fp32")
     except ImportError as error:
         raise InputError(f"{checkpoint} is DeepSpeed's: install deepspeed to export it") from error
-    try:
+    with readable(checkpoint):
         found: dict[str, torch.Tensor] = reader.get_fp32_state_dict_from_zero_checkpoint(
             str(checkpoint), tag=DeepSpeedState.TAG, exclude_frozen_parameters=True
         )
-    except _DAMAGE as error:
-        raise CheckpointError(f"{checkpoint} is damaged: {error}") from error
     return {name: value for name, value in found.items() if name in names}  # not under second names
 
 

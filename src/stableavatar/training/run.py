@@ -25,12 +25,13 @@ from stableavatar.training.devices import process_device
 from stableavatar.training.efficiency import use_explicit_attention
 from stableavatar.training.parameters import frozen_digest
 from stableavatar.training.recipes import Recipe
-from stableavatar.training.result import is_pure_lora, whole_avatar, write_result
+from stableavatar.training.result import is_pure_lora, write_result
 from stableavatar.training.start import (
     encoder_files,
     load_encoders,
     open_cache,
     open_clips,
+    start_avatar,
     start_device,
     start_embedded,
 )
@@ -92,7 +93,7 @@ def prepare_training(
     leads = PartialState().is_main_process
     encoders = None
     if recipe.model.embedded is None:
-        avatar = whole_avatar(recipe, start_device(recipe, leads=leads))
+        avatar = start_avatar(recipe, start_device(recipe, leads=leads))
     else:
         encoders = load_encoders(recipe.model, device)
         avatar = start_embedded(recipe, encoders)

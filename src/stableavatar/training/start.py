@@ -25,6 +25,9 @@ from stableavatar.models.transformer import StableAvatarTransformer3DModel
 from stableavatar.pipeline import AvatarPipeline
 from stableavatar.placement.device import DTYPES
 from stableavatar.placement.slow_kernels import avoid_slow_kernels
+from stableavatar.training.avatar import Avatar
+from stableavatar.training.lora import add_lora
+from stableavatar.training.parameters import freeze_others, trained_by_recipe
 from stableavatar.training.recipes import DataChoice, ModelChoice, Recipe
 from stableavatar.training.tiny.avatar import TinyAvatar
 from stableavatar.training.tiny.feature_memory import use_training_kernels
@@ -124,6 +127,23 @@ def load_start(choice: ModelChoice, device: str = "cpu") -> StableAvatarTransfor
     return loading.load_transformer(
         base, overlay, adapter, dtype=dtype, device=device, allow_missing_audio=overlay is None
     )
+
+
+def start_avatar(recipe: Recipe, device: str = "cpu") -> Avatar:
+    """What a training of a transformer starts from, with what is trained marked so.
+
+    Args:
+        device: "meta": without its values.
+
+    Raises:
+        InputError, CheckpointError: a file that is missing, damaged or does not fit.
+    """
+    transformer = load_start(recipe.model, device)
+    if recipe.lora is not None:
+        add_lora(transformer, recipe.lora, train_adapter=starts_adapter(recipe.model))
+    else:
+        freeze_others(transformer, trained_by_recipe)
+    return Avatar(transformer, recipe.objective)
 
 
 def starts_adapter(choice: ModelChoice) -> bool:

@@ -46,7 +46,7 @@ from stableavatar.jobs.store import JobStore, NoRoomError, QueueFullError
 from stableavatar.media.files import reason_of
 from stableavatar.options import GenerateOptions
 
-JSON = "application/json"
+_JSON = "application/json"
 _MOST_JSON = 100_000
 _COPY = 2**20
 _EVENT_SECONDS = 0.25
@@ -85,7 +85,7 @@ async def _asked_for(
     request: Request, form: Annotated[VideoRequest, Form(media_type="multipart/form-data")]
 ) -> VideoRequest:
     """What is asked for, of a form, or of JSON: OpenAI's client sends that where there is no file."""
-    if request.headers.get("content-type", "").partition(";")[0].strip().lower() != JSON:
+    if request.headers.get("content-type", "").partition(";")[0].strip().lower() != _JSON:
         return form
     body = b""
     async for piece in request.stream():
@@ -103,7 +103,7 @@ async def _asked_for(
     "/videos",
     tags=["videos"],
     openapi_extra={
-        "requestBody": {"content": {JSON: {"schema": VideoRequestWithoutFiles.model_json_schema()}}}
+        "requestBody": {"content": {_JSON: {"schema": VideoRequestWithoutFiles.model_json_schema()}}}
     },
     responses={
         404: error_answer("No such model, or no such video of yours."),

@@ -2,7 +2,7 @@
 
 import asyncio
 import html
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -12,6 +12,7 @@ import gradio as gr
 
 from stableavatar.apps.web.studio import Studio
 from stableavatar.apps.web.texts import Texts
+from stableavatar.checkpoints import hub
 from stableavatar.errors import StableAvatarError
 from stableavatar.lifetimes import end_with_parent
 
@@ -50,16 +51,16 @@ def models_tab(studio: Studio, texts: Texts, tab: gr.Tab) -> None:
         size: Literal["1.3b", "14b"],
         progress: gr.Progress = gr.Progress(),  # noqa: B008  (how Gradio hands it over)
     ) -> str:
-        return await fetched("download", (variant, size), progress)
+        return await fetched(hub.download, (variant, size), progress)
 
     async def get_vocals(progress: gr.Progress = gr.Progress()) -> str:  # noqa: B008
-        return await fetched("download_vocal_separator", (), progress)
+        return await fetched(hub.download_vocal_separator, (), progress)
 
-    async def fetched(what: str, choice: Sequence[str], progress: gr.Progress) -> str:
+    async def fetched(download: Callable[..., Path], choice: Sequence[str], progress: gr.Progress) -> str:
         # A process of its own, since the library's threads cannot be ended: the page can.
         here, there = get_context("spawn").Pipe(duplex=False)
         process = get_context("spawn").Process(
-            target=_download, args=(there, studio.checkpoints, what, choice), daemon=True
+            target=_download, args=(there, download, studio.checkpoints, choice), daemon=True
         )
         process.start()
         there.close()
@@ -90,14 +91,11 @@ def models_tab(studio: Studio, texts: Texts, tab: gr.Tab) -> None:
     stop.click(lambda: texts["download_stopped"], None, said, cancels=list(begun), queue=False, **quiet)
 
 
-def _download(page: Connection, folder: Path, what: str, choice: Sequence[str]) -> None:
-    """Calls `what` of the hub, and tells the page how many bytes of how many are there, at last None, or what
-    went wrong."""
-    from stableavatar.checkpoints import hub
-
+def _download(page: Connection, download: Callable[..., Path], folder: Path, choice: Sequence[str]) -> None:
+    """Tells the page how many bytes of how many are there, at last None, or what went wrong."""
     end_with_parent()
     try:
-        getattr(hub, what)(folder, *choice, progress=lambda *there: page.send(there))
+        download(folder, *choice, progress=lambda *there: page.send(there))
     except StableAvatarError as error:
         page.send(str(error))
     else:
