@@ -80,9 +80,9 @@ def test_two_people_a_moving_background_no_sound(tmp_path: Path, landmarker: Fac
     path = video(tmp_path / "two.mp4", [np.concatenate([one, other], axis=2)])
     assert spans(stretches(path, landmarker)) == [(0, 25, "more than one face")]
 
-    # The other one comes between two looks for further faces.
-    joined = np.concatenate([one, other], axis=2)
-    joined[:14, :, SIZE:] = 90
+    # The other one comes between two looks for further faces, and with no cut.
+    there = np.clip((np.arange(25) - 13) / 10, 0, 1)[:, None, None, None]
+    joined = np.concatenate([one, (there * other + (1 - there) * 90).astype(np.uint8)], axis=2)
     found = spans(stretches(video(tmp_path / "joined.mp4", [joined]), landmarker))
     assert [reason for *_, reason in found] == [None, "more than one face"]
     assert found[0][1] == found[1][0] <= 14

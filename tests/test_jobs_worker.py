@@ -350,6 +350,8 @@ def test_a_server_ends_only_where_no_worker_can_load_its_model(
         if keeper._name in busy:
             time.sleep(0.01)
             return NO_MODEL
+        until(lambda: any(it.no_model.is_set() for it in workers._keepers))
+        time.sleep(0.3)  # the server has seen that by now
         store.worker_ready(keeper._name)
         keeper._workers.ending.wait(60)
         return 0

@@ -23,6 +23,7 @@ from stableavatar.media.reading import probe, read_frames, read_metadata
 from stableavatar.media.segments import SegmentWriter
 from stableavatar.options import OutputOptions
 from stableavatar.pipeline import AvatarPipeline
+from stableavatar.unfinished import journal_index
 from stableavatar.writing import GeneratedVideo
 from toy import toy_pipeline
 
@@ -205,6 +206,7 @@ def test_what_was_begun_is_not_lost_by_accident(pipeline: AvatarPipeline, tmp_pa
         make(pipeline, tmp_path / "out.mp4")
     with pytest.raises(InputError, match="overlap"):  # refused before it has begun
         make(pipeline, tmp_path / "out.mp4", resume=False, overlap=1000)
+    assert journal_index(tmp_path / "out.mp4").exists()
     make(pipeline, tmp_path / "out.mp4", resume=True)
     with pytest.raises(StoppedError):
         make(pipeline, tmp_path / "out.mp4", resume=False, stop=Stop(12))

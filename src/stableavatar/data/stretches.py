@@ -3,6 +3,7 @@
 A video is looked at in one pass, frame by frame; nothing of it is kept.
 """
 
+import copy
 import errno
 import math
 from collections.abc import Iterable, Iterator
@@ -178,7 +179,8 @@ def find_stretches(video: Path, landmarker: FaceLandmarker, settings: PrepareSet
     frames = Last(read_frames_at(video, FPS))
     run: _Run | None = None
     bad: Stretch | None = None
-    several, sole = False, -1  # further faces when they were last looked for; when there was one at most
+    several = False  # further faces, when they were last looked for
+    sole, sure = -1, None  # when there were none, and what the run was then
     cuts = _Cuts()
     longest = round(settings.most_seconds * FPS)
     number = -1
@@ -205,10 +207,10 @@ def find_stretches(video: Path, landmarker: FaceLandmarker, settings: PrepareSet
         reason = "no face" if points is None else "more than one face" if several else None
         begin = number
         if run is not None and points is not None and several and not cut:  # since when is not known
-            begin = max(sole + 1, run.start)
+            known = sure is not None and sure.start == run.start
+            run, begin = (sure, sole + 1) if known else (None, run.start)
         if run is not None and (cut or reason is not None or number - run.start >= longest):
-            if begin > run.start:
-                yield run.ended(begin, settings)
+            yield run.ended(begin, settings)
             run = None
         if bad is not None and bad.reason != reason:
             yield replace(bad, stop=number)
@@ -219,6 +221,8 @@ def find_stretches(video: Path, landmarker: FaceLandmarker, settings: PrepareSet
         if run is None:
             run = _Run(number, small)
         run.take(small, points, width, height)
+        if number == sole:
+            sure = copy.deepcopy(run)
     if run is not None:
         yield run.ended(number + 1, settings)
     if bad is not None:
