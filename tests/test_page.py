@@ -159,7 +159,8 @@ def test_a_portrait_is_used_as_it_was_sent(
     cut_out = np.zeros((64, 64, 4), np.uint8)
     cut_out[16:48, 16:48] = (200, 120, 90, 255)
     Image.fromarray(cut_out).save(tmp_path / "cut-out.png")
-    fill_in(page, speech, portrait=tmp_path / "cut-out.png")
+    # Long enough that it is still going on when it is stopped.
+    fill_in(page, speech, portrait=tmp_path / "cut-out.png", steps=100)
     page.locator("#size-of-picture").click()
     expect(page.locator("#width :is(input, textarea)")).not_to_have_value("48", timeout=20 * SECONDS)
     page.locator("#make").click()
