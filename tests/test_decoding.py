@@ -99,6 +99,18 @@ def test_the_memory_does_not_grow(build: Callable[[], AutoencoderKLWan], tiling:
     assert sizes[1:] == sizes[1:2] * 6
 
 
+def test_given_noise_gives_the_same_latents_and_frames() -> None:
+    pipeline = toy_pipeline()
+    size = {"steps": 1, "width": 32, "height": 32}
+    shape = pipeline.sample_latents(PORTRAIT, SPEECH, **size, seed=1).latents.shape
+    noise = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    made, again = (pipeline.sample_latents(PORTRAIT, SPEECH, latents=noise, **size, seed=n) for n in (1, 2))
+    assert torch.equal(made.latents, again.latents)
+    frames = np.stack(list(pipeline.decode_latents(made)))
+    assert np.array_equal(frames, np.stack(list(pipeline.stream(PORTRAIT, SPEECH, latents=noise, **size))))
+    assert not torch.equal(made.latents, pipeline.sample_latents(PORTRAIT, SPEECH, **size, seed=1).latents)
+
+
 @pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
 def test_frames_that_are_no_numbers_are_no_pictures(wrong: float) -> None:
     pipeline = toy_pipeline()

@@ -124,7 +124,7 @@ def test_a_chunk_off_the_latent_grid_is_refused(small_vae: AutoencoderKLWan) -> 
 
 def test_training_brings_the_error_down(tmp_path: Path) -> None:
     trainer = small_trainer(tmp_path, clip_lengths=(1,), clip_weights=(1.0,), frames_a_step=4)
-    frames = trainer.batches.draw(1_000)[0]
+    frames = trainer.batches.draw(1_000).clips
     before = (reconstruct(trainer.vae, frames) - frames).square().mean()
     for _ in range(25):
         trainer.train_step()
@@ -166,7 +166,7 @@ def test_a_frozen_encoder_keeps_latents_while_the_decoder_learns(tmp_path: Path)
     trainer = small_trainer(tmp_path, clip_lengths=(1,), clip_weights=(1.0,))
     trainer.train_step()
     trainer.freeze_encoder()
-    frames = trainer.batches.draw(7)[0]
+    frames = trainer.batches.draw(7).clips
 
     def encode(vae: AutoencoderKLWan) -> torch.Tensor:
         with torch.no_grad():

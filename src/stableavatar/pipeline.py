@@ -264,25 +264,25 @@ class AvatarPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         portrait: Portrait,
         speech: SpeechInput | None,
         *,
+        latents: torch.Tensor | None = None,
         progress: ProgressCallback | None = None,
         **options: Any,
     ) -> AvatarLatents:
-        """The latents of a whole video, for programs that decode apart from sampling, such as node editors;
-        they grow with its length, which `stream` and `generate` do not.
+        """The latents of a whole video, for programs that decode apart from sampling; they grow with its
+        length, which `stream` and `generate` do not.
 
         Args:
-            portrait: see `stream`. speech: a recording that is there as a whole. progress, options: as there.
+            speech: a recording that is there as a whole. portrait, latents, progress, options: see `stream`.
 
         Raises:
-            InputError, SamplingError: see `stream`; or speech that is still arriving.
-        """
+            InputError, SamplingError: see `stream`; or speech that is still arriving."""
         given = generate_options(options)
         if isinstance(as_live(speech, given), LiveRecording):
             raise InputError("latents of a whole video need speech that is there as a whole: use stream")
-        run = self._open(portrait, speech, given, None, progress, None)
+        run = self._open(portrait, speech, given, latents, progress, None)
         assert run.frame_count is not None
-        pieces = list(run.latents())
-        return AvatarLatents(torch.cat(pieces, dim=1), run.frame_count, run.frame_rate, run.options)
+        made = torch.cat(list(run.latents()), dim=1)
+        return AvatarLatents(made, run.frame_count, run.frame_rate, run.options)
 
     def decode_latents(self, made: AvatarLatents) -> Iterator[Frame]:
         """The frames of latents that `sample_latents` has made, uint8 `[height, width, 3]`, one after the

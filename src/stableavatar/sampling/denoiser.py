@@ -24,7 +24,7 @@ class Schedule:
     @classmethod
     def from_scheduler(cls, scheduler: FlowMatchEulerDiscreteScheduler, steps: int) -> "Schedule":
         """The scheduler's own `set_timesteps(steps)`, its double shift of the last sigma included."""
-        scheduler = FlowMatchEulerDiscreteScheduler.from_config(scheduler.config)
+        scheduler = type(scheduler).from_config(scheduler.config)
         scheduler.set_timesteps(steps)
         return cls(scheduler.timesteps, scheduler.sigmas)
 

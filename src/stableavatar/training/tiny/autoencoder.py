@@ -31,11 +31,15 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch.multiprocessing.spawn import spawn
 
+from stableavatar.data.puppets import ClipStore
 from stableavatar.errors import InputError, with_status
 from stableavatar.media.files import to_disk
 from stableavatar.training.muon import Muon
 from stableavatar.training.tiny.arguments import add_settings, chosen_settings
+from stableavatar.training.tiny.autoencoder_batches import Batches
 from stableavatar.training.tiny.autoencoder_model import build_autoencoder, measure_latents, start_from
+from stableavatar.training.tiny.autoencoder_settings import AutoencoderSettings, rate_factor
+from stableavatar.training.tiny.critic import Critic, critic_loss, deception
 from stableavatar.training.tiny.detail import detail
 from stableavatar.training.tiny.feature_memory import (
     FeatureMemory,
@@ -44,71 +48,11 @@ from stableavatar.training.tiny.feature_memory import (
     encode_chunk,
     use_training_kernels,
 )
+from stableavatar.training.tiny.made_latents import MadeLatents
 from stableavatar.training.tiny.pictures import PictureClips, find_pictures, load_pictures
 from stableavatar.training.tiny.puppet_clips import PuppetClips
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class AutoencoderSettings:
-    """Everything a training run depends on besides its data.
-
-    `minutes` counts all runs of one folder together.
-    """
-
-    minutes: float = 60.0
-    base_channels: int = 32
-    residual_blocks: int = 1
-    latent_channels: int = 24
-    # Of AdamW (biases and gains) and of Muon (kernels).
-    learning_rate: float = 5e-4
-    kernel_learning_rate: float = 1.2e-3
-    warmup_steps: int = 20
-    # The share of the minutes, at their end, in which the rate falls to zero.
-    cooldown: float = 0.7
-    weight_decay: float = 0.1
-    gradient_clip: float = 1.0
-    average_decay: float = 0.99
-    # A step's size in frames of 64x64; the batch follows from it, the clips' length and the crop.
-    frames_a_step: int = 40
-    clip_lengths: tuple[int, ...] = (1, 5, 9, 21, 41)
-    clip_weights: tuple[float, ...] = (0.15, 0.15, 0.25, 0.3, 0.15)
-    longest_chunk: int = 20
-    # Steps at the start in which clips have 1 or 5 frames.
-    image_steps: int = 150
-    whole_frames: float = 0.3
-    longest_whole_clip: int = 21
-    picture_share: float = 0.25
-    squared_weight: float = 2.0
-    edge_weight: float = 0.25
-    coarse_weight: float = 0.5
-    detail_weight: float = 4.0
-    kl_weight: float = 1e-5
-    face_weight: float = 0.5
-    lip_weight: float = 1.5
-    measured_clips: int = 64
-    # Processes of one thread each; they split a step's clips and share its gradient.
-    processes: int = 2
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.minutes <= 0 or self.frames_a_step < 1:
-            raise InputError("minutes and frames_a_step must be positive")
-        if len(self.clip_lengths) != len(self.clip_weights):
-            raise InputError("clip_lengths and clip_weights differ in length")
-        for length in self.clip_lengths:
-            chunk_lengths(length, self.longest_chunk)
-
-
-def rate_factor(settings: AutoencoderSettings, step: int, minutes: float) -> float:
-    """What the learning rates are multiplied by at a step and after `minutes` of training.
-
-    It warms up by steps, stays, and falls linearly to a twentieth over the last `cooldown` of the minutes.
-    """
-    left = 1 - minutes / settings.minutes
-    fall = min(1.0, max(0.05, left / settings.cooldown)) if settings.cooldown else 1.0
-    return min(1.0, (step + 1) / settings.warmup_steps) * fall
 
 
 def reconstruction_loss(
@@ -131,56 +75,6 @@ def reconstruction_loss(
     coarse = (cells.mean(dim=1).abs() + (red - green).abs() + (blue - green).abs()).mean()
     loss = loss + settings.edge_weight * edges + settings.coarse_weight * coarse
     return loss + settings.detail_weight * (detail(made) - detail(true)).square().mean()
-
-
-class Batches:
-    """Draws batches from pictures and puppets (when there are any), by the settings' shares and lengths."""
-
-    def __init__(
-        self,
-        settings: AutoencoderSettings,
-        pictures: PictureClips,
-        puppets: PuppetClips | None,
-        frame_size: int = 128,
-    ) -> None:
-        self.settings = settings
-        self.pictures = pictures
-        self.puppets = puppets
-        self.frame_size = frame_size
-
-    def draw(self, step: int, rank: int = 0, ranks: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
-        """What process `rank` trains on in a step: clips [B, 3, F, S, S] in [-1, 1], weights [B, 1, F, S, S].
-
-        Length and size are the same for all processes; everything follows from seed, step and rank.
-        """
-        settings = self.settings
-        shared = np.random.default_rng([settings.seed, step])
-        weights = np.array(settings.clip_weights)
-        if step < settings.image_steps:
-            weights = weights * (np.array(settings.clip_lengths) <= 5)
-        frames = int(shared.choice(settings.clip_lengths, p=weights / weights.sum()))
-        whole = shared.random() < settings.whole_frames and frames <= settings.longest_whole_clip
-        size = self.frame_size if whole else self.frame_size // 2
-        batch = max(1, round(settings.frames_a_step * (64 / size) ** 2 / frames / ranks))
-        rng = np.random.default_rng([settings.seed, step, rank + 1])
-        clips, masks = [], []
-        for _ in range(batch):
-            weight = torch.ones(frames, size, size)
-            if self.puppets is None or rng.random() < settings.picture_share:
-                clips.append(self.pictures.sample(rng, frames, size))
-            else:
-                clip, face, lips = self.puppets.sample(rng, frames, size)
-                clips.append(clip)
-                weight += settings.face_weight * face + settings.lip_weight * lips
-            masks.append(weight)
-        return torch.stack(clips), torch.stack(masks)[:, None]
-
-    def measured_clip(self, index: int) -> torch.Tensor:
-        """Clip `index` of those that latents are measured over: puppets, else pictures, [1, 3, 21, S, S]."""
-        rng = np.random.default_rng([self.settings.seed, index])
-        if self.puppets is None:
-            return self.pictures.sample(rng, 21, self.frame_size)[None]
-        return self.puppets.sample(rng, 21, self.frame_size)[0][None]
 
 
 class AutoencoderTrainer:
@@ -220,6 +114,12 @@ class AutoencoderTrainer:
                 others, lr=settings.learning_rate, betas=(0.9, 0.99), weight_decay=0.0
             ),
         }
+        self.critic: Critic | None = None
+        if settings.critic_share:
+            self.critic = Critic()
+            self.optimizers["critic"] = torch.optim.AdamW(
+                self.critic.parameters(), lr=settings.critic_rate, betas=(0.5, 0.99), weight_decay=0.0
+            )
         self.step = 0
         self.seconds = 0.0
         self.encoder_frozen = False
@@ -240,44 +140,65 @@ class AutoencoderTrainer:
         if not self.encoder_frozen:
             self.statistics = None
         factor = rate_factor(settings, self.step, self.seconds / 60)
-        rates = {"muon": settings.kernel_learning_rate * factor, "adamw": settings.learning_rate * factor}
+        rates = {
+            "muon": settings.kernel_learning_rate * factor,
+            "adamw": settings.learning_rate * factor,
+            "critic": settings.critic_rate * factor,
+        }
         for name, optimizer in self.optimizers.items():
             for group in optimizer.param_groups:
                 group["lr"] = rates[name]
         ranks = dist.get_world_size() if dist.is_initialized() else 1
-        clips, weight = self.batches.draw(self.step, self.rank, ranks)
+        batch = self.batches.draw(self.step, self.rank, ranks)
+        clips, weight = batch.clips, batch.weights
         torch.manual_seed((settings.seed * 10_000_019 + self.step) * 64 + self.rank)
         memory = FeatureMemory(self.vae)
         frames = clips.shape[2]
-        totals = {"loss": 0.0, "squared": 0.0, "kl": 0.0}
+        noise = self._latent_noise(clips.shape[0])
+        totals = {"loss": 0.0, "squared": 0.0, "kl": 0.0, "critic": 0.0}
         start = 0
         for length in chunk_lengths(frames, settings.longest_chunk):
             true = clips[:, :, start : start + length]
             chunk_weight = weight[:, :, start : start + length]
             with torch.autocast("cpu", torch.bfloat16):
-                with torch.set_grad_enabled(not self.encoder_frozen):
-                    mean, log_variance = encode_chunk(self.vae, true, memory)
-                mean, log_variance = mean.float(), log_variance.float()
-                latents = mean + torch.exp(0.5 * log_variance) * torch.randn_like(mean)
+                if batch.latents is None:
+                    with torch.set_grad_enabled(not self.encoder_frozen):
+                        mean, log_variance = encode_chunk(self.vae, true, memory)
+                    mean, log_variance = mean.float(), log_variance.float()
+                    deviation = torch.exp(log_variance).add(noise.square()).sqrt()
+                    latents = mean + deviation * torch.randn_like(mean)
+                    kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
+                else:
+                    latents = batch.latents[:, :, (start + 3) // 4 : (start + length + 3) // 4]
+                    kl = torch.zeros(())
                 made = decode_chunk(self.vae, latents, memory)
             made = made.float()
-            kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
             loss = reconstruction_loss(settings, made, true, chunk_weight) + settings.kl_weight * kl
             share = length / frames
-            (loss * share).backward()
+            pull = torch.zeros(())
+            if self.critic is not None:
+                judged = critic_loss(self.critic, made, true)
+                (judged * share).backward()
+                totals["critic"] += judged.item() * share
+                if self.step >= settings.critic_start:
+                    pull = deception(self.critic, made, true, loss, settings.critic_share)
+            ((loss + pull) * share).backward()
             memory.detach()
             totals["loss"] += loss.item() * share
             totals["squared"] += F.mse_loss(made.detach().clamp(-1, 1), true).item() * share
             totals["kl"] += kl.item() * share
             start += length
         self._share_gradients(ranks)
+        if self.critic is not None:
+            torch.nn.utils.clip_grad_norm_(self.critic.parameters(), settings.gradient_clip)
         norm = torch.nn.utils.clip_grad_norm_(self.vae.parameters(), settings.gradient_clip)
         if math.isfinite(norm.item()):
             for optimizer in self.optimizers.values():
                 optimizer.step()
         else:
             logger.warning("step %d: the gradient is not finite and is dropped", self.step)
-        self.vae.zero_grad(set_to_none=True)
+        for model in self._models():
+            model.zero_grad(set_to_none=True)
         self._update_average()
         self.step += 1
         return {
@@ -289,9 +210,20 @@ class AutoencoderTrainer:
             "size": clips.shape[3],
         }
 
+    def _models(self) -> list[torch.nn.Module]:
+        return [self.vae] if self.critic is None else [self.vae, self.critic]
+
+    def _latent_noise(self, clips: int) -> torch.Tensor:
+        """The deviation of the noise added to each clip's latents, [clips, C, 1, 1, 1]."""
+        if not self.settings.latent_noise or self.statistics is None:
+            return torch.zeros(clips, 1, 1, 1, 1)
+        level = self.settings.latent_noise * torch.rand(clips, 1, 1, 1, 1)
+        return level * torch.tensor(self.statistics[1]).view(1, -1, 1, 1, 1)
+
     def _share_gradients(self, ranks: int) -> None:
         """Averages the gradients over the processes."""
-        gradients = [value.grad for value in self.vae.parameters() if value.grad is not None]
+        parameters = (value for model in self._models() for value in model.parameters())
+        gradients = [value.grad for value in parameters if value.grad is not None]
         if ranks > 1:
             # The clock and the wish to stop ride along: rate and end are the same in all processes.
             extra = torch.tensor([self.seconds, float(self.stopping)])
@@ -315,6 +247,7 @@ class AutoencoderTrainer:
             "settings": asdict(self.settings),
             "model": self.vae.state_dict(),
             "average": self.average.state_dict(),
+            "critic": None if self.critic is None else self.critic.state_dict(),
             "optimizers": {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()},
             "step": self.step,
             "seconds": self.seconds,
@@ -339,8 +272,12 @@ class AutoencoderTrainer:
                 )
         self.vae.load_state_dict(state["model"])
         self.average.load_state_dict(state["average"])
+        if self.critic is not None and state.get("critic"):
+            self.critic.load_state_dict(state["critic"])
         for name, optimizer in self.optimizers.items():
-            optimizer.load_state_dict(state["optimizers"][name])
+            # A critic may come to a training that had none.
+            if name in state["optimizers"]:
+                optimizer.load_state_dict(state["optimizers"][name])
         self.step, self.seconds = state["step"], state["seconds"]
         self.statistics = state.get("statistics")
         if state["encoder_frozen"]:
@@ -383,7 +320,7 @@ class AutoencoderTrainer:
             self.save()
 
     def _log(self, recent: Sequence[dict[str, float]]) -> None:
-        names = ("loss", "squared", "kl", "norm", "rate")
+        names = ("loss", "squared", "kl", "critic", "norm", "rate")
         mean = {name: float(np.mean([entry[name] for entry in recent])) for name in names}
         mean["psnr"] = 10 * math.log10(4 / max(mean["squared"], 1e-12))
         line = {"step": self.step, "seconds": round(self.seconds, 1), **mean}
@@ -408,6 +345,7 @@ class Job:
     out: Path
     pictures: list[torch.Tensor]
     puppets: list[Path]
+    made: Path | None
     resume: bool
     freeze_encoder: bool
     start_from: Path | None
@@ -423,7 +361,8 @@ def run_process(rank: int, job: Job, rendezvous: str) -> None:
     if ranks > 1:
         dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=ranks)
     puppets = PuppetClips(job.puppets) if job.puppets else None
-    batches = Batches(job.settings, PictureClips(job.pictures), puppets)
+    made = None if job.made is None else MadeLatents(job.made, [ClipStore(one) for one in job.puppets])
+    batches = Batches(job.settings, PictureClips(job.pictures), puppets, made=made)
     trainer = AutoencoderTrainer(job.settings, batches, job.out, rank, job.start_from)
     if job.resume and (job.out / "checkpoint.pt").exists():
         trainer.load()
@@ -455,6 +394,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--puppets", type=Path, action="append", default=[], help="a store of puppet clips (may be repeated)"
     )
+    parser.add_argument(
+        "--made", type=Path, help="a folder of latents that a transformer has made of puppets"
+    )
     parser.add_argument("--resume", action="store_true", help="go on from the folder's checkpoint, if any")
     parser.add_argument("--freeze-encoder", action="store_true", help="train the decoder alone from now on")
     parser.add_argument(
@@ -470,6 +412,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # What is missing is said here: of processes one gets tracebacks.
     if options.puppets:
         PuppetClips(options.puppets)
+    if options.made is not None:
+        MadeLatents(options.made, [ClipStore(folder) for folder in options.puppets])
     if options.start_from is not None and not options.start_from.is_dir():
         raise InputError(f"{options.start_from}: there is no such autoencoder")
     job = Job(
@@ -477,6 +421,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         out=options.out,
         pictures=load_pictures(find_pictures(options.pictures)),
         puppets=options.puppets,
+        made=options.made,
         resume=options.resume,
         freeze_encoder=options.freeze_encoder,
         start_from=options.start_from,
