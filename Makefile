@@ -10,8 +10,9 @@ DEMO   := src/stableavatar/assets/demo
 # Where the embedded model is trained: data and checkpoints; every step goes on where it stopped, with the same CLIPS, ACTED,
 # VARIED and MOVING (else give another WORK=). START=tiny begins with the weights that ship, in place of none. CLIPS puppets act
 # what their seeds say, ACTED others act smiling and serious, VARIED others are less alike, and MOVING more of these nod, shake
-# and tilt their heads; MINUTES are the autoencoder's, SHARPENED its decoder's alone. QUICK=1 goes through every stage in
-# moments, uncompiled, in a folder that it empties first, and leaves the package as it is.
+# and tilt their heads; MINUTES are the autoencoder's, SHARPENED its decoder's alone, at the end, on latents that the trained
+# transformer makes of MADE clips. QUICK=1 goes through every stage in moments, uncompiled, in a folder that it empties first,
+# and leaves the package as it is.
 QUICK  ?=
 WORK    = $(if $(QUICK),runs/tiny-quick,runs/tiny)
 CLIPS ?= $(if $(QUICK),8,3000)
@@ -20,11 +21,14 @@ VARIED ?= $(if $(QUICK),2,1000)
 MOVING ?= $(if $(QUICK),1,334)
 MINUTES ?= $(if $(QUICK),0.2,240)
 SHARPENED ?= $(if $(QUICK),0.2,45)
+MADE ?= $(if $(QUICK),2,400)
 START  ?=
 # recipes/tiny.yaml in that folder: the paths are those of the file, moved.
 RECIPE  = recipes/tiny.yaml --set output=$(WORK) --set model.source=$(WORK)/encoders --set data.cache=$(WORK)/latents \
     --set 'data.puppets=[$(WORK)/puppets,$(WORK)/acted,$(WORK)/varied,$(WORK)/moving]' \
     $(if $(START),--set model.embedded.start=$(START)) $(if $(QUICK),--set trainer.steps=4 --set trainer.compile=false)
+DECODER = --image-steps 0 --detail-weight 150 --critic-share 0.15 --latent-noise 0.1 --kernel-learning-rate 5e-4 \
+    --learning-rate 2e-4
 # Photographs that `make evaluate-tiny` animates beside the astronaut.
 PORTRAITS ?= $(wildcard $(addprefix ../shared/samples/portraits/,boy.jpg echo_01.jpg hallo_0008.jpg woman_blazer.png))
 # What `make bench` measures, by default all: transformer peak decode generate first-frame processes training.
@@ -100,10 +104,7 @@ tiny: $(STAMP)   ## train the embedded model anew, from puppets to weights (many
 	test -e $(WORK)/encoders/vae || { $(BIN)/python -m stableavatar.training.tiny.autoencoder --resume \
 	    --out $(WORK)/autoencoder --puppets $(WORK)/puppets --puppets $(WORK)/varied --minutes $(MINUTES) \
 	    $(if $(START),--start-from src/stableavatar/assets/$(START)/vae) && \
-	    $(BIN)/python -m stableavatar.training.tiny.autoencoder --resume --freeze-encoder --out $(WORK)/sharpened \
-	    --start-from $(WORK)/autoencoder/model --puppets $(WORK)/puppets --puppets $(WORK)/varied \
-	    --detail-weight 200 --image-steps 0 --minutes $(SHARPENED) && \
-	    $(call whole,$(WORK)/sharpened/model,$(WORK)/encoders/vae); }
+	    $(call whole,$(WORK)/autoencoder/model,$(WORK)/encoders/vae); }
 	test -e $(WORK)/encoders/speech_encoder || { $(BIN)/python -m stableavatar.training.tiny.speech_encoder \
 	    --out $(WORK)/speech_encoder --puppets $(WORK)/puppets $(if $(QUICK),--minutes 0.2) && \
 	    $(call whole,$(WORK)/speech_encoder/final,$(WORK)/encoders/speech_encoder); }
@@ -111,7 +112,12 @@ tiny: $(STAMP)   ## train the embedded model anew, from puppets to weights (many
 	    --out $(WORK)/text_encoder $(if $(QUICK),--steps 20) && $(call whole,$(WORK)/text_encoder/final,$(WORK)/encoders/text_encoder); }
 	$(BIN)/stableavatar cache-latents $(RECIPE) --output $(WORK)/latents
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node 2 -m stableavatar train $(RECIPE) --resume latest
-	$(BIN)/python -m stableavatar.training.tiny.meter --autoencoder $(WORK)/encoders/vae \
+	$(BIN)/python -m stableavatar.training.tiny.made_latents --model $(WORK)/model --out $(WORK)/made --clips $(MADE) \
+	    --puppets $(WORK)/puppets --puppets $(WORK)/varied
+	$(BIN)/python -m stableavatar.training.tiny.autoencoder --resume --freeze-encoder --out $(WORK)/decoder \
+	    --start-from $(WORK)/encoders/vae --puppets $(WORK)/puppets --puppets $(WORK)/varied --made $(WORK)/made \
+	    $(DECODER) --minutes $(SHARPENED) --into $(WORK)/model
+	$(BIN)/python -m stableavatar.training.tiny.meter --autoencoder $(WORK)/model/vae \
 	    $(if $(QUICK),--identities 8 --steps 20 --out $(WORK)/meter.safetensors)
 	$(if $(QUICK),$(BIN)/stableavatar generate $(DEMO)/portrait.png $(DEMO)/speech.flac -o $(WORK)/demo.mp4 --model $(WORK)/model --overwrite,\
 	    rm -rf src/stableavatar/assets/tiny && cp -R $(WORK)/model src/stableavatar/assets/tiny)

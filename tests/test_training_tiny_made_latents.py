@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from diffusers import AutoencoderKLWan
 from safetensors.torch import load_file, save_file
 
+import stableavatar
 from stableavatar.conditioning.image import encode_clips
 from stableavatar.data.puppets import ClipStore, build_store
 from stableavatar.errors import InputError
 from stableavatar.models.latents import normalise_latents
 from stableavatar.pipeline import load
 from stableavatar.training.tiny import autoencoder, made_latents
+from stableavatar.training.tiny.assemble import replace_autoencoder
 from stableavatar.training.tiny.autoencoder import AutoencoderTrainer
 from stableavatar.training.tiny.autoencoder_batches import Batches
 from stableavatar.training.tiny.autoencoder_settings import AutoencoderSettings
 from stableavatar.training.tiny.made_latents import FRAMES, LastSteps, MadeLatents
 from stableavatar.training.tiny.pictures import PictureClips
+
+ASSETS = Path(stableavatar.__file__).parent / "assets"
 
 
 @pytest.fixture(scope="module")
@@ -116,6 +122,26 @@ def test_the_decoder_learns_from_them(puppets: Path, made: Path, tmp_path: Path)
         save_file({"latents": torch.zeros_like(load_file(file)["latents"])}, silent / file.name)
     deaf = trainer(tmp_path, silent, puppets)
     assert deaf.train_step()["squared"] != errors[0]
+
+
+def test_a_trained_decoder_takes_the_place_of_a_models(tmp_path: Path) -> None:
+    shutil.copytree(ASSETS / "tiny", tmp_path / "model")
+    trained = AutoencoderKLWan.from_pretrained(ASSETS / "tiny" / "vae")
+    with torch.no_grad():
+        trained.decoder.conv_out.bias += 1
+    trained.save_pretrained(tmp_path / "decoder")
+    replace_autoencoder(tmp_path / "model", tmp_path / "decoder")
+    pipeline = load(str(tmp_path / "model"), dtype="bfloat16")
+    torch.testing.assert_close(pipeline.vae.decoder.conv_out.bias, trained.decoder.conv_out.bias.bfloat16())
+    config = (tmp_path / "model" / "vae" / "config.json").read_text()
+    assert "_name_or_path" not in config
+    with torch.no_grad():
+        trained.encoder.conv_in.weight *= 1.1
+    trained.save_pretrained(tmp_path / "other")
+    with pytest.raises(InputError, match="encodes frames otherwise"):
+        replace_autoencoder(tmp_path / "model", tmp_path / "other")
+    with pytest.raises(InputError, match="is no model folder"):
+        replace_autoencoder(tmp_path, tmp_path / "decoder")
 
 
 def test_what_cannot_be_used_is_said(made: Path, tmp_path: Path, puppets: Path) -> None:

@@ -8,6 +8,7 @@ import torch
 from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler
 from transformers import Wav2Vec2Model
 
+from stableavatar.errors import InputError
 from stableavatar.media.files import replacing
 from stableavatar.pipeline import AvatarPipeline
 from stableavatar.training.tiny.avatar import TinyAvatar
@@ -49,8 +50,38 @@ def assemble(avatar: TinyAvatar, vae: AutoencoderKLWan, speech_encoder: Wav2Vec2
     pipeline = embedded_pipeline(avatar, vae, speech_encoder).to(torch.bfloat16)
     with replacing(folder, alone=True) as partial:
         pipeline.save_pretrained(partial)
-        for config in partial.rglob("config.json"):  # diffusers writes where it was loaded from
-            settings = json.loads(config.read_text(encoding="utf-8"))
-            settings.pop("_name_or_path", None)
-            config.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+        _forget_origin(partial)
     return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+
+
+def replace_autoencoder(model: Path, trained: Path) -> None:
+    """Put a trained autoencoder into a model folder in place of its own, in bfloat16, whole or not at all.
+
+    Its latents are to be those of the other: that is for a decoder trained behind a frozen encoder.
+
+    Raises:
+        InputError: the folder has no autoencoder, or one of other latents.
+    """
+    target = model / "vae"
+    if not (target / "config.json").is_file():
+        raise InputError(f"{model} is no model folder: {target / 'config.json'} is missing.")
+    given = AutoencoderKLWan.from_pretrained(trained, torch_dtype=torch.bfloat16)
+    own = AutoencoderKLWan.from_pretrained(target, torch_dtype=torch.bfloat16)
+    encoders = (own.encoder.state_dict(), given.encoder.state_dict())
+    if encoders[0].keys() != encoders[1].keys() or not all(
+        torch.equal(value, encoders[1][name]) for name, value in encoders[0].items()
+    ):
+        raise InputError(
+            f"{trained} encodes frames otherwise than {target}: its transformer knows no such latents."
+        )
+    with replacing(target, alone=True) as partial:
+        given.save_pretrained(partial)
+        _forget_origin(partial)
+
+
+def _forget_origin(folder: Path) -> None:
+    """diffusers writes where a model was loaded from."""
+    for config in folder.rglob("config.json"):
+        settings = json.loads(config.read_text(encoding="utf-8"))
+        settings.pop("_name_or_path", None)
+        config.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")

@@ -36,6 +36,7 @@ from stableavatar.errors import InputError, with_status
 from stableavatar.media.files import to_disk
 from stableavatar.training.muon import Muon
 from stableavatar.training.tiny.arguments import add_settings, chosen_settings
+from stableavatar.training.tiny.assemble import replace_autoencoder
 from stableavatar.training.tiny.autoencoder_batches import Batches
 from stableavatar.training.tiny.autoencoder_model import build_autoencoder, measure_latents, start_from
 from stableavatar.training.tiny.autoencoder_settings import AutoencoderSettings, rate_factor
@@ -397,6 +398,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--made", type=Path, help="a folder of latents that a transformer has made of puppets"
     )
+    parser.add_argument(
+        "--into", type=Path, help="a model folder to put the decoder into at the end (--freeze-encoder)"
+    )
     parser.add_argument("--resume", action="store_true", help="go on from the folder's checkpoint, if any")
     parser.add_argument("--freeze-encoder", action="store_true", help="train the decoder alone from now on")
     parser.add_argument(
@@ -429,6 +433,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as folder:
         arguments_of_all = (job, f"{folder}/rendezvous")
         spawn(run_process, args=arguments_of_all, nprocs=settings.processes)
+    if options.into is not None and (options.out / "model").is_dir():
+        replace_autoencoder(options.into, options.out / "model")
     return 0
 
 
