@@ -27,7 +27,7 @@ START  ?=
 RECIPE  = recipes/tiny.yaml --set output=$(WORK) --set model.source=$(WORK)/encoders --set data.cache=$(WORK)/latents \
     --set 'data.puppets=[$(WORK)/puppets,$(WORK)/acted,$(WORK)/varied,$(WORK)/moving]' \
     $(if $(START),--set model.embedded.start=$(START)) $(if $(QUICK),--set trainer.steps=4 --set trainer.compile=false)
-DECODER = --image-steps 0 --detail-weight 150 --critic-share 0.15 --latent-noise 0.1 --kernel-learning-rate 5e-4 \
+DECODER = --image-steps 0 --detail-weight 150 --critic-share 0.15 --kernel-learning-rate 5e-4 \
     --learning-rate 2e-4
 # Photographs that `make evaluate-tiny` animates beside the astronaut.
 PORTRAITS ?= $(wildcard $(addprefix ../shared/samples/portraits/,boy.jpg echo_01.jpg hallo_0008.jpg woman_blazer.png))

@@ -1,6 +1,7 @@
 """The documentation and the Makefile name what is there: their commands are parsed, recipes and settings read, files
 exist. What the commands do is tested where they are."""
 
+import argparse
 import os
 import re
 import shlex
@@ -16,6 +17,7 @@ from method_figures import FIGURES
 from method_figures import FOLDER as METHOD
 from stableavatar.evaluation import cases
 from stableavatar.training.recipes import load_recipe
+from stableavatar.training.tiny import autoencoder, made_latents
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted((ROOT / "docs").glob("*.md"))
@@ -109,6 +111,28 @@ def test_make_tiny_makes_every_store_of_its_recipe_of_other_people(arguments: tu
         people += range(first, first + int(words[words.index("--clips") + 1]))
     assert len(people) == len(set(people))
     assert max(people) < cases.DEVELOPMENT.seed
+
+
+@pytest.mark.parametrize("arguments", [(), ("QUICK=1",)])
+def test_make_tiny_trains_the_decoder_for_the_model_it_has_made(arguments: tuple[str, ...]) -> None:
+    lines = made("tiny", *arguments).replace("\\\n", " ").splitlines()
+
+    def options_of(module: str, parser: argparse.ArgumentParser) -> list[argparse.Namespace]:
+        found = [line.split(f"-m {module} ")[1] for line in lines if f"-m {module} " in line]
+        return [parser.parse_args(shlex.split(line.split("&&")[0])) for line in found]
+
+    whole, decoder = options_of("stableavatar.training.tiny.autoencoder", autoencoder.command_parser())
+    (latents,) = options_of("stableavatar.training.tiny.made_latents", made_latents.command_parser())
+    (line,) = [line for line in lines if "stableavatar train " in line]
+    context = parse(["stableavatar", *shlex.split(line[line.index(" train ") :])])
+    recipe = load_recipe(ROOT / context.params["recipe"], context.params["settings"])
+    assert decoder.freeze_encoder
+    assert decoder.into == Path(latents.model) == recipe.output / "model"
+    assert decoder.made == latents.out
+    assert decoder.start_from == recipe.model.source / "vae"
+    assert decoder.puppets == latents.puppets == whole.puppets
+    assert decoder.out != whole.out
+    assert decoder.critic_share > 0
 
 
 def summed(line: str) -> str:

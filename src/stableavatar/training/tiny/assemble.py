@@ -9,6 +9,7 @@ from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler
 from transformers import Wav2Vec2Model
 
 from stableavatar.errors import InputError
+from stableavatar.journal import tensor_hash
 from stableavatar.media.files import replacing
 from stableavatar.pipeline import AvatarPipeline
 from stableavatar.training.tiny.avatar import TinyAvatar
@@ -62,21 +63,33 @@ def replace_autoencoder(model: Path, trained: Path) -> None:
     Raises:
         InputError: the folder has no autoencoder, or one of other latents.
     """
-    target = model / "vae"
-    if not (target / "config.json").is_file():
-        raise InputError(f"{model} is no model folder: {target / 'config.json'} is missing.")
+    target = check_model(model)
     given = AutoencoderKLWan.from_pretrained(trained, torch_dtype=torch.bfloat16)
     own = AutoencoderKLWan.from_pretrained(target, torch_dtype=torch.bfloat16)
-    encoders = (own.encoder.state_dict(), given.encoder.state_dict())
-    if encoders[0].keys() != encoders[1].keys() or not all(
-        torch.equal(value, encoders[1][name]) for name, value in encoders[0].items()
-    ):
+    if _of_latents(own) != _of_latents(given):
         raise InputError(
             f"{trained} encodes frames otherwise than {target}: its transformer knows no such latents."
         )
     with replacing(target, alone=True) as partial:
         given.save_pretrained(partial)
         _forget_origin(partial)
+
+
+def check_model(model: Path) -> Path:
+    """The folder of a model's autoencoder. Raises InputError: there is none."""
+    folder = model / "vae"
+    if not (folder / "config.json").is_file():
+        raise InputError(f"{model} is no model folder: {folder / 'config.json'} is missing.")
+    return folder
+
+
+def _of_latents(vae: AutoencoderKLWan) -> list[object]:
+    """All that decides what latents a clip has, to be compared."""
+    weights = {**vae.encoder.state_dict(), **vae.quant_conv.state_dict(prefix="quant.")}
+    return [
+        *((name, tensor_hash(value)) for name, value in sorted(weights.items())),
+        *(list(vae.config[name]) for name in ("latents_mean", "latents_std")),
+    ]
 
 
 def _forget_origin(folder: Path) -> None:

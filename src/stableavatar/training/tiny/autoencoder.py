@@ -5,7 +5,9 @@
 8x in space, 4x in time, 24 latent channels, 2.7M parameters. Puppets and free pictures as clips of mixed
 length; long clips run in chunks with the causal feature memory carried over. A checkpoint is written every
 few minutes and `--resume` goes on from it. `--start-from FOLDER` begins with the weights of a trained one;
-`--freeze-encoder` trains the decoder alone, so that latents made before stay valid. The result is
+`--freeze-encoder` trains the decoder alone, so that latents made before stay valid: with a critic beside it
+(`--critic-share`), on latents that a transformer made (`--made FOLDER`), and at last into the folder of that
+transformer's model (`--into MODEL`). The result is
 `FOLDER/model` in diffusers' layout: averaged weights, float32, with the latents' mean and standard deviation
 in its config (spec/6-embedded-model.md).
 """
@@ -36,11 +38,11 @@ from stableavatar.errors import InputError, with_status
 from stableavatar.media.files import to_disk
 from stableavatar.training.muon import Muon
 from stableavatar.training.tiny.arguments import add_settings, chosen_settings
-from stableavatar.training.tiny.assemble import replace_autoencoder
+from stableavatar.training.tiny.assemble import check_model, replace_autoencoder
 from stableavatar.training.tiny.autoencoder_batches import Batches
 from stableavatar.training.tiny.autoencoder_model import build_autoencoder, measure_latents, start_from
 from stableavatar.training.tiny.autoencoder_settings import AutoencoderSettings, rate_factor
-from stableavatar.training.tiny.critic import Critic, critic_loss, deception
+from stableavatar.training.tiny.critic import Critic, adversarial_loss, critic_loss
 from stableavatar.training.tiny.detail import detail
 from stableavatar.training.tiny.feature_memory import (
     FeatureMemory,
@@ -119,8 +121,12 @@ class AutoencoderTrainer:
         if settings.critic_share:
             self.critic = Critic()
             self.optimizers["critic"] = torch.optim.AdamW(
-                self.critic.parameters(), lr=settings.critic_rate, betas=(0.5, 0.99), weight_decay=0.0
+                self.critic.parameters(),
+                lr=settings.critic_learning_rate,
+                betas=(0.5, 0.99),
+                weight_decay=0.0,
             )
+        self.critic_steps = 0
         self.step = 0
         self.seconds = 0.0
         self.encoder_frozen = False
@@ -136,7 +142,12 @@ class AutoencoderTrainer:
         self.vae.quant_conv.requires_grad_(False)
 
     def train_step(self) -> dict[str, float]:
-        """One batch, one update. Returns loss, squared error, KL, gradient norm."""
+        """One batch, one update.
+
+        Returns: `loss` (without the critic's part), `squared` error, `kl` (0 where a transformer made the
+        latents), the `critic`'s own loss, the gradient's `norm` before it is clipped, the kernels' learning
+        `rate`, and the clips' `frames`, `batch` and `size` in pixels.
+        """
         settings = self.settings
         if not self.encoder_frozen:
             self.statistics = None
@@ -144,7 +155,7 @@ class AutoencoderTrainer:
         rates = {
             "muon": settings.kernel_learning_rate * factor,
             "adamw": settings.learning_rate * factor,
-            "critic": settings.critic_rate * factor,
+            "critic": settings.critic_learning_rate * factor,
         }
         for name, optimizer in self.optimizers.items():
             for group in optimizer.param_groups:
@@ -155,7 +166,6 @@ class AutoencoderTrainer:
         torch.manual_seed((settings.seed * 10_000_019 + self.step) * 64 + self.rank)
         memory = FeatureMemory(self.vae)
         frames = clips.shape[2]
-        noise = self._latent_noise(clips.shape[0])
         totals = {"loss": 0.0, "squared": 0.0, "kl": 0.0, "critic": 0.0}
         start = 0
         for length in chunk_lengths(frames, settings.longest_chunk):
@@ -166,8 +176,7 @@ class AutoencoderTrainer:
                     with torch.set_grad_enabled(not self.encoder_frozen):
                         mean, log_variance = encode_chunk(self.vae, true, memory)
                     mean, log_variance = mean.float(), log_variance.float()
-                    deviation = torch.exp(log_variance).add(noise.square()).sqrt()
-                    latents = mean + deviation * torch.randn_like(mean)
+                    latents = mean + torch.exp(0.5 * log_variance) * torch.randn_like(mean)
                     kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
                 else:
                     latents = batch.latents[:, :, (start + 3) // 4 : (start + length + 3) // 4]
@@ -181,8 +190,8 @@ class AutoencoderTrainer:
                 judged = critic_loss(self.critic, made, true)
                 (judged * share).backward()
                 totals["critic"] += judged.item() * share
-                if self.step >= settings.critic_start:
-                    pull = deception(self.critic, made, true, loss, settings.critic_share)
+                if self.critic_steps >= settings.critic_start:
+                    pull = adversarial_loss(self.critic, made, true, loss, settings.critic_share)
             ((loss + pull) * share).backward()
             memory.detach()
             totals["loss"] += loss.item() * share
@@ -190,12 +199,14 @@ class AutoencoderTrainer:
             totals["kl"] += kl.item() * share
             start += length
         self._share_gradients(ranks)
-        if self.critic is not None:
-            torch.nn.utils.clip_grad_norm_(self.critic.parameters(), settings.gradient_clip)
-        norm = torch.nn.utils.clip_grad_norm_(self.vae.parameters(), settings.gradient_clip)
-        if math.isfinite(norm.item()):
+        norms = [
+            torch.nn.utils.clip_grad_norm_(model.parameters(), settings.gradient_clip).item()
+            for model in self._models()
+        ]
+        if all(map(math.isfinite, norms)):
             for optimizer in self.optimizers.values():
                 optimizer.step()
+            self.critic_steps += self.critic is not None
         else:
             logger.warning("step %d: the gradient is not finite and is dropped", self.step)
         for model in self._models():
@@ -204,7 +215,7 @@ class AutoencoderTrainer:
         self.step += 1
         return {
             **totals,
-            "norm": norm.item(),
+            "norm": norms[0],
             "rate": rates["muon"],
             "frames": frames,
             "batch": clips.shape[0],
@@ -213,13 +224,6 @@ class AutoencoderTrainer:
 
     def _models(self) -> list[torch.nn.Module]:
         return [self.vae] if self.critic is None else [self.vae, self.critic]
-
-    def _latent_noise(self, clips: int) -> torch.Tensor:
-        """The deviation of the noise added to each clip's latents, [clips, C, 1, 1, 1]."""
-        if not self.settings.latent_noise or self.statistics is None:
-            return torch.zeros(clips, 1, 1, 1, 1)
-        level = self.settings.latent_noise * torch.rand(clips, 1, 1, 1, 1)
-        return level * torch.tensor(self.statistics[1]).view(1, -1, 1, 1, 1)
 
     def _share_gradients(self, ranks: int) -> None:
         """Averages the gradients over the processes."""
@@ -249,6 +253,7 @@ class AutoencoderTrainer:
             "model": self.vae.state_dict(),
             "average": self.average.state_dict(),
             "critic": None if self.critic is None else self.critic.state_dict(),
+            "critic_steps": self.critic_steps,
             "optimizers": {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()},
             "step": self.step,
             "seconds": self.seconds,
@@ -275,6 +280,7 @@ class AutoencoderTrainer:
         self.average.load_state_dict(state["average"])
         if self.critic is not None and state.get("critic"):
             self.critic.load_state_dict(state["critic"])
+            self.critic_steps = state["critic_steps"]
         for name, optimizer in self.optimizers.items():
             # A critic may come to a training that had none.
             if name in state["optimizers"]:
@@ -350,6 +356,7 @@ class Job:
     resume: bool
     freeze_encoder: bool
     start_from: Path | None
+    into: Path | None
 
 
 def run_process(rank: int, job: Job, rendezvous: str) -> None:
@@ -376,13 +383,14 @@ def run_process(rank: int, job: Job, rendezvous: str) -> None:
     if rank == 0 and not trainer.stopping:
         trainer.export(job.out / "model")
         trainer.save()
+        if job.into is not None:
+            replace_autoencoder(job.into, job.out / "model")
     if ranks > 1:
         dist.destroy_process_group()
 
 
-@with_status
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line; see the module's first lines."""
+def command_parser() -> argparse.ArgumentParser:
+    """The options of :func:`main`."""
     parser = argparse.ArgumentParser(description="Trains the autoencoder of the embedded model.")
     parser.add_argument("--out", type=Path, required=True, help="folder for checkpoint, curve and model")
     parser.add_argument(
@@ -407,17 +415,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--start-from", type=Path, help="a trained autoencoder of no more channels to begin with"
     )
     add_settings(parser, AutoencoderSettings)
+    return parser
+
+
+@with_status
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; see the module's first lines."""
+    parser = command_parser()
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     settings = chosen_settings(AutoencoderSettings, options)
     options.out.mkdir(parents=True, exist_ok=True)
     if (options.out / "checkpoint.pt").exists() and not options.resume:
         parser.error(f"{options.out} already holds a checkpoint: give --resume, or another folder")
+    if not options.freeze_encoder and (options.into is not None or options.made is not None):
+        parser.error("--made and --into are for a decoder whose latents stay: give --freeze-encoder too")
     # What is missing is said here: of processes one gets tracebacks.
     if options.puppets:
         PuppetClips(options.puppets)
     if options.made is not None:
-        MadeLatents(options.made, [ClipStore(folder) for folder in options.puppets])
+        made = MadeLatents(options.made, [ClipStore(folder) for folder in options.puppets])
+        Batches(settings, PictureClips([]), None, made=made)
+    if options.into is not None:
+        check_model(options.into)
     if options.start_from is not None and not options.start_from.is_dir():
         raise InputError(f"{options.start_from}: there is no such autoencoder")
     job = Job(
@@ -429,12 +449,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         resume=options.resume,
         freeze_encoder=options.freeze_encoder,
         start_from=options.start_from,
+        into=options.into,
     )
     with tempfile.TemporaryDirectory() as folder:
         arguments_of_all = (job, f"{folder}/rendezvous")
         spawn(run_process, args=arguments_of_all, nprocs=settings.processes)
-    if options.into is not None and (options.out / "model").is_dir():
-        replace_autoencoder(options.into, options.out / "model")
     return 0
 
 

@@ -6,7 +6,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
+from stableavatar.errors import InputError
 from stableavatar.training.tiny.autoencoder_settings import AutoencoderSettings
 from stableavatar.training.tiny.made_latents import MadeLatents
 from stableavatar.training.tiny.pictures import PictureClips
@@ -40,20 +42,39 @@ class Batches:
     ) -> None:
         self.settings = settings
         self.made = made
+        if made is not None:
+            self.made_lengths, self.made_weights = self._lengths_of(made)
         self.pictures = pictures
         self.puppets = puppets
         self.frame_size = frame_size
 
+    def _lengths_of(self, made: MadeLatents) -> tuple[list[int], NDArray[np.float64]]:
+        """Of the settings' lengths those that are made too and of more than a picture, and how often each is
+        drawn. Raises InputError: there is none."""
+        settings = self.settings
+        if made.channels != settings.latent_channels:
+            raise InputError(f"the latents have {made.channels} channels, not {settings.latent_channels}")
+        longest = min(settings.longest_whole_clip, made.frames)
+        chosen = {
+            length: weight
+            for length, weight in zip(settings.clip_lengths, settings.clip_weights, strict=True)
+            if 1 < length <= longest and weight > 0
+        }
+        if not chosen:
+            raise InputError(f"no length of clips lies between 5 frames and the {longest} of made latents")
+        weights = np.array(list(chosen.values()))
+        return list(chosen), weights / weights.sum()
+
     def draw(self, step: int, rank: int = 0, ranks: int = 1) -> Batch:
         """What process `rank` trains on in a step.
 
-        Length and size are the same for all processes; everything follows from seed, step and rank.
+        Length and size are the same for all processes (of made latents as far as their clips are of one
+        size); everything follows from seed, step and rank.
         """
         settings = self.settings
         shared = np.random.default_rng([settings.seed, step])
         if self.made is not None and shared.random() < settings.made_share:
-            lengths = [n for n in settings.clip_lengths if 1 < n <= settings.longest_whole_clip]
-            frames = int(shared.choice(lengths))
+            frames = int(shared.choice(self.made_lengths, p=self.made_weights))
             rng = np.random.default_rng([settings.seed, step, rank + 1])
             latents, clip, face, lips = self.made.sample(rng, frames)
             weight = 1 + settings.face_weight * face + settings.lip_weight * lips

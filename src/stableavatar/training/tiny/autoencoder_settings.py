@@ -44,14 +44,11 @@ class AutoencoderSettings:
     detail_weight: float = 4.0
     # What the critic's part is of the rest of the gradient by the pixels (0: no critic), and its rate.
     critic_share: float = 0.0
-    critic_rate: float = 1e-3
-    # Steps at the start in which the critic learns and nobody heeds it yet.
+    critic_learning_rate: float = 1e-3
+    # The critic's own first steps, in which it learns and nobody heeds it yet.
     critic_start: int = 100
     # The share of steps on latents that a transformer made, where there are any (`made_latents.py`).
     made_share: float = 0.5
-    # Noise added to the latents of a clip, up to this share of their deviation, drawn for each clip: latents
-    # that a transformer makes are not quite those of true frames. Where the encoder is frozen.
-    latent_noise: float = 0.0
     kl_weight: float = 1e-5
     face_weight: float = 0.5
     lip_weight: float = 1.5
@@ -63,6 +60,8 @@ class AutoencoderSettings:
     def __post_init__(self) -> None:
         if self.minutes <= 0 or self.frames_a_step < 1:
             raise InputError("minutes and frames_a_step must be positive")
+        if self.critic_share < 0 or not 0 <= self.made_share <= 1:
+            raise InputError("critic_share must not be negative, and made_share lie between 0 and 1")
         if len(self.clip_lengths) != len(self.clip_weights):
             raise InputError("clip_lengths and clip_weights differ in length")
         for length in self.clip_lengths:

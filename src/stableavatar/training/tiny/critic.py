@@ -14,7 +14,8 @@ from torch.nn.utils.parametrizations import spectral_norm
 
 
 class Critic(nn.Module):
-    """Clips [B, 3, F, H, W] in [-1, 1] to a judgement of each patch, [B*F, 1, H/4, W/4]: high for true.
+    """Clips [B, 3, F, H, W] in [-1, 1], sides in fours, to a judgement of each patch, [B*F, 1, H/4, W/4]:
+    high for true.
 
     A patch is about 26 pixels wide. Every frame is seen with how it differs from the one before it, so what
     flickers is told as well as what is smooth. Kernels are held to unit norm (spectral normalisation, Miyato
@@ -42,30 +43,32 @@ class Critic(nn.Module):
 def critic_loss(critic: Critic, made: torch.Tensor, true: torch.Tensor) -> torch.Tensor:
     """What the critic learns from: of a true clip and the same one made, it is to say which is which.
 
-    The judgements of one place are compared (a relativistic loss, Jolicoeur-Martineau, arXiv 1807.00734), so
-    what the place shows, bright or dark, plain or hair, tells nothing. `made` is trained by this no more than
-    `true` is.
+    Both [B, 3, F, H, W] in about [-1, 1], sides in fours. The judgements of one place are compared (a
+    relativistic loss, Jolicoeur-Martineau, arXiv 1807.00734), so what the place shows, bright or dark, plain
+    or hair, tells nothing. `made` is trained by this no more than `true` is.
     """
     with torch.autocast("cpu", torch.bfloat16):
         judged_true, judged_made = critic(torch.cat([true, made.detach()])).float().chunk(2)
     return F.softplus(judged_made - judged_true).mean()
 
 
-def deception(
+def adversarial_loss(
     critic: Critic, made: torch.Tensor, true: torch.Tensor, reconstruction: torch.Tensor, share: float
 ) -> torch.Tensor:
-    """What the decoder learns from: `made` is to be judged the truer of the two. Critics learn nothing.
+    """What the decoder learns from: `made` is to be judged the truer of the two, both as in
+    :func:`critic_loss`. The critic learns nothing.
 
-    It is scaled so that its gradient by the pixels has `share` of the norm that the gradient of
-    `reconstruction`, the other losses of `made`, has in this batch: whatever the critic has come to, the
-    decoder cannot leave the truth for it.
+    It is scaled so that its gradient by the pixels of `made` has `share` of the norm that the gradient of
+    `reconstruction`, the other losses of `made`, has there: whatever the critic has come to, the decoder
+    cannot leave the truth for it.
     """
-    critic.requires_grad_(False)
+    # Spectral normalisation goes on with every pass in training; these two are judged by the same kernels.
+    critic.requires_grad_(False).eval()
     with torch.autocast("cpu", torch.bfloat16):
         with torch.no_grad():
             judged_true = critic(true).float()
         judged_made = critic(made).float()
-    critic.requires_grad_(True)
+    critic.requires_grad_(True).train()
     loss = F.softplus(judged_true - judged_made).mean()
     first, second = (
         torch.autograd.grad(part, made, retain_graph=True)[0].norm() for part in (reconstruction, loss)
