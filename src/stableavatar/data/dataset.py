@@ -6,11 +6,12 @@ import hashlib
 import json
 import logging
 import multiprocessing
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from fractions import Fraction
 from functools import partial
 from itertools import cycle, islice
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar, get_args
 
@@ -30,6 +31,30 @@ MASKS: tuple[MaskKind, ...] = ("face_masks", "lip_masks")
 LATENT_PIXELS = 8  # pixels a latent cell in space
 _LEAST_TRIES = 16  # windows that are drawn in the place of one that cannot be read
 Result = TypeVar("Result")
+Item = TypeVar("Item")
+
+
+class Share:
+    """A process of several that do one work; of itself, the only one."""
+
+    process = 0
+    processes = 1
+
+    def gather(self, items: list[Item]) -> list[Item]:
+        """The items of all processes, in all of them."""
+        return items
+
+
+@dataclass(frozen=True)
+class _Found:
+    """What opening a clip came to: the clip and its mark, or why it cannot be used."""
+
+    name: str
+    clip: TrainingClip | None = None
+    mark: str = ""
+    error: str = ""
+
+
 OnError = Literal["raise", "skip"]
 ReferenceKind = Literal["first", "portrait", "any"]
 
@@ -181,6 +206,7 @@ class ClipDataset(Dataset[ClipSample]):
         *,
         others: Iterable[tuple[str, Callable[[], TrainingClip]]] = (),
         sizes: Collection[tuple[int, int]] | None = None,
+        share: Share | None = None,
     ) -> "ClipDataset":
         """Open clip folders; those that cannot be opened raise or are skipped as `settings.on_error` says.
 
@@ -188,13 +214,17 @@ class ClipDataset(Dataset[ClipSample]):
             others: clips before them, by their names and what opens them.
             sizes: width and height of clips that are taken; one of another is as one that cannot be opened.
                 None: any.
+            share: of several processes that all open the same folders each looks into its part of them, and
+                all get, or are told, the same. None: there is one.
         """
+        share = share or Share()
         dataset = cls.__new__(cls)
         dataset._begin(settings, sizes)
         for name, read in others:
             dataset._add(name, partial(dataset._opened, read))
-        for folder in folders:
-            dataset._add(str(folder), partial(dataset._opened, partial(FolderClip.open, folder)))
+        own = dataset._look_into(islice(enumerate(folders), share.process, None, share.processes))
+        for _, found in sorted(share.gather(list(own)), key=itemgetter(0)):
+            dataset._take(found)
         dataset._require_clips()
         return dataset
 
@@ -266,17 +296,34 @@ class ClipDataset(Dataset[ClipSample]):
         self.groups: list[tuple[int, int, Fraction]] = []
 
     def _add(self, name: str, read: Callable[[], TrainingClip]) -> None:
-        found = self._guarded(name, lambda: self._marked(read()))
-        if found is not None:
-            clip, mark = found
-            self.clips.append(clip)
-            self._marks.append(mark)
-            # Average rates differ in their fourth digit from file to file; their speech is as long.
-            self.groups.append((*clip.size, Fraction(round(clip.fps * 10), 10)))
+        self._take(self._look(name, read))
 
-    def _marked(self, clip: TrainingClip) -> tuple[TrainingClip, str]:
-        settings = self.settings
-        return clip, clip.mark(masks=settings.masks, portrait=settings.portrait > 0)
+    def _look_into(self, folders: Iterable[tuple[int, Path]]) -> Iterator[tuple[int, _Found]]:
+        for number, folder in folders:
+            found = self._look(str(folder), partial(self._opened, partial(FolderClip.open, folder)))
+            yield number, found
+            if found.clip is None and self.settings.on_error == "raise":
+                return  # the others of this process are not needed to say so
+
+    def _look(self, name: str, read: Callable[[], TrainingClip]) -> _Found:
+        try:
+            clip = read()
+            mark = clip.mark(masks=self.settings.masks, portrait=self.settings.portrait > 0)
+        except InputError as error:
+            return _Found(name, error=str(error))
+        return _Found(name, clip, mark)
+
+    def _take(self, found: _Found) -> None:
+        """Raises InputError: a clip that cannot be used, where none is to be skipped."""
+        if found.clip is None:
+            if self.settings.on_error == "raise":
+                raise InputError(found.error)
+            self._skip(found.name, found.error)
+            return
+        self.clips.append(found.clip)
+        self._marks.append(found.mark)
+        # Average rates differ in their fourth digit from file to file; their speech is as long.
+        self.groups.append((*found.clip.size, Fraction(round(found.clip.fps * 10), 10)))
 
     def _require_clips(self) -> None:
         if not self.clips:
@@ -313,10 +360,13 @@ class ClipDataset(Dataset[ClipSample]):
         except InputError as error:
             if self.settings.on_error == "raise":
                 raise
-            if name not in self.skipped:
-                self.skipped[name] = str(error)
-                logger.warning("skipped (%d so far): %s", len(self.skipped), error)
+            self._skip(name, str(error))
             return None
+
+    def _skip(self, name: str, reason: str) -> None:
+        if name not in self.skipped:
+            self.skipped[name] = reason
+            logger.warning("skipped (%d so far): %s", len(self.skipped), reason)
 
 
 def _digest(told: Any) -> str:

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
 
 from stableavatar.checkpoints import loading
 from stableavatar.checkpoints.files import read_json
@@ -16,7 +18,7 @@ from stableavatar.checkpoints.layout import find_published, is_own, model_folder
 from stableavatar.config import SIZES
 from stableavatar.data.cache import CachedWindows, LatentCache
 from stableavatar.data.clips import find_clips, read_path_list
-from stableavatar.data.dataset import ClipDataset
+from stableavatar.data.dataset import ClipDataset, Item, Share
 from stableavatar.data.encoding import Encoders
 from stableavatar.data.puppets import ClipStore
 from stableavatar.errors import InputError
@@ -231,7 +233,21 @@ def open_clips(choice: DataChoice) -> ClipDataset:
         for store in map(ClipStore, choice.puppets)
         for index, folder in enumerate(store.folders)
     )
-    return ClipDataset.from_folders(folders, choice.clips, others=puppets, sizes=choice.pixel_sizes)
+    return ClipDataset.from_folders(
+        folders, choice.clips, others=puppets, sizes=choice.pixel_sizes, share=_Processes()
+    )
+
+
+class _Processes(Share):
+    """Those of this training, as accelerate knows them."""
+
+    def __init__(self) -> None:
+        state = PartialState()
+        self.process, self.processes = state.process_index, state.num_processes
+
+    def gather(self, items: list[Item]) -> list[Item]:
+        gathered: list[Item] = gather_object(items)
+        return gathered
 
 
 def _there(path: Path | None) -> Path:
