@@ -22,7 +22,7 @@ from stableavatar.training.trainer import Trainer
 _BAR = 0.95
 _CLIPS = 64
 _AUDIO_DIM = 192
-_CHANNELS = 24
+_CHANNELS = 32
 _FRAMES, _SIDE = 9, 16  # latent frames, and rows and columns, of tiny's windows
 _FEATURES = 65  # of their speech
 

@@ -34,7 +34,7 @@ FRAMES = 33
 """Of a window of tiny."""
 SMALL: dict[str, object] = {
     "base_channels": 8,
-    "latent_channels": 24,
+    "latent_channels": 32,
     "image_steps": 0,
     "clip_lengths": (1, 5),
     "clip_weights": (0.5, 0.5),

@@ -2,7 +2,7 @@
 
     python -m stableavatar.training.tiny.autoencoder --out FOLDER --minutes 75 --puppets STORE [--resume]
 
-8x in space, 4x in time, 24 latent channels, 2.7M parameters. Puppets and free pictures as clips of mixed
+8x in space, 4x in time, 32 latent channels, 2.8M parameters. Puppets and free pictures as clips of mixed
 length; long clips run in chunks with the causal feature memory carried over. A checkpoint is written every
 few minutes and `--resume` goes on from it. `--start-from FOLDER` begins with the weights of a trained one;
 `--freeze-encoder` trains the decoder alone, so that latents made before stay valid: with a critic beside it

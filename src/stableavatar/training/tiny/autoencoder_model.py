@@ -13,7 +13,7 @@ from stableavatar.training.tiny.feature_memory import FeatureMemory, chunk_lengt
 
 
 def build_autoencoder(
-    base_channels: int = 32, residual_blocks: int = 1, latent_channels: int = 24
+    base_channels: int = 32, residual_blocks: int = 1, latent_channels: int = 32
 ) -> AutoencoderKLWan:
     """The untrained autoencoder: 8x in space, 4x in time, 4n+1 frames to n+1 latent frames."""
     vae = AutoencoderKLWan(

@@ -18,7 +18,7 @@ class AutoencoderSettings:
     minutes: float = 60.0
     base_channels: int = 32
     residual_blocks: int = 1
-    latent_channels: int = 24
+    latent_channels: int = 32
     # Of AdamW (biases and gains) and of Muon (kernels).
     learning_rate: float = 5e-4
     kernel_learning_rate: float = 1.2e-3

@@ -124,7 +124,7 @@ class TinyAvatar(Avatar):
         heads: int = 3,
         layers: int = 6,
         audio_dim: int = 192,
-        latent_channels: int = 24,
+        latent_channels: int = 32,
     ) -> None:
         super().__init__(build_transformer(heads, layers, audio_dim, latent_channels), objective)
         self.tokenizer = ByT5Tokenizer()
