@@ -82,8 +82,5 @@ def test_what_one_cannot_read_ends_all_alike(clips: Path) -> None:
 
 
 if __name__ == "__main__":
-    from accelerate import PartialState
-
-    process = PartialState(cpu=True)
     told = look_into(Path(sys.argv[1]), sys.argv[2])
-    (Path(sys.argv[3]) / f"{process.process_index}.json").write_text(json.dumps(told))
+    (Path(sys.argv[3]) / f"{os.environ['RANK']}.json").write_text(json.dumps(told))

@@ -67,7 +67,7 @@ def test_autoencoder_compresses_8_times_in_space_and_4_in_time() -> None:
     assert 2_500_000 < sum(value.numel() for value in vae.parameters()) < 2_900_000
     with torch.no_grad():
         latents = vae.encode(torch.zeros(1, 3, 9, 64, 32)).latent_dist.mode()
-        assert latents.shape == (1, 24, 3, 8, 4)
+        assert latents.shape == (1, 32, 3, 8, 4)
         assert vae.decode(latents).sample.shape == (1, 3, 9, 64, 32)
 
 

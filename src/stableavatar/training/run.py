@@ -160,8 +160,9 @@ def cache_latents(recipe: Recipe, folder: Path, *, passes: int, dtype: torch.dty
         InputError, CheckpointError: see `prepare_training` and `CacheWriter`.
     """
     check_folder(folder)
+    device = process_device(recipe.trainer)
     clips = open_clips(replace(recipe.data, cache=None))
-    encoders = load_encoders(recipe.model, process_device(recipe.trainer))
+    encoders = load_encoders(recipe.model, device)
     keys = [(clip, epoch) for clip in range(len(clips)) for epoch in range(passes)]
     state = PartialState()
     with state.main_process_first():

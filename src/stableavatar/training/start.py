@@ -28,6 +28,7 @@ from stableavatar.pipeline import AvatarPipeline
 from stableavatar.placement.device import DTYPES
 from stableavatar.placement.slow_kernels import avoid_slow_kernels
 from stableavatar.training.avatar import Avatar
+from stableavatar.training.devices import process_device
 from stableavatar.training.lora import add_lora
 from stableavatar.training.parameters import freeze_others, trained_by_recipe
 from stableavatar.training.recipes import DataChoice, ModelChoice, Recipe
@@ -242,6 +243,7 @@ class _Processes(Share):
     """Those of this training, as accelerate knows them."""
 
     def __init__(self) -> None:
+        process_device()  # where it was not asked for before: accelerate keeps what it is first told
         state = PartialState()
         self.process, self.processes = state.process_index, state.num_processes
 

@@ -130,7 +130,7 @@ class AutoencoderTrainer:
         self.step = 0
         self.seconds = 0.0
         self.encoder_frozen = False
-        self.stopping = False
+        self.stopping = self.stopped = self.ended = False
 
     def freeze_encoder(self) -> None:
         """From now on the averaged encoder stays as it is, and with it all latents; the decoder learns."""
@@ -226,19 +226,23 @@ class AutoencoderTrainer:
         return [self.vae] if self.critic is None else [self.vae, self.critic]
 
     def _share_gradients(self, ranks: int) -> None:
-        """Averages the gradients over the processes."""
+        """Averages the gradients over the processes, and settles with them whether this step was the last."""
         parameters = (value for model in self._models() for value in model.parameters())
         gradients = [value.grad for value in parameters if value.grad is not None]
+        stopping = self.stopping
         if ranks > 1:
             # The clock and the wish to stop ride along: rate and end are the same in all processes.
             extra = torch.tensor([self.seconds, float(self.stopping)])
             flat = torch.cat([*(value.flatten() for value in gradients), extra])
             dist.all_reduce(flat)
             flat /= ranks
-            self.seconds, self.stopping = float(flat[-2]), bool(flat[-1] > 0)
+            self.seconds, stopping = float(flat[-2]), bool(flat[-1] > 0)
             shares = torch.split(flat[:-2], [value.numel() for value in gradients])
             for gradient, share in zip(gradients, shares, strict=True):
                 gradient.copy_(share.view_as(gradient))
+        # By what all know alike: one that goes on alone waits for the others' gradients for ever.
+        self.stopped = stopping
+        self.ended = stopping or self.seconds >= self.settings.minutes * 60
 
     @torch.no_grad()
     def _update_average(self) -> None:
@@ -312,7 +316,8 @@ class AutoencoderTrainer:
         """Trains until the settings' minutes are spent; appends a line to `curve.jsonl` every 20 steps."""
         last_save = clock = time.monotonic()
         recent: list[dict[str, float]] = []
-        while self.seconds < self.settings.minutes * 60 and not self.stopping:
+        self.ended = self.seconds >= self.settings.minutes * 60
+        while not self.ended:
             recent.append(self.train_step())
             now = time.monotonic()
             self.seconds += now - clock
@@ -380,7 +385,7 @@ def run_process(rank: int, job: Job, rendezvous: str) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, trainer.stop)
     trainer.run()
-    if rank == 0 and not trainer.stopping:
+    if rank == 0 and not trainer.stopped:
         trainer.export(job.out / "model")
         trainer.save()
         if job.into is not None:
