@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from accelerate import PartialState
 
 from clip_folders import write_clip
 from stableavatar.data.clips import FolderClip
@@ -84,3 +85,4 @@ def test_what_one_cannot_read_ends_all_alike(clips: Path) -> None:
 if __name__ == "__main__":
     told = look_into(Path(sys.argv[1]), sys.argv[2])
     (Path(sys.argv[3]) / f"{os.environ['RANK']}.json").write_text(json.dumps(told))
+    PartialState().destroy_process_group()
