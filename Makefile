@@ -27,6 +27,7 @@ START  ?=
 RECIPE  = recipes/tiny.yaml --set output=$(WORK) --set model.source=$(WORK)/encoders --set data.cache=$(WORK)/latents \
     --set 'data.puppets=[$(WORK)/puppets,$(WORK)/acted,$(WORK)/varied,$(WORK)/moving]' \
     $(if $(START),--set model.embedded.start=$(START)) $(if $(QUICK),--set trainer.steps=4 --set trainer.compile=false)
+# How the decoder is trained at the end (docs/decisions/0013-decoder-from-made-latents.md).
 DECODER = --image-steps 0 --detail-weight 150 --critic-share 0.15 --kernel-learning-rate 5e-4 \
     --learning-rate 2e-4
 # Photographs that `make evaluate-tiny` animates beside the astronaut.

@@ -7,19 +7,20 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from accelerate import PartialState
 
 from clip_folders import write_clip
 from stableavatar.data.clips import FolderClip
-from stableavatar.data.dataset import ClipDatasetSettings
+from stableavatar.data.dataset import ClipDatasetSettings, OnError
 from stableavatar.errors import InputError
 from stableavatar.training.recipes import DataChoice
 from stableavatar.training.start import open_clips
 
 
-def look_into(folder: Path, on_error: str) -> dict[str, object]:
+def look_into(folder: Path, on_error: OnError) -> dict[str, object]:
     """What this process has of the clips of a folder, and which of them it has looked into itself."""
     opened: list[str] = []
     real = FolderClip.open
@@ -28,25 +29,23 @@ def look_into(folder: Path, on_error: str) -> dict[str, object]:
         opened.append(clip.name)
         return real(clip)
 
-    FolderClip.open = counted  # type: ignore[method-assign, assignment]
-    settings = ClipDatasetSettings(frames=9, on_error=on_error, portrait=0.0)  # type: ignore[arg-type]
-    try:
-        dataset = open_clips(DataChoice(folders=(folder,), clips=settings))
-    except InputError as error:
-        return {"error": str(error), "opened": opened}
-    finally:
-        FolderClip.open = real  # type: ignore[method-assign]
-    names = [Path(clip.name).name for clip in dataset.clips]
+    settings = ClipDatasetSettings(frames=9, on_error=on_error, portrait=0.0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(FolderClip, "open", counted)
+        try:
+            dataset = open_clips(DataChoice(folders=(folder,), clips=settings))
+        except InputError as error:
+            return {"error": str(error), "opened": opened}
     return {
         "fingerprint": dataset.fingerprint,
-        "names": names,
+        "names": [Path(clip.name).name for clip in dataset.clips],
         "skipped": dataset.skipped,
         "groups": [str(group) for group in dataset.groups],
         "opened": opened,
     }
 
 
-def in_two_processes(folder: Path, on_error: str) -> list[dict[str, object]]:
+def in_two_processes(folder: Path, on_error: OnError) -> list[dict[str, object]]:
     out = folder.parent / "found"
     out.mkdir(exist_ok=True)
     subprocess.run(
@@ -83,6 +82,7 @@ def test_what_one_cannot_read_ends_all_alike(clips: Path) -> None:
 
 
 if __name__ == "__main__":
-    told = look_into(Path(sys.argv[1]), sys.argv[2])
+    (chosen,) = (one for one in get_args(OnError) if one == sys.argv[2])
+    told = look_into(Path(sys.argv[1]), chosen)
     (Path(sys.argv[3]) / f"{os.environ['RANK']}.json").write_text(json.dumps(told))
     PartialState().destroy_process_group()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -144,8 +145,7 @@ def test_a_long_clip_in_chunks_is_the_same_clip(puppets: Path, made: Path, tmp_p
                 )
     found, expected = chunks.train_step(), whole.train_step()
     assert found["squared"] == pytest.approx(expected["squared"], rel=2e-2)
-    zeros = MadeLatents(made, [ClipStore(puppets)])
-    assert zeros.frames == FRAMES
+    assert MadeLatents(made, [ClipStore(puppets)]).frames == FRAMES
 
 
 def test_two_processes_put_what_they_have_learned_into_the_model(
@@ -194,11 +194,18 @@ def test_a_trained_decoder_takes_the_place_of_a_models(tmp_path: Path) -> None:
     torch.testing.assert_close(pipeline.vae.decoder.conv_out.bias, trained.decoder.conv_out.bias.bfloat16())
     config = (tmp_path / "model" / "vae" / "config.json").read_text()
     assert "_name_or_path" not in config
-    with torch.no_grad():
-        trained.encoder.conv_in.weight *= 1.1
-    trained.save_pretrained(tmp_path / "other")
-    with pytest.raises(InputError, match="encodes frames otherwise"):
-        replace_autoencoder(tmp_path / "model", tmp_path / "other")
+    shift = [value + 0.1 for value in trained.config.latents_mean]
+    changes: list[Callable[[AutoencoderKLWan], object]] = [
+        lambda vae: vae.encoder.conv_in.weight.data.mul_(1.1),
+        lambda vae: vae.quant_conv.weight.data.mul_(1.1),
+        lambda vae: vae.register_to_config(latents_mean=shift),
+    ]
+    for number, change in enumerate(changes):
+        other = AutoencoderKLWan.from_pretrained(tmp_path / "decoder")
+        change(other)
+        other.save_pretrained(tmp_path / str(number))
+        with pytest.raises(InputError, match="encodes frames otherwise"):
+            replace_autoencoder(tmp_path / "model", tmp_path / str(number))
     with pytest.raises(InputError, match="is no model folder"):
         replace_autoencoder(tmp_path, tmp_path / "decoder")
 
