@@ -1,8 +1,11 @@
 """A worker makes what `generate` makes, also where several took turns at it."""
 
+import ctypes
 import json
+import os
 import signal
 import sqlite3
+import threading
 import time
 from collections.abc import Iterator
 from fractions import Fraction
@@ -291,6 +294,40 @@ def test_a_journal_that_cannot_be_read_is_begun_anew(
     assert found(jobs, job).state == "completed"
 
 
+@pytest.fixture
+def in_this_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Lets `run_worker` run here."""
+    monkeypatch.setattr(worker_module, "end_with_parent", lambda: None)
+    monkeypatch.setattr(worker_module.os, "nice", lambda _: 0)
+    before = [signal.getsignal(it) for it in (signal.SIGTERM, signal.SIGINT)]
+    yield
+    for name, handler in zip((signal.SIGTERM, signal.SIGINT), before, strict=True):
+        signal.signal(name, handler)
+
+
+@pytest.mark.usefixtures("in_this_process")
+def test_a_worker_moves_at_every_step_and_while_there_is_nothing_to_do(
+    jobs: JobStore, pipeline: AvatarPipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    moves, during, finish = ctypes.c_ulonglong(), list[int](), JobStore.finish
+
+    def end_soon(store: JobStore, *arguments: Any, **keywords: Any) -> None:
+        finish(store, *arguments, **keywords)
+        during.append(moves.value)
+        threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM)).start()
+
+    monkeypatch.setattr(ModelChoice, "load", lambda _: pipeline)
+    monkeypatch.setattr(worker_module, "_REPORT_SECONDS", 0)
+    monkeypatch.setattr(JobStore, "report", lambda *_, **__: during.append(moves.value))
+    monkeypatch.setattr(JobStore, "finish", end_soon)
+    job = add(jobs, steps=8)
+    run_worker("worker-0", jobs.folder, MODEL, moves)
+    assert found(jobs, job).state == "completed"
+    assert len(set(during)) >= 8
+    assert moves.value > during[-1] + 2  # it looked for another one meanwhile
+
+
+@pytest.mark.usefixtures("in_this_process")
 @pytest.mark.parametrize(
     ("error", "words"),
     [(torch.OutOfMemoryError("CUDA out of memory"), "too little memory"), (ValueError("a fault"), "a fault")],
@@ -306,15 +343,8 @@ def test_a_model_that_cannot_be_loaded_is_said_to_be_none(
         raise error
 
     monkeypatch.setattr(ModelChoice, "load", load)
-    monkeypatch.setattr(worker_module, "end_with_parent", lambda: None)
-    monkeypatch.setattr(worker_module.os, "nice", lambda _: 0)
-    before = [signal.getsignal(it) for it in (signal.SIGTERM, signal.SIGINT)]
-    try:
-        with pytest.raises(SystemExit) as ended:
-            run_worker("worker-0", jobs.folder, MODEL)
-    finally:
-        for name, handler in zip((signal.SIGTERM, signal.SIGINT), before, strict=True):
-            signal.signal(name, handler)
+    with pytest.raises(SystemExit) as ended:
+        run_worker("worker-0", jobs.folder, MODEL, ctypes.c_ulonglong())
     assert ended.value.code == NO_MODEL
     assert words in capsys.readouterr().err
 

@@ -158,6 +158,19 @@ def test_a_lost_worker_is_replaced_and_its_job_gone_on_with(
     assert any("was lost" in line for line in server.said)
 
 
+def test_a_worker_that_hangs_is_replaced_and_its_job_gone_on_with(
+    servers: Callable[..., Server], files: dict[str, bytes]
+) -> None:
+    server = servers("--hung-seconds", "30").wait_ready()  # more than another one needs to load its model
+    video = httpx.post(f"{server.url}/v1/videos", files=files, data=QUICK, timeout=60).json()["id"]
+    until(lambda: states(server)[video]["status"] == "in_progress")
+    (worker,) = [it for it in server.family() if it.nice() > psutil.Process(server.process.pid).nice()]
+    worker.suspend()  # as in a driver that never returns: SIGTERM does not end it
+    until(lambda: states(server)[video]["status"] == "completed", 180)
+    assert any("has not moved for 30 s" in line for line in server.said)
+    assert not worker.is_running()
+
+
 def test_stopping_keeps_what_is_there(
     servers: Callable[..., Server], files: dict[str, bytes], tmp_path: Path
 ) -> None:

@@ -26,6 +26,15 @@ DtypeOption = Annotated[Dtype, typer.Option(help="Of the weights.", rich_help_pa
 KeepDaysOption = Annotated[
     float, typer.Option(min=0, help="Finished videos are removed after so long; 0: never.")
 ]
+HungOption = Annotated[
+    float,
+    typer.Option(
+        "--hung-seconds",
+        min=0,
+        help="A worker that does not move for so long, a step or loading the model, is ended and started "
+        "again; 0: never.",
+    ),
+]
 VerboseOption = Annotated[
     int,
     typer.Option("--verbose", "-v", count=True, show_default=False, help="Say what is being done."),
@@ -83,6 +92,7 @@ def serve(
     checkpoint_every: Annotated[
         float, typer.Option(min=0, help="Seconds after which the state of a video is saved.")
     ] = 10.0,
+    hung_seconds: HungOption = 3600.0,
     verbose: VerboseOption = 0,
 ) -> None:
     """Make videos for other programs, by HTTP.
@@ -133,6 +143,7 @@ def serve(
         limits=limits,
         defaults=read_defaults(model, variant=variant, size=model_size),
         keep_seconds=_keep_seconds(keep_days),
+        hung_seconds=hung_seconds or None,
         verbosity=verbose,
     )
     server.serve(service, host, port, lambda url: _say(f"{url}/docs describes the server; Ctrl-C ends it."))
@@ -164,6 +175,7 @@ def app(
     ] = None,
     most_seconds: Annotated[float, typer.Option(help="Of a video.", rich_help_panel=_LIMITS)] = 3600.0,
     keep_days: KeepDaysOption = 0.0,
+    hung_seconds: HungOption = 3600.0,
     verbose: VerboseOption = 0,
 ) -> None:
     """Show a web page that makes videos, in English and Chinese.
@@ -188,6 +200,7 @@ def app(
         vocals=vocals or checkpoints / "Kim_Vocal_2.onnx",
         checkpoints=checkpoints,
         keep_seconds=_keep_seconds(keep_days),
+        hung_seconds=hung_seconds or None,
         verbosity=verbose,
     )
     web.run_page(service, host, port, lambda url: _say(f"Open {url}/ in a browser. Ctrl-C ends the page."))

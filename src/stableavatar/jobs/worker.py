@@ -1,5 +1,6 @@
 """A process that has a model and makes the videos of a store, one after the other."""
 
+import ctypes
 import json
 import logging
 import os
@@ -91,17 +92,27 @@ class ModelChoice:
         )
 
 
-def run_worker(name: str, folder: Path, model: ModelChoice, verbosity: int = 0) -> None:
+def run_worker(
+    name: str, folder: Path, model: ModelChoice, moves: ctypes.c_ulonglong, verbosity: int = 0
+) -> None:
     """The worker process: loads the model, then makes jobs until it is told to end (SIGTERM).
 
     A job that is being made is then given back, and another worker goes on with it; so it is when somebody
     wants to speak (`jobs.sessions`), and this worker goes on with it afterwards.
+
+    Args:
+        moves: shared with who looks after this process; counts up as long as this one moves.
     """
     end_with_parent()
-    ending = threading.Event()
+    told_to_end = threading.Event()
+
+    def ending() -> bool:
+        """Asked at every step of what is made, and while nothing is."""
+        moves.value += 1
+        return told_to_end.is_set()
 
     def end(_signal: int, _frame: FrameType | None) -> None:
-        ending.set()
+        told_to_end.set()
 
     signal.signal(signal.SIGTERM, end)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the server too, which says what is to end
@@ -127,21 +138,21 @@ def run_worker(name: str, folder: Path, model: ModelChoice, verbosity: int = 0) 
     spoke = float("-inf")  # when the last session ended
 
     def put_aside() -> bool:
-        return ending.is_set() or (time.monotonic() - spoke > _TURN_SECONDS and store.calls.claim(name))
+        return ending() or (time.monotonic() - spoke > _TURN_SECONDS and store.calls.claim(name))
 
     def take() -> Job | None:
         """The next job, none while the disk is full: it would break off at once."""
         return store.take(name, stopped_alone=store.free_bytes() < LEAST_ROOM)
 
-    while not ending.is_set():
+    while not ending():
         # Who speaks one time after the other leaves time for videos between.
         turn = time.monotonic() - spoke <= _TURN_SECONDS
         job = take() if turn else None
         if job is None and (request := store.calls.answer(name)) is not None:
-            speak(request, pipeline, ending.is_set)
+            speak(request, pipeline, ending)
             spoke = time.monotonic()
         elif (job := job or take()) is None:
-            ending.wait(_LOOK_SECONDS)
+            told_to_end.wait(_LOOK_SECONDS)
         elif not make(store, job, pipeline, model, put_aside):
             sys.exit(FAULTY)
 

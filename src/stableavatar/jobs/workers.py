@@ -1,5 +1,7 @@
-"""Worker processes that are there while a server runs: started, started again when one is lost, and ended."""
+"""Worker processes that are there while a server runs: started, started again when one is lost or hangs, and
+ended."""
 
+import ctypes
 import logging
 import sqlite3
 import threading
@@ -18,6 +20,9 @@ logger = logging.getLogger(__name__)
 _PAUSES = (0.0, 1.0, 5.0, 20.0, 60.0)
 _STEADY_SECONDS = 60.0
 _RETRY_SECONDS = 5.0
+_LOOK_SECONDS = 1.0
+# A step of any model takes less on a machine that is fit for it.
+HUNG_SECONDS = 3600.0
 
 
 class Workers:
@@ -25,10 +30,20 @@ class Workers:
 
     Args:
         models: of each worker; several with different devices use several GPUs.
+        hung_seconds: one that does not move for so long, as in a driver that never returns, is killed, which
+            is a crash like others; None: never.
     """
 
-    def __init__(self, store: JobStore, models: Sequence[ModelChoice], *, verbosity: int = 0) -> None:
+    def __init__(
+        self,
+        store: JobStore,
+        models: Sequence[ModelChoice],
+        *,
+        hung_seconds: float | None = HUNG_SECONDS,
+        verbosity: int = 0,
+    ) -> None:
         self.store = store
+        self.hung_seconds = hung_seconds
         self._verbosity = verbosity
         self._ending = threading.Event()
         self._keepers = [_Keeper(self, f"worker-{number}", model) for number, model in enumerate(models)]
@@ -118,16 +133,31 @@ class _Keeper:
 
     def _run(self) -> int | None:
         """One worker, from its start to its end; its exit status."""
-        self.process = get_context("spawn").Process(
+        context = get_context("spawn")
+        moves = context.Value("Q", 0, lock=False)
+        self.process = context.Process(
             target=run_worker,
-            args=(self._name, self._workers.store.folder, self._model, self._workers.verbosity),
+            args=(self._name, self._workers.store.folder, self._model, moves, self._workers.verbosity),
             name=self._name,
         )
         self.process.start()
         if self._workers.ending.is_set():  # asked to end while it was started
             self.process.terminate()
-        self.process.join()
+        self._watch(self.process, moves)
         return self.process.exitcode
+
+    def _watch(self, process: SpawnProcess, moves: "ctypes.c_ulonglong") -> None:
+        """Until it ends, by itself or for want of moving."""
+        hung, seen, still = self._workers.hung_seconds, moves.value, 0.0
+        while process.is_alive():
+            process.join(_LOOK_SECONDS)
+            # Not by the clock: where all are suspended together, none hangs.
+            still = still + _LOOK_SECONDS if moves.value == seen else 0.0
+            seen = moves.value
+            if hung is not None and still >= hung:
+                logger.error("%s has not moved for %g s: it is killed", self._name, hung)
+                process.kill()
+                process.join()
 
     def _settle(self, *, crashed: bool) -> bool:
         """Say in the store that the worker is gone; its disk may be full, and have room again later. Whether

@@ -25,7 +25,7 @@ from stableavatar.jobs.intake import FileChecker, Limits
 from stableavatar.jobs.sessions import SessionLine
 from stableavatar.jobs.store import JobStore
 from stableavatar.jobs.worker import ModelChoice
-from stableavatar.jobs.workers import Workers
+from stableavatar.jobs.workers import HUNG_SECONDS, Workers
 from stableavatar.options import SamplingDefaults
 
 logger = logging.getLogger(__name__)
@@ -47,6 +47,7 @@ class Service:
         defaults: the settings of that model, where they are known: what it cannot make is refused at once.
         keep_seconds: finished videos are removed after so long; None: never.
         save_seconds: what workers have to save what they are making, when the server ends.
+        hung_seconds: see `jobs.workers.Workers`.
     """
 
     folder: Path
@@ -56,6 +57,7 @@ class Service:
     defaults: SamplingDefaults | None = None
     keep_seconds: float | None = None
     save_seconds: float = 60.0
+    hung_seconds: float | None = HUNG_SECONDS
     verbosity: int = 0
 
     @property
@@ -133,7 +135,9 @@ def serve(service: Service, host: str, port: int, announce: Callable[[str], None
     with contextlib.closing(store.own()):
         listener, url = listen(host, port)
         announce(url)
-        workers = Workers(store, service.models, verbosity=service.verbosity)
+        workers = Workers(
+            store, service.models, hung_seconds=service.hung_seconds, verbosity=service.verbosity
+        )
         app = create_app(service, store)
         keep_temporary_files(store)  # after the line for sessions, whose name in a folder has to be short
         run_with_workers(

@@ -16,7 +16,7 @@ from stableavatar.checkpoints.defaults import read_defaults
 from stableavatar.jobs.intake import FileChecker, Limits
 from stableavatar.jobs.store import JobStore
 from stableavatar.jobs.worker import ModelChoice
-from stableavatar.jobs.workers import Workers
+from stableavatar.jobs.workers import HUNG_SECONDS, Workers
 
 # What was asked for and has no video shows in no gallery: nobody can remove it.
 _FORGET_SECONDS = 3600.0
@@ -33,6 +33,7 @@ class PageService:
     checkpoints: Path = Path("checkpoints")
     keep_seconds: float | None = None
     save_seconds: float = 60.0
+    hung_seconds: float | None = HUNG_SECONDS
     verbosity: int = 0
 
 
@@ -74,7 +75,7 @@ def run_page(service: PageService, host: str, port: int, announce: Callable[[str
         announce(url)
         run_with_workers(
             create_page(studio),
-            Workers(store, [model], verbosity=service.verbosity),
+            Workers(store, [model], hung_seconds=service.hung_seconds, verbosity=service.verbosity),
             listener=listener,
             save_seconds=service.save_seconds,
             keep_seconds=service.keep_seconds,
