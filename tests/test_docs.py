@@ -7,14 +7,17 @@ import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+import reference_tables
 from command_line import run
 from documents import Block, blocks, commands, parse, reader
 from method_figures import FIGURES
 from method_figures import FOLDER as METHOD
+from reference_tables import of_commands, of_recipes
 from stableavatar.evaluation import cases
 from stableavatar.training.recipes import load_recipe
 from stableavatar.training.tiny import autoencoder, made_latents
@@ -62,6 +65,24 @@ def test_commands_are_known(page: Path) -> None:
 def test_files_that_are_linked_exist(page: Path) -> None:
     for link in re.findall(r"\]\(([^)#\s]+)\)", page.read_text(encoding="utf-8")):
         assert link.startswith("https://") or (page.parent / link).exists(), link
+
+
+@pytest.mark.parametrize(
+    ("page", "table"),
+    [(reference_tables.OF_COMMANDS, of_commands), (reference_tables.OF_RECIPES, of_recipes)],
+    ids=["commands", "recipes"],
+)
+def test_tables_are_of_what_is_there(page: Path, table: Callable[[], str]) -> None:
+    """`python tests/reference_tables.py` writes them."""
+    _, start, rest = page.read_text(encoding="utf-8").partition(reference_tables.START)
+    assert start
+    assert rest.partition(reference_tables.END)[0].strip() == table()
+
+
+def test_every_option_and_key_says_what_it_is() -> None:
+    rows = [line for line in (of_commands() + of_recipes()).splitlines() if line.startswith("| `")]
+    assert len(rows) > 150
+    assert not [row for row in rows if row.endswith("|  |") or row.count(" | ") != 3]
 
 
 def test_there_are_commands() -> None:

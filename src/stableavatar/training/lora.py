@@ -23,7 +23,8 @@ class LoraSettings:
     """Which layers get factors, and how large they are.
 
     Attributes:
-        rank: of the factors. alpha: what they add is multiplied by alpha / rank; None: the rank.
+        rank: of the factors.
+        alpha: what they add is multiplied by alpha / rank; None: the rank.
         targets: ends of the names of linear layers. The default is all that read the video, the prompt, the
             portrait or the speech in blocks and audio adapter.
     """

@@ -26,9 +26,11 @@ class ObjectiveSettings:
 
     Attributes:
         shift: shift of the training sigmas (1: not shifted, towards clean video; larger: towards noise).
-        timesteps: how the place among the 1000 shifted sigmas is drawn: `uniform`; `logit-normal` (mean
-            `logit_mean`, deviation `logit_std`) and `mode` (`mode_scale`) as in Stable Diffusion 3 (arXiv
-            2403.03206, section 3.1).
+        timesteps: how the place among the 1000 shifted sigmas is drawn: `uniform`; `logit-normal` and `mode`
+            as in Stable Diffusion 3 (arXiv 2403.03206, section 3.1).
+        logit_mean: of `logit-normal`.
+        logit_std: of `logit-normal`, its standard deviation.
+        mode_scale: of `mode`.
         mask_loss: `drawn`: one draw a batch (of each process, and each piece of accumulation) chooses between
             the three weights of `mask_weight`; `expected`: their expectation in every batch, the same
             gradient on average with less noise; `none`: every latent counts the same.

@@ -25,8 +25,8 @@ class ClipSettings:
 
     Attributes:
         norm: the limit.
-        start_ratio: at the first step the limit is so many times as high; it falls linearly to `norm` over
-            `start_steps`.
+        start_ratio: at the first step the limit is so many times as high, and falls linearly.
+        start_steps: after which it has come down to `norm`.
         abnormal_ratio: after that, a norm of more than so many times the limit lowers the limit for its step
             by as much as it lies above, to a tenth at most; None: never.
     """
@@ -66,9 +66,13 @@ class OptimizerSettings:
         kind: `adamw`; `adamw-8bit`, whose moments take a quarter of the memory (torchao); or `muon`,
             orthogonal momentum for the matrices of blocks and AdamW for the rest.
         learning_rate: reached after `warmup_steps`.
-        betas, weight_decay, epsilon: of AdamW.
-        schedule: what becomes of the rate then: `constant`, or `linear` or `cosine` towards 0 over the last
-            `decay_steps` of the run; None: over all that follow the warm-up.
+        betas: of AdamW, for the means of the gradient and of its square.
+        weight_decay: of AdamW.
+        epsilon: of AdamW.
+        warmup_steps: over which the rate rises from 0.
+        schedule: what becomes of the rate then: `constant`, or `linear` or `cosine` towards 0.
+        decay_steps: the last ones of the run, over which it falls; None: all that follow the warm-up.
+        clip: to which norm gradients are cut.
     """
 
     __pydantic_config__: ClassVar = {"extra": "forbid"}

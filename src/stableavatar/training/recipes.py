@@ -35,7 +35,8 @@ class EmbeddedModel:
     """The small model that ships in the package: transformer, prompt and portrait encoder, trained together.
 
     Attributes:
-        heads: of 64 channels each. layers: blocks of the transformer.
+        heads: of 64 channels each.
+        layers: blocks of the transformer.
         start: a folder with a `transformer`, `text_encoder` and `image_encoder` of these sizes to go on from,
             of which the transformer may know fewer latent channels; None: from scratch.
     """
@@ -57,7 +58,7 @@ class ModelChoice:
 
     Attributes:
         source: a folder: the published checkpoints, or this project's own; `tiny` is the embedded model.
-        size: of the published checkpoints.
+        size: of the published checkpoints, in parameters.
         variant: the published transformer that the training goes on from; None: the base video model, whose
             audio adapter starts anew.
         transformer: a transformer's file or folder to go on from, such as a training's export, in the
@@ -65,7 +66,8 @@ class ModelChoice:
         embedded: train a small model of these sizes instead; of `source` only `vae`, `speech_encoder` and,
             where there is one, `text_encoder` are taken, which stay as they are.
         dtype: of the weights; those that are trained need float32, those beside a LoRA do not.
-        encoder_dtype: of the frozen encoders. offload_encoders: keep them in main memory between uses.
+        encoder_dtype: of the frozen encoders.
+        offload_encoders: keep them in main memory between uses.
     """
 
     __pydantic_config__: ClassVar = _FORBID
@@ -93,7 +95,8 @@ class DataChoice:
     """Clips by path lists and folders, or a cache of what the encoders made of them.
 
     Attributes:
-        lists: files with a clip folder a line. folders: below which every clip folder is taken.
+        lists: files with a clip folder a line.
+        folders: below which every clip folder is taken.
         puppets: stores of rendered clips (`python -m stableavatar.data.puppets store`).
         cache: made by `stableavatar cache-latents`; clips and encoders are then not read.
         clips: how samples are drawn.
@@ -131,7 +134,14 @@ class DataChoice:
 
 @dataclass(frozen=True)
 class ValidationCase:
-    """A portrait that says a recording, or its first `seconds`."""
+    """A portrait that says a recording.
+
+    Attributes:
+        portrait: the picture's file.
+        speech: the recording's.
+        prompt: what is to be seen.
+        seconds: of the recording, from its beginning; None: all of it.
+    """
 
     __pydantic_config__: ClassVar = _FORBID
 
@@ -146,7 +156,8 @@ class ValidationSettings:
     """Videos that the model as it stands makes every `trainer.callback_every` steps.
 
     Attributes:
-        cases: what they say. options: of `generate` (`steps`, `width`, ...), which its checks hold for.
+        cases: who says what.
+        options: of `generate` (`steps`, `width`, ...), which its checks hold for.
     """
 
     __pydantic_config__: ClassVar = _FORBID
@@ -161,6 +172,12 @@ class Recipe:
 
     Attributes:
         output: folder for checkpoints, log, validation videos and the result.
+        trainer: how the loop runs.
+        data: what is trained on.
+        model: what is trained, and from where it starts.
+        objective: what the loss is made of.
+        lora: train factors beside frozen weights; None: train the weights.
+        validation: videos made on the way; None: none.
     """
 
     __pydantic_config__: ClassVar = _FORBID

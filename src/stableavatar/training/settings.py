@@ -17,8 +17,11 @@ class TrainerSettings:
 
     Attributes:
         steps: optimizer steps at which the run is over.
-        batch_size: clips a process and micro-step; `accumulation` micro-steps make an optimizer step.
-        ema_decay: of the moving average of the weights; 0 keeps none.
+        seed: of the order of the clips, of the noise and of what is dropped.
+        batch_size: clips a process and micro-step.
+        accumulation: micro-steps that make an optimizer step.
+        optimizer: which one, its rate and its limits.
+        ema_decay: of the moving average of the weights, which is then the result; 0 keeps none.
         precision: `bf16` runs the forward pass in autocast, and Muon multiplies in it; weights and what an
             optimizer keeps stay float32. `fp32` is for processors that have no instructions for bfloat16.
         gradient_checkpointing: recompute activations in the backward pass, for memory.
@@ -27,10 +30,11 @@ class TrainerSettings:
         sharding: `fsdp2` spreads parameters, gradients and optimizer over the processes; `none` leaves that
             to what `accelerate launch` was told.
         minutes: stop (with a checkpoint) after so much time in this call; None: no limit.
-        checkpoint_every: steps between checkpoints, of which the last `keep_checkpoints` stay.
+        checkpoint_every: steps between checkpoints.
+        keep_checkpoints: so many of the last ones stay, the others are removed.
         log_every: steps between lines of the log.
         trackers: who gets the log's lines beside the file, in the folder `trackers`.
-        callback_every: steps between calls of the callbacks.
+        callback_every: steps between validation videos (from Python: between calls of the callbacks).
         max_bad_steps: so many steps in a row with a loss or gradient that is not finite end the run; each is
             skipped and counted.
         workers: processes that read samples; 0 reads in the loop.
