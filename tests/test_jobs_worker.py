@@ -18,14 +18,12 @@ import pytest
 import torch
 
 from command_line import toy_model
-from serving import until
 from stableavatar import load
-from stableavatar.errors import CheckpointError, InputError, StorageError
+from stableavatar.errors import InputError, StorageError
 from stableavatar.jobs import worker as worker_module
 from stableavatar.jobs.job import Job
 from stableavatar.jobs.store import LEAST_ROOM, JobStore, NoRoomError
-from stableavatar.jobs.worker import FAULT, FAULTY, NO_MODEL, TOO_LITTLE_MEMORY, ModelChoice, make, run_worker
-from stableavatar.jobs.workers import Workers, _Keeper
+from stableavatar.jobs.worker import FAULT, NO_MODEL, TOO_LITTLE_MEMORY, ModelChoice, make, run_worker
 from stableavatar.journal import Journal, SavedState
 from stableavatar.media.audio import Sound
 from stableavatar.media.following import follow
@@ -349,55 +347,57 @@ def test_a_model_that_cannot_be_loaded_is_said_to_be_none(
     assert words in capsys.readouterr().err
 
 
-def test_a_worker_that_cannot_load_its_model_again_is_tried_again(
-    jobs: JobStore, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("fails", ["should_stop", "claim"])
+def test_a_table_that_cannot_be_read_for_a_moment_fails_no_video(
+    jobs: JobStore, pipeline: AvatarPipeline, monkeypatch: pytest.MonkeyPatch, fails: str
 ) -> None:
-    ends = iter([FAULTY, NO_MODEL, NO_MODEL, 0])
+    job = add(jobs, steps=4)
+    taken = jobs.take("worker-0")
+    assert taken is not None
+    should_stop = jobs.should_stop
+    asked: list[str] = []
 
-    def run(keeper: _Keeper) -> int:
-        status = next(ends)
-        if status == FAULTY:
-            jobs.worker_ready("worker-0")
-        if status == 0:
-            workers.ending.set()
-        return status
+    def locked(*_: str) -> bool:
+        asked.append(fails)
+        if len(asked) < 3:
+            raise sqlite3.OperationalError("database is locked")
+        return should_stop(job.id)
 
-    monkeypatch.setattr("stableavatar.jobs.workers._PAUSES", (0.0,))
-    monkeypatch.setattr(_Keeper, "_run", run)
-    workers = Workers(jobs, [MODEL])
-    workers.start()
-    assert workers.ending.wait(20)
-    assert workers._keepers[0].no_model.is_set() is False
+    if fails == "should_stop":
+        monkeypatch.setattr(jobs, "should_stop", locked)
+        make(jobs, taken, pipeline, MODEL)
+    else:
+        make(jobs, taken, pipeline, MODEL, locked)
+    assert len(asked) >= 3
+    assert found(jobs, job).state == "completed"
 
 
-def test_a_server_ends_only_where_no_worker_can_load_its_model(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.usefixtures("in_this_process")
+def test_videos_have_as_long_as_a_session_took(
+    jobs: JobStore, pipeline: AvatarPipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One whose device another program has is started again."""
-    busy = {"worker-0", "worker-1"}
+    """Who speaks one time after the other does not keep them from being made."""
+    order: list[str] = []
 
-    def run(keeper: _Keeper) -> int:
-        if keeper._name in busy:
-            time.sleep(0.01)
-            return NO_MODEL
-        until(lambda: any(it.no_model.is_set() for it in workers._keepers))
-        time.sleep(0.3)  # the server has seen that by now
-        store.worker_ready(keeper._name)
-        keeper._workers.ending.wait(60)
-        return 0
+    def speak(*_: Any) -> None:
+        order.append("session")
+        time.sleep(1.0)
+        if order.count("session") == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr("stableavatar.jobs.workers._PAUSES", (0.0,))
-    monkeypatch.setattr(_Keeper, "_run", run)
-    for able in ("", "worker-1", "worker-0"):
-        store = JobStore(tmp_path / (able or "none"))
-        busy = {"worker-0", "worker-1"} - {able}
-        workers = Workers(store, [MODEL, MODEL])
-        workers.start()
-        if able:
-            assert workers.wait(20)
-            busy.clear()  # the device is free again
-            until(lambda store=store: store.workers_ready() == 2)
-        else:
-            with pytest.raises(CheckpointError):
-                workers.wait(20)
-        workers.stop(20)
+    def made(*_: Any, **__: Any) -> bool:
+        order.append("video")
+        time.sleep(0.3)
+        return True
+
+    monkeypatch.setattr(ModelChoice, "load", lambda _: pipeline)
+    monkeypatch.setattr(worker_module, "_TURN_SECONDS", 0.1)
+    monkeypatch.setattr(worker_module, "speak", speak)
+    monkeypatch.setattr(worker_module, "make", made)
+    for _ in range(4):
+        add(jobs)
+    for number in range(2):
+        jobs.calls.call(f"session-{number}", {})
+    run_worker("worker-0", jobs.folder, MODEL, ctypes.c_ulonglong())
+    assert order[0] == order[-1] == "session"
+    assert order.count("video") >= 2  # of three tenths of a second

@@ -13,6 +13,7 @@ import os
 import secrets
 import shutil
 import socket
+import sqlite3
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -135,9 +136,14 @@ class Session:
 
     def close(self) -> None:
         """Hang up: a worker in the middle of the video stops, and who waits in `receive` need not wait on."""
-        self._hang_up()
         with self._changed:
             self._closed = True
+        try:
+            self._close_line()
+        finally:
+            self._hang_up()
+
+    def _close_line(self) -> None:
         self.end_speech()
         if self._connection is None:
             with contextlib.suppress(OSError):  # of what the disk had no room for
@@ -176,8 +182,11 @@ class SessionLine:
 
         def hang_up() -> None:
             self._waiting.pop(session_id, None)
-            self._store.calls.hang_up(session_id)
             shutil.rmtree(folder, ignore_errors=True)
+            try:
+                self._store.calls.hang_up(session_id)
+            except sqlite3.Error as error:  # a worker that still answers finds nobody
+                logger.warning("%s: %s", session_id, error)
 
         spool = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 (the session closes it)
         session = Session(hang_up, spool, round(most_seconds * rate) * 2)

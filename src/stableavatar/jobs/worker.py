@@ -39,7 +39,7 @@ NO_MODEL = 2
 # Of one that met a fault which may be its own or its device's: the next one starts anew.
 FAULTY = 3
 _LOOK_SECONDS = 0.1
-# What videos have after a session, whoever speaks next.
+# What videos have after a session at least, whoever speaks next; as long as it took where that is more.
 _TURN_SECONDS = 20.0
 _REPORT_SECONDS = 0.25
 # Below the server, which has to answer while videos are made.
@@ -135,10 +135,10 @@ def run_worker(
     store = JobStore(folder)
     store.worker_ready(name)
     pipeline.origin = model.told()
-    spoke = float("-inf")  # when the last session ended
+    turn_ends = float("-inf")  # of the videos, after a session
 
     def put_aside() -> bool:
-        return ending() or (time.monotonic() - spoke > _TURN_SECONDS and store.calls.claim(name))
+        return ending() or (time.monotonic() > turn_ends and store.calls.claim(name))
 
     def take() -> Job | None:
         """The next job, none while the disk is full: it would break off at once."""
@@ -146,11 +146,12 @@ def run_worker(
 
     while not ending():
         # Who speaks one time after the other leaves time for videos between.
-        turn = time.monotonic() - spoke <= _TURN_SECONDS
-        job = take() if turn else None
+        job = take() if time.monotonic() <= turn_ends else None
         if job is None and (request := store.calls.answer(name)) is not None:
+            began = time.monotonic()
             speak(request, pipeline, ending)
-            spoke = time.monotonic()
+            ended = time.monotonic()
+            turn_ends = ended + max(_TURN_SECONDS, ended - began)
         elif (job := job or take()) is None:
             told_to_end.wait(_LOOK_SECONDS)
         elif not make(store, job, pipeline, model, put_aside):
@@ -232,6 +233,13 @@ def _generate(
             with suppress(sqlite3.Error):  # the disk may be full: the video is not lost for that
                 store.report(job.id, asdict(progress), begins=begins)
 
+    def stop() -> bool:
+        try:
+            return ending() or store.should_stop(job.id)
+        except sqlite3.Error as error:  # such as another's long transaction: asked again at the next step
+            logger.warning("%s: %s", job.id, error)
+            return False
+
     def generate(resume: bool) -> "GeneratedVideo":
         return pipeline.generate(
             job.portrait,
@@ -239,7 +247,7 @@ def _generate(
             job.output,
             output_options=OutputOptions(quality=quality, checkpoint_every=model.checkpoint_every),
             resume=resume,
-            stop=lambda: ending() or store.should_stop(job.id),
+            stop=stop,
             progress=report,
             **options,
         )

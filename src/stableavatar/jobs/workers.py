@@ -21,6 +21,8 @@ _PAUSES = (0.0, 1.0, 5.0, 20.0, 60.0)
 _STEADY_SECONDS = 60.0
 _RETRY_SECONDS = 5.0
 _LOOK_SECONDS = 1.0
+# What is killed and has not ended after this waits within the system, where nothing reaches it.
+_DYING_SECONDS = 20.0
 # A step of any model takes less on a machine that is fit for it.
 HUNG_SECONDS = 3600.0
 
@@ -90,7 +92,7 @@ class Workers:
         for process in self.processes():
             process.kill()
         for keeper in self._keepers:
-            keeper.thread.join()
+            keeper.thread.join(2 * _DYING_SECONDS)
 
     @property
     def ending(self) -> threading.Event:
@@ -119,7 +121,11 @@ class _Keeper:
         ending = self._workers.ending
         while not ending.wait(_PAUSES[min(losses, len(_PAUSES) - 1)]):
             began = time.monotonic()
-            status = self._run()
+            try:
+                status = self._run()
+            except OSError as error:  # such as too little memory for another process
+                logger.error("%s cannot be started (%s)", self._name, error)
+                status = None
             loaded |= self._settle(crashed=not ending.is_set() and status not in (FAULTY, NO_MODEL))
             if ending.is_set():
                 return
@@ -157,7 +163,10 @@ class _Keeper:
             if hung is not None and still >= hung:
                 logger.error("%s has not moved for %g s: it is killed", self._name, hung)
                 process.kill()
-                process.join()
+                process.join(_DYING_SECONDS)
+                if process.is_alive():
+                    logger.error("%s does not end; another one takes its place", self._name)
+                return
 
     def _settle(self, *, crashed: bool) -> bool:
         """Say in the store that the worker is gone; its disk may be full, and have room again later. Whether

@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import sqlite3
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -104,7 +105,7 @@ def create_app(service: Service, store: JobStore) -> FastAPI:
     app.state.checker = checker
     app.state.line = line
     app.state.speaking = set()
-    app.state.unknown = 0
+    app.state.beginning = Counter()
     app.state.metrics = Metrics(store)
     app.include_router(videos.router)
     app.include_router(speaking.router)

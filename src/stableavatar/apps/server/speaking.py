@@ -33,10 +33,13 @@ from stableavatar.options import GenerateOptions
 # Without a word, or without taking what is sent, a session ends.
 _SILENT_SECONDS = 60.0
 _PATIENCE_SECONDS = 60.0  # until a worker is free: one that makes a video has to save it first
-# Of a message: a portrait in base64 at most. Where the key is in it, it is read before it is known whose it
-# is: of few at a time.
+# Of a message: a portrait in base64 at most. Of one owner few are read at a time; and of all whose key is in
+# that message few, and for a shorter time, for anybody could send them.
 MOST_MESSAGE = 16 * 2**20
-_MOST_UNKNOWN = 16
+_MOST_BEGINNING, _MOST_UNKNOWN = 4, 16
+_UNKNOWN_SECONDS = 10.0
+# Browsers cannot send a header, but name protocols: ["stableavatar", "key.KEY"].
+_PROTOCOL, _KEY_PROTOCOL = "stableavatar", "key."
 # Than the speech that is taken at most, a session may last, whether or not anything is said.
 _LONGER_SECONDS = 120.0
 _POLICY_VIOLATION, _SERVER_FAULT, _TRY_AGAIN = 1008, 1011, 1013
@@ -50,7 +53,7 @@ class Start(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     type: Literal["start"]
-    api_key: str | None = Field(None, description="For browsers, which cannot send a header.")
+    api_key: str | None = Field(None, description="For who can send neither a header nor a protocol.")
     portrait: str | None = Field(None, description="A picture, in base64.")
     portrait_from: str | None = Field(None, pattern=VIDEO_ID, description="A video of yours: its portrait.")
     sample_rate: int = Field(16_000, ge=8000, le=48_000, description="Samples a second of the speech.")
@@ -65,7 +68,7 @@ class Start(BaseModel):
 async def speak(socket: WebSocket) -> None:
     """A session, from its start to its end."""
     metrics: Metrics = socket.app.state.metrics
-    await socket.accept()
+    await socket.accept(_PROTOCOL if _PROTOCOL in socket.scope["subprotocols"] else None)
     try:
         session, owner = await _begin(socket)
     except ApiError as error:
@@ -125,10 +128,9 @@ async def _begin(socket: WebSocket) -> tuple[Session, str]:
         raise ApiError(400, _first(error), code="bad_start") from error
     except TimeoutError:
         raise ApiError(400, "nothing was sent", code="bad_start") from None
-    owner = owner_of_key(state.keys, start.api_key or bearer_of(socket))
+    owner = owner_of_key(state.keys, start.api_key or _key_of(socket))
     options, quality = _options(start.options, state.limits)
-    if owner in _sessions(socket):
-        raise ApiError(429, "you are speaking already: end that session first", code="one_session")
+    _check_silent(socket, owner)
     store: JobStore = state.store
     folder: Path | None = None
     _sessions(socket).add(owner)
@@ -154,17 +156,37 @@ async def _begin(socket: WebSocket) -> tuple[Session, str]:
 
 
 async def _first_message(socket: WebSocket) -> str:
-    """What the client says first. Raises ApiError: many whom nobody knows are about to say something."""
+    """What the client says first. Raises ApiError: as many of this owner, or of whom nobody knows, are about
+    to say something."""
     state = socket.app.state
-    if state.keys.owner(bearer_of(socket)) is not None:
-        return await asyncio.wait_for(socket.receive_text(), _SILENT_SECONDS)
-    if state.unknown >= _MOST_UNKNOWN:
+    owner = state.keys.owner(_key_of(socket))
+    if owner is not None:
+        _check_silent(socket, owner)
+    most = _MOST_UNKNOWN if owner is None else _MOST_BEGINNING
+    if state.beginning[owner] >= most:
         raise ApiError(429, "many sessions are beginning: try again in a moment", code="busy")
-    state.unknown += 1
+    state.beginning[owner] += 1
     try:
-        return await asyncio.wait_for(socket.receive_text(), _SILENT_SECONDS)
+        seconds = _UNKNOWN_SECONDS if owner is None else _SILENT_SECONDS
+        return await asyncio.wait_for(socket.receive_text(), seconds)
     finally:
-        state.unknown -= 1
+        state.beginning[owner] -= 1
+        if not state.beginning[owner]:
+            del state.beginning[owner]
+
+
+def _key_of(socket: WebSocket) -> str | None:
+    """The key that a session bears, as a header or, from a browser, as a protocol."""
+    for protocol in socket.scope["subprotocols"]:
+        if protocol.startswith(_KEY_PROTOCOL):
+            return str(protocol.removeprefix(_KEY_PROTOCOL))
+    return bearer_of(socket)
+
+
+def _check_silent(socket: WebSocket, owner: str) -> None:
+    """Raise ApiError where this owner speaks already."""
+    if owner in _sessions(socket):
+        raise ApiError(429, "you are speaking already: end that session first", code="one_session")
 
 
 # Not to be chosen: speech begins when it comes, and in another order all of it would have to be waited for.
@@ -174,12 +196,15 @@ _CHOSEN = tuple(name for name in OPTIONS if name not in ("start", "duration"))
 async def _hear(socket: WebSocket, session: Session) -> None:
     """Speech from the client to the worker, until it says that there is no more. Raises ApiError: what it
     sends is no speech, or there is no room for it."""
+    clock = asyncio.get_running_loop().time
+    silent = clock() + _SILENT_SECONDS
     while True:
         waiting = not session.answered  # the client may wait for the word that it may speak
         try:
-            message = await asyncio.wait_for(socket.receive(), _SILENT_SECONDS)
+            message = await asyncio.wait_for(socket.receive(), max(silent - clock(), 0.0))
         except TimeoutError:
             if waiting:
+                silent = clock() + _SILENT_SECONDS
                 continue
             break
         if message["type"] == "websocket.disconnect":
@@ -188,6 +213,9 @@ async def _hear(socket: WebSocket, session: Session) -> None:
         if samples is None:
             _check_end(message.get("text") or "")
             break
+        if not samples:  # no word
+            continue
+        silent = clock() + _SILENT_SECONDS
         try:
             await anyio.to_thread.run_sync(session.say, samples)
         except OSError as error:
