@@ -12,6 +12,7 @@ from command_line import portrait, speech
 from stableavatar.apps.server.access import Keys
 from stableavatar.apps.server.app import Service, create_app
 from stableavatar.jobs.intake import Limits
+from stableavatar.jobs.quotas import Quotas
 from stableavatar.jobs.store import JobStore
 from stableavatar.jobs.worker import ModelChoice, make
 from stableavatar.pipeline import AvatarPipeline
@@ -19,7 +20,7 @@ from stableavatar.pipeline import AvatarPipeline
 ANN, BOB = "ann-has-a-long-key", "bob-has-another-one"
 MODEL = ModelChoice("toy", name="toy", checkpoint_every=0)
 QUICK = {"steps": "1", "text_scale": "1", "audio_scale": "1", "size": "32x32"}
-LIMITS = Limits(upload_bytes=300_000, seconds=2.0, portrait_pixels=1_000_000, waiting=6, waiting_each=4)
+LIMITS = Limits(upload_bytes=300_000, seconds=2.0, portrait_pixels=1_000_000, quotas=Quotas(6, 4))
 
 
 def files_to_send(folder: Path) -> dict[str, bytes]:

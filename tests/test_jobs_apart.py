@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from stableavatar.errors import InputError
+from stableavatar.errors import InputError, StoppedError
 from stableavatar.jobs.apart import BrokenFileError, run_apart
 
 
@@ -37,6 +37,13 @@ def test_what_breaks_it_or_keeps_it_busy_ends_it_alone() -> None:
     began = time.monotonic()
     with pytest.raises(BrokenFileError, match="more than 1 s"):
         run_apart(time.sleep, 600, seconds=1)
+    assert time.monotonic() - began < 60
+
+
+def test_it_is_given_up_where_somebody_says_so() -> None:
+    began = time.monotonic()
+    with pytest.raises(StoppedError):
+        run_apart(time.sleep, 600, seconds=600, stop=lambda: time.monotonic() - began > 1)
     assert time.monotonic() - began < 60
 
 

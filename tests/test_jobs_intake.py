@@ -22,6 +22,7 @@ from stableavatar.jobs.intake import (
     look_at_files,
     without_folder,
 )
+from stableavatar.jobs.quotas import Quotas
 from stableavatar.options import GenerateOptions, SamplingDefaults
 
 
@@ -137,7 +138,7 @@ def test_owners_take_turns_at_being_looked_at_too() -> None:
 
 
 def test_one_owner_has_so_many_files_looked_at_and_leaves_room_for_others() -> None:
-    checker = FileChecker(Limits(waiting_each=2))
+    checker = FileChecker(Limits(quotas=Quotas(waiting_each=2)))
     with checker.asking("ann"), checker.asking("ann"):
         with pytest.raises(BusyError, match="of yours"), checker.asking("ann"):
             pass

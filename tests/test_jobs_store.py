@@ -9,14 +9,15 @@ import numpy as np
 import pytest
 
 from stableavatar.errors import InputError
-from stableavatar.jobs.store import MOST_CRASHES, MOST_KILLS, JobStore, QueueFullError
+from stableavatar.jobs.quotas import QueueFullError, Quotas
+from stableavatar.jobs.store import MOST_CRASHES, MOST_KILLS, JobStore
 from stableavatar.unfinished import journal_folder
 from stored_jobs import add, found
 
 
 @pytest.fixture
 def jobs(tmp_path: Path) -> JobStore:
-    return JobStore(tmp_path / "jobs", most_waiting=8, most_waiting_each=4)
+    return JobStore(tmp_path / "jobs", Quotas(8, 4))
 
 
 def test_a_job_is_kept_and_found_by_its_owner_alone(jobs: JobStore) -> None:
@@ -85,7 +86,7 @@ def test_what_was_interrupted_comes_first(jobs: JobStore) -> None:
 @pytest.mark.parametrize("seed", range(3))
 def test_places_are_the_order_in_which_jobs_are_taken(tmp_path: Path, seed: int) -> None:
     """Whoever waits, also where some were begun before and given back."""
-    jobs = JobStore(tmp_path / "jobs", most_waiting=99, most_waiting_each=99)
+    jobs = JobStore(tmp_path / "jobs", Quotas(99, 99))
     rng = np.random.default_rng(seed)
     waiting = [add(jobs, str(owner)) for owner in rng.choice(["ann", "bob", "cid", "dan"], 24)]
     begun = [job for job in (jobs.take("worker-0") for _ in range(8)) if job is not None]
@@ -104,7 +105,7 @@ def test_places_are_the_order_in_which_jobs_are_taken(tmp_path: Path, seed: int)
 
 
 def test_several_workers_never_take_the_same_job(jobs: JobStore) -> None:
-    wide = JobStore(jobs.folder, most_waiting=100, most_waiting_each=100)
+    wide = JobStore(jobs.folder, Quotas(100, 100))
     expected = {add(wide, f"owner-{number % 3}").id for number in range(24)}
     taken: list[str] = []
 
@@ -248,12 +249,26 @@ def test_a_job_deleted_as_it_is_given_back_is_gone(jobs: JobStore) -> None:
 
 
 def test_one_owner_keeps_so_many(tmp_path: Path) -> None:
-    jobs = JobStore(tmp_path, most_kept_each=2)
+    jobs = JobStore(tmp_path, Quotas(kept_each=2))
     for _ in range(2):
         jobs.cancel("ann", add(jobs).id)
     with pytest.raises(QueueFullError, match="2 videos of yours are kept"):
         add(jobs)
     add(jobs, "bob")
+
+
+def test_one_owner_keeps_so_many_bytes(tmp_path: Path) -> None:
+    """Of what was sent, and of what was made."""
+    jobs = JobStore(tmp_path, Quotas(bytes_each=1_000_000))
+    job = add(jobs)
+    jobs.check_room("ann")
+    with job.output.open("wb") as file:
+        file.truncate(1_000_000)
+    with pytest.raises(QueueFullError, match=r"take 0\.0 GB"):
+        jobs.check_room("ann")
+    jobs.check_room("bob")
+    jobs.delete("ann", job.id)
+    jobs.check_room("ann")
 
 
 def test_what_cannot_be_written_down_leaves_no_folder(

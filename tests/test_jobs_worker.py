@@ -22,7 +22,8 @@ from stableavatar import load
 from stableavatar.errors import InputError, StorageError
 from stableavatar.jobs import worker as worker_module
 from stableavatar.jobs.job import Job
-from stableavatar.jobs.store import LEAST_ROOM, JobStore, NoRoomError
+from stableavatar.jobs.quotas import LEAST_ROOM, NoRoomError, Quotas
+from stableavatar.jobs.store import JobStore
 from stableavatar.jobs.worker import FAULT, NO_MODEL, TOO_LITTLE_MEMORY, ModelChoice, make, run_worker
 from stableavatar.journal import Journal, SavedState
 from stableavatar.media.audio import Sound
@@ -38,7 +39,7 @@ MODEL = ModelChoice("toy", checkpoint_every=0)
 
 @pytest.fixture
 def jobs(tmp_path: Path) -> JobStore:
-    return JobStore(tmp_path / "jobs", most_waiting=8, most_waiting_each=4)
+    return JobStore(tmp_path / "jobs", Quotas(8, 4))
 
 
 @pytest.fixture(scope="module")

@@ -15,6 +15,7 @@ from stableavatar.apps.web.sentences import _SENTENCES, in_words
 from stableavatar.data.extract import extract_audio
 from stableavatar.errors import StableAvatarError
 from stableavatar.jobs.intake import FileChecker, Found, Limits, _Turns, check_options, look_at_files
+from stableavatar.jobs.quotas import Quotas
 from stableavatar.jobs.store import MOST_CRASHES, JobStore
 from stableavatar.jobs.worker import FAULT, TOO_LITTLE_MEMORY
 from stableavatar.options import GenerateOptions, SamplingDefaults
@@ -69,7 +70,7 @@ def of_files(folder: Path) -> Iterator[str]:
 
 
 def of_queues(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    checker = FileChecker(Limits(waiting_each=1, check_seconds=1e-6))
+    checker = FileChecker(Limits(quotas=Quotas(waiting_each=1), check_seconds=1e-6))
     picture = portrait(folder / "picture.png")
     yield raised(checker.check, "ann", picture, None, GenerateOptions(duration=1.0))
     checker.close()
@@ -80,12 +81,12 @@ def of_queues(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     with checker.asking("ann"):
         yield raised(lambda: checker.asking("ann").__enter__())
     yield raised(lambda: _Turns(0).turn("ann").__enter__())
-    for most in ({"most_waiting_each": 1}, {"most_waiting": 1}, {"most_kept_each": 1}):
-        store = JobStore(folder / next(iter(most)), **most)
+    for most in ("waiting_each", "waiting", "kept_each", "bytes_each"):
+        store = JobStore(folder / most, Quotas(**{most: 1}))
         job = add(store)
-        if "most_kept_each" in most:
+        if most == "kept_each":
             store.finish(job.id, "completed")
-        yield raised(store.check_room, "bob" if "most_waiting" in most else "ann")
+        yield raised(store.check_room, "bob" if most == "waiting" else "ann")
     store = JobStore(folder / "crashes")
     job = add(store)
     for _ in range(MOST_CRASHES):

@@ -162,6 +162,7 @@ def test_a_video_is_watched_and_its_progress_heard_while_it_is_made(
     watched, fetched = list(read_frames(tmp_path / "live.mp4")), list(read_frames(tmp_path / "content.mp4"))
     assert len(watched) == 15
     assert all((one == other).all() for one, other in zip(watched, fetched, strict=True))
+    assert live.content == content  # what is complete is not made anew for every viewer
     working.join()
 
 

@@ -5,16 +5,22 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from fastapi import FastAPI
+from fastapi.responses import Response, StreamingResponse
 from fastapi.testclient import TestClient
 from starlette.types import Message, Receive, Scope, Send
 
 from served import QUICK, ask, asked, files_to_send, served, store_of
 from stableavatar.apps.server.access import Gate, Keys
 from stableavatar.apps.server.app import Service, create_app
+from stableavatar.apps.watching import ManyWatchError, Viewers
 from stableavatar.errors import InputError
 from stableavatar.jobs.intake import EndingError, FileChecker, Found, Limits
+from stableavatar.jobs.job import Job
+from stableavatar.jobs.quotas import LEAST_ROOM, Quotas
 from stableavatar.jobs.store import JobStore
 from stableavatar.options import GenerateOptions, SamplingDefaults
+from stored_jobs import add
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +48,7 @@ async def _arrive(store: JobStore) -> None:
         await goes_on.wait()
         await send({"type": "http.response.start", "status": 200, "headers": []})
 
-    gate = Gate(slow, Keys(), Limits(waiting_each=2), store)
+    gate = Gate(slow, Keys(), Limits(quotas=Quotas(waiting_each=2)), store)
 
     async def request(method: str, path: str) -> int:
         statuses: list[int] = []
@@ -77,6 +83,85 @@ def test_while_the_disk_is_full_nothing_is_read(
     answer = ask(client, files)
     assert (answer.status_code, answer.json()["error"]["code"]) == (507, "no_room")
     assert client.post(f"/v1/videos/{video}/cancel").status_code == 200
+
+
+def test_room_is_kept_for_what_arrives_already(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of what each says that it has, or of all that it may have."""
+    monkeypatch.setattr(JobStore, "free_bytes", lambda _: LEAST_ROOM + 1000)
+    store = JobStore(tmp_path / "jobs")
+    gate = Gate(_nothing, Keys(), Limits(upload_bytes=600), store)
+    asyncio.run(_announce(gate, create_app(Service(store.folder), store)))
+
+
+async def _announce(gate: Gate, application: FastAPI) -> None:
+    goes_on = asyncio.Event()
+
+    async def request(length: str | None) -> int:
+        statuses: list[int] = []
+
+        async def slow(_scope: Scope, _receive: Receive, send: Send) -> None:
+            await goes_on.wait()
+            await send({"type": "http.response.start", "status": 200, "headers": []})
+
+        async def receive() -> Message:
+            raise AssertionError("it was read")
+
+        async def send(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                statuses.append(message["status"])
+
+        gate.app = slow
+        headers = [(b"host", b"127.0.0.1")] + (
+            [] if length is None else [(b"content-length", length.encode())]
+        )
+        scope = {
+            "type": "http",
+            "app": application,
+            "method": "POST",
+            "path": "/v1/videos",
+            "headers": headers,
+        }
+        await gate(scope, receive, send)
+        return statuses[0]
+
+    arriving = [asyncio.create_task(request("500"))]
+    await asyncio.sleep(0)
+    assert await request("501") == 507
+    assert await request(None) == 507
+    arriving.append(asyncio.create_task(request("500")))
+    await asyncio.sleep(0)
+    goes_on.set()
+    assert await asyncio.gather(*arriving) == [200, 200]
+    assert await request(None) == 200
+
+
+async def _nothing(_scope: Scope, _receive: Receive, _send: Send) -> None:
+    """No application."""
+
+
+def test_few_watch_a_video_in_the_making_at_a_time(tmp_path: Path) -> None:
+    asyncio.run(_watch(JobStore(tmp_path / "jobs")))
+
+
+async def _watch(store: JobStore) -> None:
+    viewers, gone = Viewers(most=2, most_each=1), Response(status_code=404)
+    of_ann, of_bob, of_eve = (add(store, owner) for owner in ("ann", "bob", "eve"))
+
+    async def watch(job: Job) -> None:
+        answer = viewers.live_response(store, job, gone)
+        assert isinstance(answer, StreamingResponse)
+        async for _ in answer.body_iterator:
+            pass
+
+    watching = [asyncio.create_task(watch(job)) for job in (of_ann, of_bob)]
+    await asyncio.sleep(0)
+    for job in (of_ann, of_eve):
+        with pytest.raises(ManyWatchError):
+            viewers.live_response(store, job, gone)
+    watching[0].cancel()
+    await asyncio.wait(watching[:1])
+    viewers.live_response(store, of_ann, gone)
+    watching[1].cancel()
 
 
 def test_at_its_end_a_server_says_that_it_ends(client: TestClient, files: dict[str, bytes]) -> None:

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from command_line import toy_model
 from served import ANN, BOB, MODEL, QUICK, as_bob, ask, asked, files_to_send, served, store_of, work
 from stableavatar import load
-from stableavatar.apps.server.access import LOCAL, Keys, check_host, is_local
+from stableavatar.apps.origins import is_local
+from stableavatar.apps.server.access import LOCAL, Keys, check_host
 from stableavatar.apps.server.app import Service, create_app
 from stableavatar.errors import InputError
 from stableavatar.pipeline import AvatarPipeline

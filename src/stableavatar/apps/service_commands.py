@@ -88,6 +88,10 @@ def serve(
     most_kept_each: Annotated[
         int, typer.Option(help="Videos of one owner that are there.", rich_help_panel=_LIMITS)
     ] = 500,
+    most_gigabytes_each: Annotated[
+        float,
+        typer.Option(help="Of one owner's videos and what was sent for them.", rich_help_panel=_LIMITS),
+    ] = 20.0,
     keep_days: KeepDaysOption = 7.0,
     checkpoint_every: Annotated[
         float, typer.Option(min=0, help="Seconds after which the state of a video is saved.")
@@ -106,10 +110,15 @@ def serve(
         raise extra_missing(f"serve needs packages that are not installed ({error.name})", "serve") from error
     from stableavatar.checkpoints.defaults import read_defaults
     from stableavatar.jobs.intake import Limits
+    from stableavatar.jobs.quotas import Quotas
     from stableavatar.jobs.worker import ModelChoice
     from stableavatar.logs import log_to_stderr
 
-    for option, value in (("--most-megabytes", most_megabytes), ("--most-megapixels", most_megapixels)):
+    for option, value in (
+        ("--most-megabytes", most_megabytes),
+        ("--most-megapixels", most_megapixels),
+        ("--most-gigabytes-each", most_gigabytes_each),
+    ):
         if not 0 < value < math.inf:
             raise InputError(f"{option} {value}: give a number above 0, and finite")
     log_to_stderr(verbose)
@@ -119,9 +128,7 @@ def serve(
         portrait_pixels=int(most_megapixels * 1e6),
         video_pixels=most_video_pixels,
         steps=most_steps,
-        waiting=most_waiting,
-        waiting_each=most_waiting_each,
-        kept_each=most_kept_each,
+        quotas=Quotas(most_waiting, most_waiting_each, most_kept_each, int(most_gigabytes_each * 1e9)),
     )
     models = [
         ModelChoice(
@@ -158,6 +165,10 @@ def app(
         typer.Option(help="The address to listen at; 0.0.0.0 lets everybody in the network use the page."),
     ] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="The port to listen at.")] = 7860,
+    allow_host: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME", help="A name by which a proxy before the page is asked for it."),
+    ] = None,
     model: ModelOption = "tiny",
     variant: VariantOption = None,
     model_size: SizeOption = None,
@@ -167,6 +178,10 @@ def app(
     checkpoints: Annotated[
         Path, typer.Option(help="Where the page puts published weights that it downloads.")
     ] = Path("checkpoints"),
+    downloads: Annotated[
+        bool,
+        typer.Option("--downloads", help="With another --host too, visitors may have it download weights."),
+    ] = False,
     vocals: Annotated[
         Path | None,
         typer.Option(
@@ -197,8 +212,10 @@ def app(
             model, device=device, dtype=dtype, variant=variant, size=model_size, lora=tuple(lora or ())
         ),
         limits=Limits(upload_bytes=2_000_000_000, seconds=most_seconds, check_seconds=300.0),
+        hosts=tuple(allow_host or ()),
         vocals=vocals or checkpoints / "Kim_Vocal_2.onnx",
         checkpoints=checkpoints,
+        downloads=downloads,
         keep_seconds=_keep_seconds(keep_days),
         hung_seconds=hung_seconds or None,
         verbosity=verbose,

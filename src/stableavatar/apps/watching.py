@@ -3,7 +3,8 @@
 import asyncio
 import contextlib
 import io
-from collections.abc import AsyncIterator, Generator, Iterator
+from collections import Counter
+from collections.abc import AsyncGenerator, AsyncIterator, Generator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from starlette.types import Receive, Scope, Send
 
-from stableavatar.errors import InputError
+from stableavatar.errors import InputError, StableAvatarError
 from stableavatar.jobs.job import Job
 from stableavatar.jobs.store import JobStore
 from stableavatar.media.audio import Sound
@@ -27,11 +28,48 @@ _LOOK_SECONDS = 0.1
 _THUMBNAIL = 256  # pixels of its longer side
 
 
-def live_response(store: JobStore, job: Job) -> Response:
-    """The video while it is made, from its beginning on, as fragmented MP4."""
-    return StreamingResponse(
-        _live_bytes(store, job), media_type="video/mp4", headers={"Cache-Control": "no-store"}
-    )
+class ManyWatchError(StableAvatarError):
+    """So many watch videos in the making that another one would take the others' share of this machine."""
+
+
+class Viewers:
+    """Who watches videos in the making: each is sent a video of his own, with its sound encoded anew.
+
+    Args:
+        most, most_each: at a time, of all owners and of one.
+    """
+
+    def __init__(self, most: int = 48, most_each: int = 8) -> None:
+        self._most, self._most_each = most, most_each
+        self._watching: Counter[str] = Counter()
+
+    def live_response(self, store: JobStore, job: Job, gone: Response) -> Response:
+        """The video while it is made, from its beginning on, as fragmented MP4; once it is complete, its
+        file.
+
+        Args:
+            gone: the answer where it was deleted meanwhile.
+
+        Raises:
+            ManyWatchError: too many watch already.
+        """
+        if job.is_finished and job.video is not None:
+            return video_response(job, job.video, gone)
+        if self._watching[job.owner] >= self._most_each or self._watching.total() >= self._most:
+            raise ManyWatchError("Too many watch videos in the making. Ask again in a moment.")
+        return StreamingResponse(
+            self._counted(store, job), media_type="video/mp4", headers={"Cache-Control": "no-store"}
+        )
+
+    async def _counted(self, store: JobStore, job: Job) -> AsyncIterator[bytes]:
+        self._watching[job.owner] += 1
+        try:
+            async with contextlib.aclosing(_live_bytes(store, job)) as pieces:
+                async for piece in pieces:
+                    yield piece
+        finally:
+            self._watching[job.owner] -= 1
+            self._watching += Counter()  # without those that have none
 
 
 def video_response(job: Job, path: Path, gone: Response) -> Response:
@@ -79,7 +117,7 @@ class _VideoFile(FileResponse):
             await self._gone(scope, receive, send)
 
 
-async def _live_bytes(store: JobStore, job: Job) -> AsyncIterator[bytes]:
+async def _live_bytes(store: JobStore, job: Job) -> AsyncGenerator[bytes]:
     """See `media.following.follow`."""
 
     def current() -> Job | None:

@@ -2,17 +2,19 @@
 library, or keeps it busy for ever, takes nothing else along."""
 
 import contextlib
+import time
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
 from typing import Any
 
-from stableavatar.errors import StableAvatarError
+from stableavatar.errors import StableAvatarError, StoppedError
 from stableavatar.lifetimes import end_with_parent
 
 # Enough for the largest picture that is taken by default, and the libraries.
 _MEMORY = 6 * 2**30
+_LOOK_SECONDS = 0.2
 
 
 class BrokenFileError(StableAvatarError):
@@ -32,17 +34,28 @@ def kill_process(pool: ProcessPoolExecutor) -> None:
     pool.shutdown(wait=True, cancel_futures=True)
 
 
-def run_apart(work: Callable[..., Any], *arguments: Any, seconds: float) -> Any:
+def run_apart(
+    work: Callable[..., Any], *arguments: Any, seconds: float, stop: Callable[[], bool] = lambda: False
+) -> Any:
     """What `work` returns, of a process of its own; its errors are raised here.
+
+    Args:
+        stop: asked now and then whether to give it up.
 
     Raises:
         BrokenFileError: it took more than so many seconds, or was lost.
+        StoppedError: `stop` said so.
     """
     pool = start_process()
+    until = time.monotonic() + seconds
     try:
-        return pool.submit(work, *arguments).result(seconds)
-    except TimeoutError as error:
-        raise BrokenFileError(f"it took more than {seconds:g} s") from error
+        made = pool.submit(work, *arguments)
+        while not wait([made], min(_LOOK_SECONDS, max(until - time.monotonic(), 0.0))).done:
+            if stop():
+                raise StoppedError("Stopped.")
+            if time.monotonic() >= until:
+                raise BrokenFileError(f"it took more than {seconds:g} s")
+        return made.result()
     except BrokenProcessPool as error:
         raise BrokenFileError("it broke off") from error
     finally:
@@ -54,4 +67,5 @@ def _confine() -> None:
     with contextlib.suppress(ImportError):  # Windows has none
         import resource
 
-        resource.setrlimit(resource.RLIMIT_AS, (_MEMORY, resource.getrlimit(resource.RLIMIT_AS)[1]))
+        # Of what is written to: libraries of GPUs reserve more addresses than a machine has memory.
+        resource.setrlimit(resource.RLIMIT_DATA, (_MEMORY, resource.getrlimit(resource.RLIMIT_DATA)[1]))

@@ -5,19 +5,19 @@ decoder breaks nothing else. Their names are never used: a job's files have name
 """
 
 import contextlib
-import math
 import threading
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from concurrent.futures import CancelledError, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from stableavatar.choices import Order
 from stableavatar.errors import InputError, StableAvatarError
 from stableavatar.jobs.apart import kill_process, start_process
+from stableavatar.jobs.quotas import Quotas, check_limit
 from stableavatar.options import GenerateOptions, OutputOptions, SamplingDefaults, Settings
 
 # What a request may choose. The others concern the machine (devices, memory, windows) or comparisons.
@@ -43,8 +43,7 @@ class Limits:
         upload_bytes: of a request with its files. seconds: of a video. portrait_pixels: of the picture that
             is sent. video_pixels: of a frame that is made.
         steps: of denoising. fps: frames a second. prompt: characters.
-        waiting, waiting_each: videos that wait, of all and of one owner. kept_each: videos of one owner that
-            are there.
+        quotas: how many videos are taken.
         check_seconds: that the looking at files may take.
     """
 
@@ -55,16 +54,13 @@ class Limits:
     steps: int = 100
     fps: float = 60.0
     prompt: int = 4000
-    waiting: int = 100
-    waiting_each: int = 20
-    kept_each: int = 500
+    quotas: Quotas = field(default_factory=Quotas)
     check_seconds: float = 30.0
 
     def __post_init__(self) -> None:
         for f in fields(self):
-            value = getattr(self, f.name)
-            if not 0 < value < math.inf:
-                raise InputError(f"{f.name.replace('_', '-')} {value}: give a number above 0, and finite")
+            if f.name != "quotas":
+                check_limit(f.name, getattr(self, f.name))
 
 
 @dataclass(frozen=True)
@@ -142,7 +138,7 @@ class FileChecker:
         """A request of an owner, from before its files are copied on. Raises BusyError: he has as many as
         videos of his may wait."""
         with self._lock:
-            if self._asking[owner] >= self.limits.waiting_each:
+            if self._asking[owner] >= self.limits.quotas.waiting_each:
                 raise BusyError("Many files of yours are being looked at. Ask again in a moment.")
             self._asking[owner] += 1
         try:

@@ -16,10 +16,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from stableavatar.errors import InputError, StableAvatarError
+from stableavatar.errors import InputError
 from stableavatar.jobs.calls import Calls
 from stableavatar.jobs.database import Database, as_json
 from stableavatar.jobs.job import STATES, VIDEO, Job, State
+from stableavatar.jobs.quotas import LEAST_ROOM, NoRoomError, Quotas
 from stableavatar.jobs.turns import in_turn
 from stableavatar.media.files import check_folder, locked, reason_of, to_disk
 from stableavatar.unfinished import journal_folder
@@ -30,18 +31,8 @@ MOST_CRASHES = 3
 MOST_KILLS = 10
 # Of the work; less is rounding.
 _FURTHER = 1e-6
-# Bytes that have to be free where jobs are kept: below, none is taken and none is made.
-LEAST_ROOM = 1_000_000_000
 
 _ID = re.compile(r"video_[0-9a-f]{24}")
-
-
-class QueueFullError(StableAvatarError):
-    """So many jobs are waiting that another one is not taken."""
-
-
-class NoRoomError(StableAvatarError):
-    """There is too little room on the disk to begin a video."""
 
 
 class JobStore:
@@ -49,25 +40,15 @@ class JobStore:
 
     Args:
         folder: made if need be.
-        most_waiting, most_waiting_each: jobs that wait, of all owners and of one.
-        most_kept_each: jobs of one owner that are there.
+        quotas: how many jobs are taken.
 
     Raises:
         InputError: the folder cannot be used.
     """
 
-    def __init__(
-        self,
-        folder: str | Path,
-        *,
-        most_waiting: int = 100,
-        most_waiting_each: int = 20,
-        most_kept_each: int = 500,
-    ) -> None:
+    def __init__(self, folder: str | Path, quotas: Quotas | None = None) -> None:
         self.folder = Path(folder).expanduser().absolute()
-        self.most_waiting = most_waiting
-        self.most_waiting_each = most_waiting_each
-        self.most_kept_each = most_kept_each
+        self.quotas = quotas or Quotas()
         check_folder(self.folder)
         for name in ("jobs", "incoming"):
             check_folder(self.folder / name)
@@ -97,7 +78,10 @@ class JobStore:
         if self.free_bytes() < LEAST_ROOM:
             raise NoRoomError("There is no room for more videos on this machine now.")
         with self._database.reading() as database:
-            self._check_room(database, owner)
+            self.quotas.check(database, owner)
+            kept = database.execute("SELECT id FROM jobs WHERE owner = ? AND NOT deleted", (owner,))
+            folders = [self._folder(row["id"]) for row in kept.fetchall()]
+        self.quotas.check_bytes(folders)
 
     def add(
         self,
@@ -121,7 +105,7 @@ class JobStore:
         target = self._folder(folder.name)
         try:
             with self._database.transaction() as database:
-                self._check_room(database, owner)
+                self.quotas.check(database, owner)
                 database.execute(
                     "INSERT INTO jobs (id, owner, state, options, details, created) "
                     "VALUES (?, ?, 'queued', ?, ?, ?)",
@@ -410,20 +394,6 @@ class JobStore:
             if _ID.fullmatch(folder.name) and folder.name not in known:
                 self.discard(folder)
         return lock
-
-    def _check_room(self, database: sqlite3.Connection, owner: str) -> None:
-        waiting = "SELECT COUNT(*) FROM jobs WHERE state = 'queued' AND NOT deleted"
-        everybody = database.execute(waiting).fetchone()[0]
-        own = database.execute(f"{waiting} AND owner = ?", (owner,)).fetchone()[0]
-        if own >= self.most_waiting_each:
-            raise QueueFullError(
-                f"{own} of your videos are waiting already. Ask again when one is made, or delete one."
-            )
-        if everybody >= self.most_waiting:
-            raise QueueFullError("Too many videos are waiting. Ask again later.")
-        kept = "SELECT COUNT(*) FROM jobs WHERE owner = ? AND NOT deleted"
-        if database.execute(kept, (owner,)).fetchone()[0] >= self.most_kept_each:
-            raise QueueFullError(f"{self.most_kept_each} videos of yours are kept. Delete some first.")
 
     def _purge(self, job_id: str, *, running: bool = False) -> None:
         """Remove a deleted job, unless a worker still makes it: then that one does."""

@@ -20,8 +20,9 @@ from typing import TYPE_CHECKING, Any
 from stableavatar.errors import GO_ON, StableAvatarError, StoppedError, StorageError, is_out_of_memory
 from stableavatar.jobs.intake import without_folder
 from stableavatar.jobs.job import Job
+from stableavatar.jobs.quotas import LEAST_ROOM
 from stableavatar.jobs.sessions import speak
-from stableavatar.jobs.store import LEAST_ROOM, JobStore
+from stableavatar.jobs.store import JobStore
 from stableavatar.journal import JournalError
 from stableavatar.lifetimes import end_with_parent
 from stableavatar.logs import log_to_stderr, quieten_libraries

@@ -2,7 +2,6 @@
 
 import hashlib
 import hmac
-import ipaddress
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,15 +12,16 @@ from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from starlette.requests import HTTPConnection
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from stableavatar.apps.origins import host_of, is_local, origin_of
 from stableavatar.apps.server.schemas import ApiError, answer_error, no_room
 from stableavatar.errors import InputError
 from stableavatar.jobs.intake import Limits
-from stableavatar.jobs.store import LEAST_ROOM, JobStore
+from stableavatar.jobs.quotas import LEAST_ROOM
+from stableavatar.jobs.store import JobStore
 from stableavatar.media.files import reason_of
 
 LOCAL = "local"
 _SHORTEST_KEY = 16
-_LOCAL_NAMES = {"localhost"}
 
 bearer = HTTPBearer(auto_error=False, description="An API key, where the server has any.")
 
@@ -98,26 +98,15 @@ def check_host(host: str, keys: Keys) -> None:
     )
 
 
-def is_local(host: str) -> bool:
-    """Whether a host's name or address means this machine."""
-    name = host.removeprefix("[").partition("]")[0] if host.startswith("[") else host
-    if name.lower() in _LOCAL_NAMES:
-        return True
-    try:
-        return ipaddress.ip_address(name).is_loopback
-    except ValueError:
-        return False
-
-
 def refuse_foreign_pages(request: HTTPConnection) -> None:
     """Raise ApiError where a web page of elsewhere asks a server without keys: browsers send what pages ask
     of addresses of this machine, and a page's own name may point here."""
     if request.app.state.keys:
         return
-    if not is_local(_host_of(request.headers.get("host", ""))):
+    if not is_local(host_of(request)):
         raise ApiError(403, "this server answers to the names of this machine alone", code="wrong_host")
-    origin = request.headers.get("origin")
-    if origin is not None and not is_local(_host_of(origin.partition("://")[2])):
+    origin = origin_of(request)
+    if origin is not None and not is_local(origin):
         raise ApiError(403, "web pages of other hosts cannot use this server", code="wrong_origin")
 
 
@@ -155,9 +144,10 @@ class Gate:
         self.app = app
         self.keys = keys
         self.most = limits.upload_bytes
-        self.most_arriving = limits.waiting_each
+        self.most_arriving = limits.quotas.waiting_each
         self.store = store
         self._arriving: Counter[str] = Counter()
+        self._announced = 0  # bytes of the files that arrive now, at most
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer, unless nobody asks or too much is sent."""
@@ -171,15 +161,15 @@ class Gate:
             if scope["path"].startswith("/v1/"):
                 refuse_foreign_pages(request)
                 owner = owner_of_key(self.keys, bearer_of(request))
-            if brings_files:
-                self._check_arriving(owner)
-            if int(request.headers.get("content-length", "0")) > self.most:
+            announced = _length(request)
+            if announced is not None and announced > self.most:
                 raise self._too_much()
+            comes = self.most if announced is None else announced
+            if brings_files:
+                self._check_arriving(owner, comes)
         except ApiError as error:
             await answer_error(error)(scope, receive, send)
             return
-        except ValueError:  # a length that is none: the server below refuses it
-            pass
         taken = 0
 
         async def counted() -> Message:
@@ -194,35 +184,39 @@ class Gate:
             await self.app(scope, counted, send)
             return
         self._arriving[owner] += 1
+        self._announced += comes
         try:
             await self.app(scope, counted, send)
         finally:
+            self._announced -= comes
             self._arriving[owner] -= 1
             self._arriving += Counter()  # without those that have none
 
-    def _check_arriving(self, owner: str) -> None:
-        """Raise ApiError where too many requests of an owner are read, or there is no room for another."""
+    def _check_arriving(self, owner: str, comes: int) -> None:
+        """Raise ApiError where too many requests of an owner are read, or there is no room for another, of so
+        many bytes, beside those."""
         if self._arriving[owner] >= self.most_arriving:
             message = "many requests of yours are being read: ask again in a moment"
             raise ApiError(429, message, kind="rate_limit_error", code="busy")
-        if self.store.free_bytes() < LEAST_ROOM:
+        if self.store.free_bytes() - self._announced - comes < LEAST_ROOM:
             raise no_room()
 
     def _too_much(self) -> ApiError:
         return ApiError(413, f"more than {self.most / 1e6:g} MB were sent", code="too_large")
 
 
+def _length(request: HTTPConnection) -> int | None:
+    """How many bytes a request says that it has; None where it says nothing that can be read."""
+    try:
+        return int(request.headers["content-length"])
+    except (KeyError, ValueError):  # the server below refuses what is no number
+        return None
+
+
 def bearer_of(request: HTTPConnection) -> str | None:
     """The key that a request bears."""
     kind, _, key = request.headers.get("authorization", "").partition(" ")
     return key.strip() if kind.lower() == "bearer" else None
-
-
-def _host_of(netloc: str) -> str:
-    """Without the port."""
-    if netloc.startswith("["):
-        return netloc.partition("]")[0] + "]"
-    return netloc.partition(":")[0]
 
 
 def _hash(key: str) -> bytes:

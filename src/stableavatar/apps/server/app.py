@@ -22,6 +22,7 @@ from stableavatar.apps.server import health, speaking, videos
 from stableavatar.apps.server.access import Gate, Keys, check_host
 from stableavatar.apps.server.health import Counted, Metrics
 from stableavatar.apps.server.schemas import ApiError, ErrorBody, ErrorDetail, answer_error
+from stableavatar.apps.watching import Viewers
 from stableavatar.jobs.intake import FileChecker, Limits
 from stableavatar.jobs.sessions import SessionLine
 from stableavatar.jobs.store import JobStore
@@ -69,12 +70,7 @@ class Service:
 
     def store(self) -> JobStore:
         """The jobs."""
-        return JobStore(
-            self.folder,
-            most_waiting=self.limits.waiting,
-            most_waiting_each=self.limits.waiting_each,
-            most_kept_each=self.limits.kept_each,
-        )
+        return JobStore(self.folder, self.limits.quotas)
 
 
 def create_app(service: Service, store: JobStore) -> FastAPI:
@@ -105,6 +101,7 @@ def create_app(service: Service, store: JobStore) -> FastAPI:
     app.state.checker = checker
     app.state.line = line
     app.state.speaking = set()
+    app.state.viewers = Viewers()
     app.state.beginning = Counter()
     app.state.metrics = Metrics(store)
     app.include_router(videos.router)

@@ -19,7 +19,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from stableavatar.apps.server.access import refuse_foreign_pages
 from stableavatar.apps.server.schemas import error_answer
-from stableavatar.jobs.store import LEAST_ROOM, JobStore
+from stableavatar.jobs.quotas import LEAST_ROOM
+from stableavatar.jobs.store import JobStore
 
 _METHODS = {"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"}
 

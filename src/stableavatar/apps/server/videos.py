@@ -29,7 +29,7 @@ from stableavatar.apps.server.schemas import (
     error_answer,
     no_room,
 )
-from stableavatar.apps.watching import live_response, thumbnail_response, video_response
+from stableavatar.apps.watching import ManyWatchError, Viewers, thumbnail_response, video_response
 from stableavatar.errors import InputError
 from stableavatar.jobs.asking import Bring, ask, copied
 from stableavatar.jobs.intake import (
@@ -42,7 +42,8 @@ from stableavatar.jobs.intake import (
     check_quality,
 )
 from stableavatar.jobs.job import Job
-from stableavatar.jobs.store import JobStore, NoRoomError, QueueFullError
+from stableavatar.jobs.quotas import NoRoomError, QueueFullError
+from stableavatar.jobs.store import JobStore
 from stableavatar.media.files import reason_of
 from stableavatar.options import GenerateOptions
 
@@ -246,7 +247,12 @@ def download_video(
     "/videos/{video_id}/live",
     tags=["videos"],
     response_class=StreamingResponse,
-    responses={**_NOT_FOUND, **_NOT_THERE, 200: {"content": _MP4}},
+    responses={
+        **_NOT_FOUND,
+        **_NOT_THERE,
+        429: error_answer("Many watch videos in the making."),
+        200: {"content": _MP4},
+    },
 )
 async def watch_video(request: Request, job: Asked) -> Response:
     """The video while it is made: fragmented MP4, from its beginning on, which ends with the video.
@@ -256,7 +262,11 @@ async def watch_video(request: Request, job: Asked) -> Response:
     store: JobStore = request.app.state.store
     if job.state == "failed" or (job.is_finished and job.video is None):
         raise ApiError(409, "there is nothing of this video to watch", code="not_there")
-    return live_response(store, job)
+    viewers: Viewers = request.app.state.viewers
+    try:
+        return viewers.live_response(store, job, answer_error(_unknown()))
+    except ManyWatchError as error:
+        raise ApiError(429, str(error), kind="rate_limit_error", code="busy") from error
 
 
 @router.get(

@@ -11,7 +11,7 @@ import gradio as gr
 from PIL import Image
 
 from stableavatar.apps.watching import small, thumbnail
-from stableavatar.apps.web.studio import Studio, owner, player
+from stableavatar.apps.web.studio import Studio, guarded, owner, player
 from stableavatar.apps.web.texts import TEXTS, Texts
 from stableavatar.errors import InputError
 from stableavatar.jobs.asking import copied
@@ -46,8 +46,13 @@ def gallery_tab(studio: Studio, texts: Texts, tab: gr.Tab, tabs: gr.Tabs, fields
             with gr.Row():
                 again = gr.Button(texts["use_again"], variant="primary", elem_id="use-again")
                 stop = gr.Button(texts["stop"], visible=False, elem_id="gallery-stop")
-                delete = gr.Button(texts["delete"], variant="stop", elem_id="delete")
+                delete = gr.Button(texts["delete"], elem_id="delete")
+                really = gr.Button(
+                    texts["delete_really"], variant="stop", visible=False, elem_id="delete-really"
+                )
+                keep = gr.Button(texts["keep"], visible=False, elem_id="keep")
 
+    @guarded(texts)
     def show(request: gr.Request, most: int = _PAGE) -> Any:
         found = list(islice(_shown(studio, owner(request)), most + 1))
         pairs = [(job, picture) for job in found[:most] if (picture := _picture(job)) is not None]
@@ -60,9 +65,11 @@ def gallery_tab(studio: Studio, texts: Texts, tab: gr.Tab, tabs: gr.Tabs, fields
             most,
         )
 
+    @guarded(texts)
     def show_older(request: gr.Request, most: int) -> Any:
         return show(request, most + _PAGE)
 
+    @guarded(texts)
     def choose(request: gr.Request, known: list[str], event: gr.SelectData) -> Any:
         job = studio.store.get(owner(request), known[event.index])
         if job is None:
@@ -71,6 +78,7 @@ def gallery_tab(studio: Studio, texts: Texts, tab: gr.Tab, tabs: gr.Tabs, fields
         about = gr.update(visible=True)
         return job.id, player(job, texts), _settings(job, texts), about, gr.update(visible=going)
 
+    @guarded(texts)
     def use(request: gr.Request, job_id: str | None) -> Any:
         job = None if job_id is None else studio.store.get(owner(request), job_id)
         if job is None:
@@ -78,11 +86,13 @@ def gallery_tab(studio: Studio, texts: Texts, tab: gr.Tab, tabs: gr.Tabs, fields
         gr.Info(texts["used_again"])
         return gr.Tabs(selected="talk"), *_values(job, studio.scratch.folder())
 
+    @guarded(texts)
     def end(request: gr.Request, job_id: str | None) -> Any:
         if job_id is not None:
             studio.store.cancel(owner(request), job_id)
         return gr.update(visible=False)
 
+    @guarded(texts)
     def remove(request: gr.Request, job_id: str | None) -> None:
         if job_id is not None:
             studio.store.delete(owner(request), job_id)
@@ -95,7 +105,16 @@ def gallery_tab(studio: Studio, texts: Texts, tab: gr.Tab, tabs: gr.Tabs, fields
     pictures.select(choose, ids, [chosen, screen, settings, about, stop], **quiet)
     stop.click(end, chosen, stop, **quiet)  # what there is of it is kept
     again.click(use, chosen, [tabs, *fields], **quiet)
-    delete.click(remove, chosen, None, **quiet).then(show, None, listing, **quiet)
+    asking = [delete, really, keep]
+    delete.click(lambda: _visible(False, True, True), None, asking, queue=False, **quiet)
+    really.click(remove, chosen, None, **quiet).then(show, None, listing, **quiet)
+    for done in (really, keep):
+        done.click(lambda: _visible(True, False, False), None, asking, queue=False, **quiet)
+    pictures.select(lambda: _visible(True, False, False), None, asking, queue=False, **quiet)
+
+
+def _visible(*those: bool) -> list[Any]:
+    return [gr.update(visible=it) for it in those]
 
 
 def _shown(studio: Studio, whose: str) -> Iterator[Job]:
@@ -142,13 +161,20 @@ def _settings(job: Job, texts: Texts) -> str:
     return f'<table class="settings">{rows}</table>'
 
 
+# Where the form asks in other words than a table has.
+_OTHERS = {"order": "order_chosen"}
+_CHOICES = {"order": "order_chosen", "aspect": "shape"}
+
+
 def _named(name: str, texts: Texts) -> str:
-    # What the form asks about the order has one of the orders for its name.
-    return texts[name] if name in TEXTS and name != "order" else name.replace("_", " ")
+    name = _OTHERS.get(name, name)
+    return texts[name] if name in TEXTS else name.replace("_", " ")
 
 
 def _valued(name: str, value: object, texts: Texts) -> str:
-    choice = f"{name}_{value}"
+    if isinstance(value, list):
+        return ", ".join(map(str, value))
+    choice = f"{_CHOICES.get(name, name)}_{value}"
     return texts[choice] if choice in TEXTS else str(value)
 
 

@@ -3,25 +3,30 @@
 import asyncio
 import html
 from collections.abc import Callable, Sequence
-from multiprocessing import get_context
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Literal
 
 import gradio as gr
 
-from stableavatar.apps.web.studio import Studio
+from stableavatar.apps.web.downloads import Downloads, Going
+from stableavatar.apps.web.studio import Studio, guarded
 from stableavatar.apps.web.texts import Texts
 from stableavatar.checkpoints import hub
-from stableavatar.errors import StableAvatarError
-from stableavatar.lifetimes import end_with_parent
 
 _TELL_SECONDS = 0.5
 
 
-def models_tab(studio: Studio, texts: Texts, tab: gr.Tab) -> None:
+def models_tab(studio: Studio, texts: Texts, tab: gr.Tab, page: gr.Blocks) -> None:
     """Build it; to be called within its tab."""
     gr.Markdown(f"**{texts['model_in_use']}**: {studio.model}")
+    if studio.downloads is None:
+        gr.Markdown(texts["no_downloads"])
+    else:
+        _weights(studio.downloads, texts, tab, page)
+
+
+def _weights(downloads: Downloads, texts: Texts, tab: gr.Tab, page: gr.Blocks) -> None:
+    """What is on this machine, and getting more."""
     here = gr.HTML("", label=texts["models_here"], elem_id="models")
     gr.Markdown(f"### {texts['get_weights']}\n{texts['get_help']}")
     with gr.Row():
@@ -33,6 +38,7 @@ def models_tab(studio: Studio, texts: Texts, tab: gr.Tab) -> None:
         stop = gr.Button(texts["stop"], variant="stop", elem_id="stop-download")
     said = gr.Markdown("", elem_id="download-said", min_height=90)  # room for the bar
 
+    @guarded(texts)
     def show() -> str:
         from stableavatar.apps.installation import survey
 
@@ -43,9 +49,10 @@ def models_tab(studio: Studio, texts: Texts, tab: gr.Tab) -> None:
                 for name, text in section.rows
             )
             + "</table>"
-            for section in sorted(survey(studio.checkpoints), key=lambda it: it.title != "Models")
+            for section in sorted(survey(downloads.folder), key=lambda it: it.title != "Models")
         )
 
+    @guarded(texts)
     async def get(
         variant: Literal["square", "rec-vec"],
         size: Literal["1.3b", "14b"],
@@ -53,57 +60,48 @@ def models_tab(studio: Studio, texts: Texts, tab: gr.Tab) -> None:
     ) -> str:
         return await fetched(hub.download, (variant, size), progress)
 
+    @guarded(texts)
     async def get_vocals(progress: gr.Progress = gr.Progress()) -> str:  # noqa: B008
         return await fetched(hub.download_vocal_separator, (), progress)
 
     async def fetched(download: Callable[..., Path], choice: Sequence[str], progress: gr.Progress) -> str:
-        # A process of its own, since the library's threads cannot be ended: the page can.
-        here, there = get_context("spawn").Pipe(duplex=False)
-        process = get_context("spawn").Process(
-            target=_download, args=(there, download, studio.checkpoints, choice), daemon=True
-        )
-        process.start()
-        there.close()
-        told: Any = (0, 0)
-        try:
-            while isinstance(told, tuple):
-                progress(*_told(texts, *told))
-                await asyncio.sleep(_TELL_SECONDS)
-                while isinstance(told, tuple) and here.poll():
-                    told = here.recv()
-        except EOFError:
-            told = texts["download_lost"]
-        finally:
-            process.kill()
-        if told is not None:
-            raise gr.Error(told, print_exception=False)
-        return texts("download_done", folder=studio.checkpoints)
+        if not downloads.begin(download, choice):
+            gr.Info(texts["download_going"])
+        return await followed(progress)
+
+    @guarded(texts)
+    async def find(progress: gr.Progress = gr.Progress()) -> Any:  # noqa: B008
+        """One that is going on, which another page, or this one before it was opened anew, has begun."""
+        if downloads.going is None or downloads.going.ended:
+            return gr.skip()
+        return await followed(progress)
+
+    async def followed(progress: gr.Progress) -> str:
+        while (going := downloads.going) is not None and not going.ended:
+            progress(*_told(texts, going))
+            await asyncio.sleep(_TELL_SECONDS)
+        assert going is not None
+        if going.stopped:
+            return texts["download_stopped"]
+        if going.error is not None:
+            raise gr.Error(going.error or texts["download_lost"], print_exception=False)
+        return texts("download_done", folder=downloads.folder)
 
     quiet: dict[str, Any] = {"api_visibility": "private"}
     tab.select(show, None, here, **quiet)
-    alone: dict[str, Any] = {"concurrency_limit": 1, "concurrency_id": "download"}
-    begun = (
-        button.click(get, [variant, size], said, **alone, **quiet),
-        voices.click(get_vocals, None, said, **alone, **quiet),
-    )
-    for one in begun:
-        one.then(show, None, here, **quiet)
-    stop.click(lambda: texts["download_stopped"], None, said, cancels=list(begun), queue=False, **quiet)
+    unlimited: dict[str, Any] = {"concurrency_limit": None}
+    for begun in (
+        button.click(get, [variant, size], said, **unlimited, **quiet),
+        voices.click(get_vocals, None, said, **unlimited, **quiet),
+        page.load(find, None, said, **unlimited, **quiet),
+    ):
+        begun.then(show, None, here, **quiet)
+    stop.click(downloads.stop, None, None, queue=False, **quiet)
 
 
-def _download(page: Connection, download: Callable[..., Path], folder: Path, choice: Sequence[str]) -> None:
-    """Tells the page how many bytes of how many are there, at last None, or what went wrong."""
-    end_with_parent()
-    try:
-        download(folder, *choice, progress=lambda *there: page.send(there))
-    except StableAvatarError as error:
-        page.send(str(error))
-    else:
-        page.send(None)
-
-
-def _told(texts: Texts, done: int, total: int) -> tuple[float, str]:
+def _told(texts: Texts, going: Going) -> tuple[float, str]:
     """A share, and a line above it; see `gradio.Progress`."""
+    done, total = going.done, going.total
     if not total:
         return 0.0, texts["download_asks"]
     if done == total:

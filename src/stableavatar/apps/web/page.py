@@ -1,7 +1,7 @@
 """The page: its tabs, its look, and the videos that it shows."""
 
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Collection
 from pathlib import Path
 
 import anyio
@@ -11,8 +11,9 @@ from fastapi import FastAPI, HTTPException, Request
 from fastapi.responses import RedirectResponse, Response
 
 from stableavatar.apps.running import THREADS
-from stableavatar.apps.watching import live_response, video_response
+from stableavatar.apps.watching import ManyWatchError, Viewers, video_response
 from stableavatar.apps.web.gallery import gallery_tab
+from stableavatar.apps.web.guard import Guard
 from stableavatar.apps.web.models import models_tab
 from stableavatar.apps.web.studio import NamedBrowsers, Studio, owner_of
 from stableavatar.apps.web.talk import talk_tab
@@ -24,8 +25,12 @@ _DAY = 86400
 _STYLE = Path(__file__).with_name("style.css")
 
 
-def create_page(studio: Studio) -> FastAPI:
-    """The application: a page in each language, and the addresses of videos."""
+def create_page(studio: Studio, hosts: Collection[str] | None = ()) -> FastAPI:
+    """The application: a page in each language, and the addresses of videos.
+
+    Args:
+        hosts: see `origins.is_of_this_site`.
+    """
 
     @contextlib.asynccontextmanager
     async def life(_app: FastAPI) -> AsyncIterator[None]:
@@ -33,6 +38,7 @@ def create_page(studio: Studio) -> FastAPI:
         yield
 
     app = FastAPI(openapi_url=None, lifespan=life)
+    viewers = Viewers()
 
     def job_of(request: Request, job_id: str) -> Job:
         who = owner_of(dict(request.cookies))
@@ -50,7 +56,10 @@ def create_page(studio: Studio) -> FastAPI:
         job = job_of(request, job_id)
         if job.state == "failed" or (job.is_finished and job.video is None):
             raise HTTPException(404)
-        return live_response(studio.store, job)
+        try:
+            return viewers.live_response(studio.store, job, Response(status_code=404))
+        except ManyWatchError as error:
+            raise HTTPException(429, str(error)) from error
 
     @app.get("/video/{job_id}.mp4")
     def video(request: Request, job_id: str) -> Response:
@@ -76,6 +85,7 @@ def create_page(studio: Studio) -> FastAPI:
             ssr_mode=False,
         )
     app.add_middleware(NamedBrowsers)
+    app.add_middleware(Guard, store=studio.store, hosts=hosts, most=studio.limits.upload_bytes)
     return app
 
 
@@ -101,7 +111,7 @@ def _build(studio: Studio, language: Language) -> gr.Blocks:
             with gr.Tab(texts["tab_gallery"], id="gallery") as gallery:
                 gallery_tab(studio, texts, gallery, tabs, talk)
             with gr.Tab(texts["tab_models"], id="models") as models:
-                models_tab(studio, texts, models)
+                models_tab(studio, texts, models, page)
         gr.HTML(f'<p class="consent">{texts["consent"]}</p>', padding=False)
     page.queue(default_concurrency_limit=8, api_open=False)
     page.has_launched = True  # else Gradio takes any file of this machine that a request names

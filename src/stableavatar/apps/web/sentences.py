@@ -45,6 +45,10 @@ _SENTENCES: tuple[tuple[str, str], ...] = (
     ),
     (r"Too many videos are waiting.*", "排队的视频太多，请稍后再试。"),
     (r"(\d+) videos of yours are kept.*", r"您已保存 \1 个视频，请先删除一些。"),
+    (
+        r"Your videos, and what you sent for them, take (.*) GB.*",
+        r"您的视频和上传的文件已占用 \1 GB，请先删除一些。",
+    ),
     (r"Many files (?:of yours )?are being looked at.*", "正在检查的文件较多，请稍后再试。"),
     (r"there is too little memory for this.*", "内存不足。请减小画面，或缩短视频。"),
     (r"The program that makes videos has met a fault .*", "生成程序出现故障，详见其日志。"),

@@ -1,16 +1,19 @@
 """What the tabs of the page have in common: the jobs, the model's own settings, and whose browser asks."""
 
+import functools
 import hashlib
 import html
+import inspect
+import logging
 import secrets
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import gradio as gr
 from gradio.utils import get_upload_folder
@@ -18,12 +21,18 @@ from starlette.datastructures import MutableHeaders
 from starlette.requests import HTTPConnection
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from stableavatar.apps.web.downloads import Downloads
 from stableavatar.apps.web.sentences import in_words
 from stableavatar.apps.web.texts import Texts
 from stableavatar.jobs.intake import FileChecker, Limits
 from stableavatar.jobs.job import Job
-from stableavatar.jobs.store import LEAST_ROOM, JobStore
+from stableavatar.jobs.quotas import LEAST_ROOM
+from stableavatar.jobs.store import JobStore
 from stableavatar.options import SamplingDefaults
+
+logger = logging.getLogger(__name__)
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 COOKIE = "stableavatar"
 _YEAR = 365 * 86400
@@ -82,7 +91,7 @@ class Studio:
     Attributes:
         model: what the model is called. defaults: its own settings.
         vocals: the network that separates voices, where it is on the disk.
-        checkpoints: where published weights are looked for, and downloaded to.
+        downloads: of published weights; None: visitors get none.
         scratch: for files that a tab makes.
     """
 
@@ -92,8 +101,48 @@ class Studio:
     model: str
     defaults: SamplingDefaults
     vocals: Path
-    checkpoints: Path
+    downloads: Downloads | None
     scratch: Scratch
+
+
+def guarded(texts: Texts) -> Callable[[F], F]:
+    """Has a handler of the page say what nobody foresaw as a sentence, and the log why; what it says itself
+    stays."""
+
+    @contextmanager
+    def saying() -> Iterator[None]:
+        try:
+            yield
+        except gr.Error:
+            raise
+        except Exception as error:
+            logger.exception("the page")
+            raise gr.Error(texts["fault"], print_exception=False) from error
+
+    def guard(handler: Any) -> Any:
+        if inspect.isasyncgenfunction(handler):
+
+            async def guarded_stream(*values: Any, **named: Any) -> AsyncIterator[Any]:
+                with saying():
+                    async for shown in handler(*values, **named):
+                        yield shown
+
+            return functools.wraps(handler)(guarded_stream)
+        if inspect.iscoroutinefunction(handler):
+
+            async def guarded_coroutine(*values: Any, **named: Any) -> Any:
+                with saying():
+                    return await handler(*values, **named)
+
+            return functools.wraps(handler)(guarded_coroutine)
+
+        def guarded_function(*values: Any, **named: Any) -> Any:
+            with saying():
+                return handler(*values, **named)
+
+        return functools.wraps(handler)(guarded_function)
+
+    return guard
 
 
 def owner_of(cookies: dict[str, str]) -> str | None:
@@ -176,7 +225,8 @@ def status(job: Job, store: JobStore, texts: Texts) -> str:
         text = texts["waits_for_room"]
     elif job.state == "queued" and job.started is None:
         before = store.position(job)
-        text = texts("queued", count=before) if before else texts["queued_first"]
+        near = {0: texts["queued_first"], 1: texts["queued_second"]}
+        text = near.get(before) or texts("queued", count=before)
         if not store.workers_ready():
             text = texts["loading"]
     elif job.state == "completed":

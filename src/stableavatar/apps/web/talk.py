@@ -12,14 +12,14 @@ import gradio as gr
 from gradio.data_classes import ImageData
 
 from stableavatar.apps.web.sentences import in_words
-from stableavatar.apps.web.studio import Studio, empty_player, owner, player, sent, status
+from stableavatar.apps.web.studio import Studio, empty_player, guarded, owner, player, sent, status
 from stableavatar.apps.web.texts import Texts
 from stableavatar.choices import Fit, GuidanceRule, OverlapWeights, SpeechNormalisation
 from stableavatar.errors import InputError
 from stableavatar.jobs.asking import ask, copied
 from stableavatar.jobs.intake import BusyError, EndingError, check_options
 from stableavatar.jobs.job import PORTRAIT, Job
-from stableavatar.jobs.store import NoRoomError, QueueFullError
+from stableavatar.jobs.quotas import NoRoomError, QueueFullError
 from stableavatar.options import AUDIO_NATIVE_WEIGHTS, SIZE_MULTIPLE, GenerateOptions
 
 _LOOK_SECONDS = 0.25
@@ -50,8 +50,6 @@ _FIELDS = (
     "duration",
     "quality",
 )
-# More, and short videos would not be seen before they are nearly done.
-_MOST_WINDOWS_BEFORE_FRAMES = 10
 _WHOLE = ("steps", "overlap", "seed", "width", "height")
 
 
@@ -69,6 +67,7 @@ def talk_tab(studio: Studio, texts: Texts, page: gr.Blocks) -> list[Any]:
     job = gr.State(None)
     shown = [screen, state, make, stop]
 
+    @guarded(texts)
     async def begin(request: gr.Request, *values: Any) -> Any:
         made = await anyio.to_thread.run_sync(
             lambda: _ask(studio, texts, owner(request), dict(zip(_FIELDS, values, strict=True)))
@@ -78,6 +77,7 @@ def talk_tab(studio: Studio, texts: Texts, page: gr.Blocks) -> list[Any]:
     # What each open page looks at. A page that asks for another video looks at that one from then on.
     looks: dict[str | None, object] = {}
 
+    @guarded(texts)
     async def watch(request: gr.Request, job_id: str | None) -> AsyncIterator[Any]:
         page_id, look = request.session_hash, object()
         looks[page_id] = look
@@ -91,6 +91,7 @@ def talk_tab(studio: Studio, texts: Texts, page: gr.Blocks) -> list[Any]:
             if looks.get(page_id) is look:
                 del looks[page_id]
 
+    @guarded(texts)
     async def find(request: gr.Request) -> Any:
         """What this browser has in the making, or what has failed within the hour: the page may have been
         opened anew."""
@@ -102,6 +103,7 @@ def talk_tab(studio: Studio, texts: Texts, page: gr.Blocks) -> list[Any]:
             return jobs[0].id, *_views(studio, texts, jobs[0])
         return None, *_nothing()
 
+    @guarded(texts)
     def end(request: gr.Request, job_id: str | None) -> None:
         if job_id is not None:
             studio.store.cancel(owner(request), job_id)
@@ -158,7 +160,7 @@ def _form(studio: Studio, texts: Texts) -> dict[str, Any]:
     # Of windows in wavefront order: the first is done when its neighbour is a step behind it, and so on.
     before_first = math.ceil(defaults.steps / 2)
     form["first_frames"] = gr.Checkbox(
-        before_first > _MOST_WINDOWS_BEFORE_FRAMES,
+        True,
         label=texts["order"],
         info=texts("order_help", windows=before_first),
         elem_id="first-frames",
@@ -200,8 +202,12 @@ def _advanced(studio: Studio, texts: Texts, portrait: gr.Image) -> dict[str, Any
     radio("guidance", get_args(GuidanceRule))
     usual = {"text_scale": defaults.text_scale, "audio_scale": defaults.audio_scale}
 
-    def strengths(rule: str) -> list[float]:
-        return list((AUDIO_NATIVE_WEIGHTS if rule == "audio-native" else usual).values())
+    def strengths(rule: str) -> list[Any]:
+        suit = AUDIO_NATIVE_WEIGHTS if rule == "audio-native" else usual
+        return [
+            gr.update(value=suit[name], info=texts(f"{name}_help", default=f"{suit[name]:g}"))
+            for name in usual
+        ]
 
     # By hand: a video whose settings are used again has its own.
     form["guidance"].input(
@@ -251,6 +257,7 @@ def _advanced(studio: Studio, texts: Texts, portrait: gr.Image) -> dict[str, Any
     size = [form["width"], form["height"]]
     quiet: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
 
+    @guarded(texts)
     def of(request: gr.Request, chosen: str | None) -> tuple[int, int]:
         """A size of the picture's own shape, with as many pixels as the trained one that is nearest."""
         if chosen is None:

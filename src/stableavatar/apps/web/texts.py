@@ -77,10 +77,11 @@ TEXTS: dict[str, tuple[str, str]] = {
     ),
     "order": ("First frames at once", "尽快出首帧"),
     "order_help": (
-        "The first frames come after one window, and no window hears from the next: a little less smooth. "
-        "Else they come after the work of {windows} windows: of a short video, when it is nearly done.",
-        "第一个窗口完成后立即出画面；窗口之间不再相互参照，略欠平滑。"
-        "否则要等约 {windows} 个窗口的计算，短视频几乎到完成时才出画面。",
+        "Suits nearly always: the first frames come after one window. Without it, as the method was "
+        "published, they come after the work of {windows} windows, of a short video when it is nearly done; "
+        "a little smoother.",
+        "一般应勾选：第一个窗口完成后立即出画面。不勾选则为原方法：要等约 {windows} 个窗口的计算，"
+        "短视频几乎到完成时才出画面，略更平滑。",
     ),
     "size": ("Size", "尺寸"),
     "width": ("Width", "宽"),
@@ -93,8 +94,9 @@ TEXTS: dict[str, tuple[str, str]] = {
     "swap": ("Swap", "互换"),
     "fit": ("Fit of the portrait", "肖像适配"),
     "fit_help": (
-        "Crop cuts the edges, pad keeps all of it with a border, stretch distorts it.",
-        "裁剪会切去边缘，填充保留全部并加边，拉伸会变形。",
+        "Crop suits nearly always and cuts the edges; pad keeps all of it with a border, stretch distorts "
+        "it.",
+        "一般用裁剪，会切去边缘；填充保留全部并加边，拉伸会变形。",
     ),
     "fit_crop": ("crop", "裁剪"),
     "fit_pad": ("pad", "填充"),
@@ -123,8 +125,8 @@ TEXTS: dict[str, tuple[str, str]] = {
     "guidance": ("Guidance", "引导方式"),
     "guidance_help": (
         "By three predictions, as the method was published, or audio-native: try that where the mouth lags "
-        "behind. Its strengths are others: begin with 1.",
-        "三路预测为原方法；口型跟不上时可试音频原生，其强度含义不同，请从 1 开始。",
+        "behind. Its strengths are others, and are put there.",
+        "三路预测为原方法；口型跟不上时可试音频原生，其强度含义不同，会自动填入。",
     ),
     "guidance_three-branch": ("three predictions", "三路预测"),
     "guidance_audio-native": ("audio-native", "音频原生"),
@@ -161,6 +163,7 @@ TEXTS: dict[str, tuple[str, str]] = {
     ),
     # Progress.
     "queued_first": ("Next in the queue.", "下一个就是你。"),
+    "queued_second": ("One video before yours.", "前面还有 1 个视频。"),
     "queued": ("{count} videos before yours.", "前面还有 {count} 个视频。"),
     "starting": ("Reading portrait, speech and description.", "正在读取肖像、语音和描述。"),
     "loading": ("The model is being loaded.", "正在加载模型。"),
@@ -215,7 +218,28 @@ TEXTS: dict[str, tuple[str, str]] = {
     "in_the_making": ("in the making", "生成中"),
     "use_again": ("Use these again", "再次使用"),
     "delete": ("Delete", "删除"),
+    "delete_really": ("Delete it for good", "确认永久删除"),
+    "keep": ("Keep it", "保留"),
     "settings": ("Settings", "设置"),
+    "aspect": ("Shape", "画面形状"),
+    "order_chosen": ("Order of the windows", "窗口顺序"),
+    "order_chosen_wavefront": ("from the beginning on", "从头到尾"),
+    "order_chosen_causal": ("first frames at once", "尽快出首帧"),
+    "order_chosen_lockstep": ("all at the end", "最后一并完成"),
+    "model": ("Model", "模型"),
+    "lora": ("LoRA files", "LoRA 文件"),
+    "dtype": ("Precision", "精度"),
+    "version": ("Release", "版本"),
+    "preset": ("Preset of the encoder", "编码预设"),
+    "frame_count": ("Frames", "帧数"),
+    "first_frame_seconds": ("First frame after [s]", "首帧用时 [秒]"),
+    "window": ("Window [frames]", "窗口 [帧]"),
+    "batch_windows": ("Windows at once", "同时计算的窗口"),
+    "decoder_device": ("Device of the decoder", "解码设备"),
+    "decoder_tiling": ("Decoded in tiles", "分块解码"),
+    "no_audio": ("Without speech the model hears", "无语音分支"),
+    "compat": ("As the published code", "与公开代码一致"),
+    "by_hand": ("By a program", "由程序设置"),
     "used_again": ("Portrait, speech and settings are in the tab Talk.", "肖像、语音和设置已填入说话页。"),
     # Models.
     "model_in_use": ("In use", "正在使用"),
@@ -232,6 +256,16 @@ TEXTS: dict[str, tuple[str, str]] = {
     "download_asks": ("Asking which files there are", "正在查询文件列表"),
     "download_comes": ("{done} of {total} GB", "{done} / {total} GB"),
     "download_checks": ("Comparing the files with their check sums", "正在校验文件"),
+    "fault": (
+        "The program has met a fault of its own; whoever runs this page finds more in its log.",
+        "程序遇到内部错误，详情见运行本页面者的日志。",
+    ),
+    "download_going": (
+        "Another download is going on; this is how far it is.",
+        "已有另一个下载正在进行，进度如下。",
+    ),
+    "no_downloads": ("Who runs this page gets the weights.", "权重由运行本页面者下载。"),
+    "stopped": ("Stopped.", "已停止。"),
     "download_lost": (
         "The download broke off. Start it again: files that are whole are kept.",
         "下载中断。请重新开始，已完整的文件会保留。",

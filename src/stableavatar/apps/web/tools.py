@@ -1,16 +1,16 @@
 """The tabs that prepare recordings: the sound of a video, and the voice without the music."""
 
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import gradio as gr
 
 from stableavatar.apps.web.sentences import in_words
-from stableavatar.apps.web.studio import Studio, sent
+from stableavatar.apps.web.studio import Studio, guarded, owner, sent
 from stableavatar.apps.web.texts import Texts
-from stableavatar.errors import StableAvatarError
+from stableavatar.errors import StableAvatarError, StoppedError
 from stableavatar.jobs.apart import BrokenFileError, run_apart
 
 _SEPARATING = 4.0  # seconds that separating a second of the longest recording may take
@@ -20,9 +20,10 @@ def audio_tab(studio: Studio, texts: Texts) -> None:
     """Extract audio; to be called within its tab."""
     gr.Markdown(texts["extract_help"])
 
-    def extract(file: str | None) -> str:
+    def extract(file: str | None, stop: Callable[[], bool]) -> str:
         with _told(studio, texts, file) as (source, output):
-            run_apart(_extract, source, output, studio.limits.seconds, seconds=studio.limits.check_seconds)
+            seconds = studio.limits.check_seconds
+            run_apart(_extract, source, output, studio.limits.seconds, seconds=seconds, stop=stop)
         return str(output)
 
     _tool(texts, "extract", extract)
@@ -32,12 +33,12 @@ def vocals_tab(studio: Studio, texts: Texts) -> None:
     """Separate vocals; to be called within its tab."""
     gr.Markdown(texts["separate_help"])
 
-    def separate(file: str | None) -> str:
+    def separate(file: str | None, stop: Callable[[], bool]) -> str:
         if not studio.vocals.is_file():
             raise gr.Error(texts["no_network"], print_exception=False)
         with _told(studio, texts, file) as (source, output):
             most = studio.limits.seconds
-            run_apart(_separate, studio.vocals, source, output, most, seconds=_SEPARATING * most)
+            run_apart(_separate, studio.vocals, source, output, most, seconds=_SEPARATING * most, stop=stop)
         return str(output)
 
     _tool(texts, "separate", separate)
@@ -55,12 +56,14 @@ def _separate(network: Path, source: Path, output: Path, most_seconds: float) ->
     separate_vocals(VocalSeparator(network), source, output, most_seconds=most_seconds)
 
 
-def _tool(texts: Texts, name: str, work: Any) -> None:
-    """A file, a button, and what it gives."""
+def _tool(texts: Texts, name: str, work: Callable[[str | None, Callable[[], bool]], str]) -> None:
+    """A file, a button, and what it gives; another button gives it up."""
     with gr.Row():
         with gr.Column():
             given = gr.File(label=texts["recording_or_video"], type="filepath", elem_id=f"{name}-file")
-            button = gr.Button(texts[name], variant="primary", elem_id=f"{name}-button")
+            with gr.Row():
+                button = gr.Button(texts[name], variant="primary", elem_id=f"{name}-button", scale=3)
+                stop = gr.Button(texts["stop"], variant="stop", elem_id=f"{name}-stop", scale=1)
         result = gr.Audio(
             label=texts["result"],
             type="filepath",
@@ -68,8 +71,26 @@ def _tool(texts: Texts, name: str, work: Any) -> None:
             elem_id=f"{name}-result",
             buttons=["download"],
         )
+    going: dict[str, threading.Event] = {}  # of each browser, to give it up
+
+    @guarded(texts)
+    def begin(request: gr.Request, file: str | None) -> str:
+        who, given_up = owner(request), threading.Event()
+        going[who] = given_up
+        try:
+            return work(file, given_up.is_set)
+        finally:
+            if going.get(who) is given_up:
+                del going[who]
+
+    @guarded(texts)
+    def give_up(request: gr.Request) -> None:
+        if (given_up := going.get(owner(request))) is not None:
+            given_up.set()
+
     # One at a time: videos are made meanwhile.
-    button.click(work, given, result, api_visibility="private", concurrency_limit=1)
+    button.click(begin, given, result, api_visibility="private", concurrency_limit=1)
+    stop.click(give_up, None, None, api_visibility="private", queue=False)
 
 
 @contextmanager
@@ -81,6 +102,8 @@ def _told(studio: Studio, texts: Texts, file: str | None) -> Iterator[tuple[Path
     with studio.scratch.held() as folder:
         try:
             yield source, folder / f"{source.stem}.wav"
+        except StoppedError as error:
+            raise gr.Error(texts["stopped"], print_exception=False) from error
         except BrokenFileError as error:
             raise gr.Error(texts["broken_file"], print_exception=False) from error
         except StableAvatarError as error:
