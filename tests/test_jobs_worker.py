@@ -8,6 +8,7 @@ import sqlite3
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from fractions import Fraction
 from itertools import zip_longest
 from pathlib import Path
@@ -29,7 +30,7 @@ from stableavatar.journal import Journal, SavedState
 from stableavatar.media.audio import Sound
 from stableavatar.media.following import follow
 from stableavatar.media.reading import probe, read_frames, read_metadata
-from stableavatar.options import OutputOptions
+from stableavatar.options import OutputOptions, SamplingDefaults
 from stableavatar.pipeline import AvatarPipeline
 from stableavatar.unfinished import journal_folder, journal_index
 from stored_jobs import add, found
@@ -63,6 +64,23 @@ def test_a_worker_makes_the_video_that_generate_makes(
     assert done.result["seed"] == 3
     assert not journal_folder(job.output).exists()
     assert jobs.totals()["video_seconds"] == pytest.approx(0.6)
+
+
+def test_what_decides_memory_is_the_workers(jobs: JobStore, pipeline: AvatarPipeline, tmp_path: Path) -> None:
+    job = add(jobs, seconds=2.0)
+    taken = jobs.take("worker-0")
+    assert taken is not None
+    smaller = replace(MODEL, sampling={"window": 13, "decoder_tiling": True})
+    make(jobs, taken, pipeline, smaller)
+    result = found(jobs, job).result
+    assert result is not None
+    assert (result["window"], result["decoder_tiling"]) == (13, True)
+    usual = alone(pipeline, job, tmp_path / "alone.mp4")
+    assert not same_frames(job.output, usual)
+    defaults = SamplingDefaults(overlap=5)
+    with pytest.raises(InputError, match="does not fit"):
+        smaller.with_sampling(defaults)
+    assert smaller.with_sampling(SamplingDefaults(overlap=3)).window == 13
 
 
 def test_a_job_goes_on_in_another_worker_and_is_the_same_video(

@@ -1,13 +1,15 @@
 """``stableavatar serve`` and ``stableavatar app``; see `stableavatar.apps.cli`."""
 
 import math
+from dataclasses import fields
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from stableavatar.choices import Dtype, ModelSize, Variant
 from stableavatar.errors import InputError, extra_missing
+from stableavatar.options import GenerateOptions
 
 _MOST_DAYS = 36500
 _MODEL, _LIMITS, _PEOPLE = "The model", "What is taken at most", "Who may use it"
@@ -23,6 +25,18 @@ LoraOption = Annotated[
     typer.Option(metavar="FILE[:SCALE]", help="A LoRA, as for generate.", rich_help_panel=_MODEL),
 ]
 DtypeOption = Annotated[Dtype, typer.Option(help="Of the weights.", rich_help_panel=_MODEL)]
+
+
+def _as_of_generate(name: str) -> Any:
+    """The option that `generate` has, for every video of a server."""
+    known = next(field for field in fields(GenerateOptions) if field.name == name)
+    return typer.Option(help=known.metadata["help"], rich_help_panel=_MODEL)
+
+
+WindowOption = Annotated[int | None, _as_of_generate("window")]
+BatchWindowsOption = Annotated[int, _as_of_generate("batch_windows")]
+DecoderDeviceOption = Annotated[str | None, _as_of_generate("decoder_device")]
+DecoderTilingOption = Annotated[bool, _as_of_generate("decoder_tiling")]
 KeepDaysOption = Annotated[
     float, typer.Option(min=0, help="Finished videos are removed after so long; 0: never.")
 ]
@@ -72,6 +86,10 @@ def serve(
         ),
     ] = None,
     dtype: DtypeOption = "auto",
+    window: WindowOption = None,
+    batch_windows: BatchWindowsOption = 1,
+    decoder_device: DecoderDeviceOption = None,
+    decoder_tiling: DecoderTilingOption = False,
     most_megabytes: Annotated[
         float, typer.Option(help="Of a request with its files.", rich_help_panel=_LIMITS)
     ] = 200.0,
@@ -122,6 +140,7 @@ def serve(
         if not 0 < value < math.inf:
             raise InputError(f"{option} {value}: give a number above 0, and finite")
     log_to_stderr(verbose)
+    sampling = _sampling(window, batch_windows, decoder_device, decoder_tiling)
     limits = Limits(
         upload_bytes=int(most_megabytes * 1e6),
         seconds=most_seconds,
@@ -140,6 +159,7 @@ def serve(
             lora=tuple(lora or ()),
             name=name or "",
             checkpoint_every=checkpoint_every,
+            sampling=sampling,
         )
         for it in device or ["auto"]
     ]
@@ -148,7 +168,7 @@ def serve(
         models,
         keys=Keys() if api_keys is None else Keys.read(api_keys),
         limits=limits,
-        defaults=read_defaults(model, variant=variant, size=model_size),
+        defaults=models[0].with_sampling(read_defaults(model, variant=variant, size=model_size)),
         keep_seconds=_keep_seconds(keep_days),
         hung_seconds=hung_seconds or None,
         verbosity=verbose,
@@ -175,6 +195,10 @@ def app(
     lora: LoraOption = None,
     device: Annotated[str, typer.Option(help="As for generate.", rich_help_panel=_MODEL)] = "auto",
     dtype: DtypeOption = "auto",
+    window: WindowOption = None,
+    batch_windows: BatchWindowsOption = 1,
+    decoder_device: DecoderDeviceOption = None,
+    decoder_tiling: DecoderTilingOption = False,
     checkpoints: Annotated[
         Path, typer.Option(help="Where the page puts published weights that it downloads.")
     ] = Path("checkpoints"),
@@ -209,7 +233,13 @@ def app(
     service = web.PageService(
         folder,
         ModelChoice(
-            model, device=device, dtype=dtype, variant=variant, size=model_size, lora=tuple(lora or ())
+            model,
+            device=device,
+            dtype=dtype,
+            variant=variant,
+            size=model_size,
+            lora=tuple(lora or ()),
+            sampling=_sampling(window, batch_windows, decoder_device, decoder_tiling),
         ),
         limits=Limits(upload_bytes=2_000_000_000, seconds=most_seconds, check_seconds=300.0),
         hosts=tuple(allow_host or ()),
@@ -221,6 +251,20 @@ def app(
         verbosity=verbose,
     )
     web.run_page(service, host, port, lambda url: _say(f"Open {url}/ in a browser. Ctrl-C ends the page."))
+
+
+def _sampling(
+    window: int | None, batch_windows: int, decoder_device: str | None, decoder_tiling: bool
+) -> dict[str, Any]:
+    """What every video is made with. Raises InputError: a value that cannot be."""
+    chosen = GenerateOptions(
+        window=window,
+        batch_windows=batch_windows,
+        decoder_device=decoder_device,
+        decoder_tiling=decoder_tiling,
+    )
+    names = ("window", "batch_windows", "decoder_device", "decoder_tiling")
+    return {name: getattr(chosen, name) for name in names if getattr(chosen, name) is not None}
 
 
 def _keep_seconds(days: float) -> float | None:

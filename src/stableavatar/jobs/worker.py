@@ -10,9 +10,9 @@ import sqlite3
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -26,6 +26,7 @@ from stableavatar.jobs.store import JobStore
 from stableavatar.journal import JournalError
 from stableavatar.lifetimes import end_with_parent
 from stableavatar.logs import log_to_stderr, quieten_libraries
+from stableavatar.options import SamplingDefaults, check_overlap
 from stableavatar.unfinished import journal_folder, journal_index
 
 if TYPE_CHECKING:
@@ -56,6 +57,8 @@ class ModelChoice:
     Attributes:
         name: what it is called in requests. lora: each "FILE" or "FILE:0.8".
         checkpoint_every: seconds after which the state of a video is saved.
+        sampling: options of `AvatarPipeline.generate` that every video is made with, whoever asks for it:
+            what decides memory, such as `window`.
     """
 
     source: str = "tiny"
@@ -67,6 +70,7 @@ class ModelChoice:
     name: str = ""
     checkpoint_every: float = 10.0
     threads: int | None = None
+    sampling: Mapping[str, Any] = field(default_factory=dict)
 
     def told(self) -> dict[str, Any]:
         """What videos say of the model that made them: names, and not where the server has its files."""
@@ -74,6 +78,17 @@ class ModelChoice:
         if self.lora:
             said["lora"] = [Path(file).name for file in self.lora]
         return said
+
+    def with_sampling(self, defaults: SamplingDefaults) -> SamplingDefaults:
+        """A model's own settings, with those of `sampling` in their place.
+
+        Raises:
+            InputError: windows are too short for its overlap.
+        """
+        known = {f.name for f in fields(SamplingDefaults)}
+        made = replace(defaults, **{name: it for name, it in self.sampling.items() if name in known})
+        check_overlap(made.window, made.overlap)
+        return made
 
     def load(self) -> "AvatarPipeline":
         """The pipeline, on its device.
@@ -150,7 +165,8 @@ def run_worker(
         job = take() if time.monotonic() <= turn_ends else None
         if job is None and (request := store.calls.answer(name)) is not None:
             began = time.monotonic()
-            speak(request, pipeline, ending)
+            options = {**model.sampling, **request["options"]}
+            speak({**request, "options": options}, pipeline, ending)
             ended = time.monotonic()
             turn_ends = ended + max(_TURN_SECONDS, ended - began)
         elif (job := job or take()) is None:
@@ -250,7 +266,7 @@ def _generate(
             resume=resume,
             stop=stop,
             progress=report,
-            **options,
+            **{**model.sampling, **options},
         )
 
     video: GeneratedVideo | None = None

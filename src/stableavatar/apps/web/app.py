@@ -62,7 +62,7 @@ def run_page(service: PageService, host: str, port: int, announce: Callable[[str
     here = is_local(host)
     store = JobStore(service.folder, limits.quotas)
     model = service.model
-    defaults = read_defaults(model.source, variant=model.variant, size=model.size)
+    defaults = model.with_sampling(read_defaults(model.source, variant=model.variant, size=model.size))
     with contextlib.ExitStack() as stack:
         stack.enter_context(contextlib.closing(store.own()))
         keep_temporary_files(store)  # before anybody asks where they are
