@@ -100,6 +100,9 @@ def test_nodes_keep_to_the_contract(pack: ModuleType) -> None:
             assert isinstance(kind, str | list), field
             if kind in ("INT", "FLOAT"):
                 assert settings["min"] <= settings["default"] <= settings["max"], field
+            if kind == "FLOAT":  # or ComfyUI's page rounds to what it thinks right
+                assert settings["round"] <= 0.01, field
+                assert settings["step"] >= settings["round"], field
             if isinstance(kind, list):
                 assert settings.get("default", kind[0]) in kind, field
 
@@ -152,7 +155,8 @@ def run_workflow(
             link = links[taken["link"]]
             values[taken["name"]] = made[link[1]][link[2]]
         values |= {name: value for name, value in changed.items() if name in values}
-        made[node["id"]] = getattr(ours(), ours.FUNCTION)(**values)
+        with torch.inference_mode():  # as ComfyUI runs nodes
+            made[node["id"]] = getattr(ours(), ours.FUNCTION)(**values)
     return {node["type"]: made[node["id"]] for node in WORKFLOW["nodes"]}
 
 

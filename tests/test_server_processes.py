@@ -10,7 +10,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator
 from itertools import zip_longest
 from pathlib import Path
@@ -19,20 +18,12 @@ import httpx
 import numpy as np
 import psutil
 import pytest
-import schemathesis
-from hypothesis import HealthCheck, Phase, given, settings
-from schemathesis.specs.openapi.checks import positive_data_acceptance
 
 from command_line import portrait, speech, toy_model
-from media_files import write_video
 from serving import QUICK, Server, files_to_send, servers_of, states, until
 from stableavatar import load
 from stableavatar.apps.running import listen
-from stableavatar.apps.server.access import Keys
-from stableavatar.apps.server.app import Service, create_app
 from stableavatar.errors import InputError
-from stableavatar.jobs.store import JobStore
-from stableavatar.jobs.worker import ModelChoice
 from stableavatar.media.reading import probe, read_frames
 
 KEY = "a-key-of-the-test"
@@ -302,55 +293,6 @@ def test_what_cannot_be_served_is_said_with_status_2(tmp_path: Path, servers: Ca
     )  # fmt: skip
     assert done.returncode == 2
     assert "another server uses this folder" in done.stderr
-
-
-def test_no_request_that_the_description_allows_breaks_the_server(tmp_path: Path) -> None:
-    """schemathesis draws requests from the OpenAPI description: no answer is a 5xx, or another than is
-    described."""
-    service = Service(tmp_path / "jobs", [ModelChoice("toy", name="toy")], keys=Keys({KEY: "ann"}))
-    store = service.store()
-    store.worker_ready("worker-0")
-    made = finished_video(store, tmp_path)
-    app = create_app(service, store)
-    schema = schemathesis.openapi.from_asgi("/openapi.json", app)
-    statuses: Counter[int] = Counter()
-    operations = [result.ok() for result in schema.get_all_operations()]
-    for operation in operations:
-
-        @settings(
-            max_examples=20, deadline=None, database=None, derandomize=True, phases=[Phase.explicit, Phase.generate],
-            suppress_health_check=list(HealthCheck),
-        )  # fmt: skip
-        @given(case=operation.as_strategy())
-        def check(case: schemathesis.Case) -> None:
-            # Every other request of a video is of one that is there.
-            if statuses.total() % 2 and "video_id" in case.path_parameters and case.method != "DELETE":
-                case.path_parameters["video_id"] = made
-            # That bytes are a picture, and one of two fields is needed, no description says.
-            answer = case.call_and_validate(
-                headers={"Authorization": f"Bearer {KEY}"}, excluded_checks=[positive_data_acceptance]
-            )
-            statuses[answer.status_code] += 1
-
-        check()
-    assert len(operations) == 12
-    assert statuses.total() > 100
-    assert statuses[200] > 40
-    assert max(statuses) < 500
-
-
-def finished_video(store: JobStore, folder: Path) -> str:
-    """A job that is done, with files that can be read."""
-    new = store.new_folder()
-    portrait(folder / "portrait.png").rename(new / "portrait")
-    shutil.copyfile(
-        write_video(folder / "video.mp4", [np.zeros((32, 32, 3), np.uint8)] * 5, None), new / "video.mp4"
-    )
-    options = {"prompt": "", "fps": 25.0, "start": 0.0, "duration": 0.2, "width": 32, "height": 32}
-    job = store.add("ann", new, options, {"seconds": 0.2})
-    store.take("worker-0")
-    store.finish(job.id, "completed", result={"width": 32, "height": 32, "frame_count": 5})
-    return job.id
 
 
 @pytest.mark.skipif(shutil.which("curl") is None, reason="needs curl")

@@ -18,6 +18,9 @@ from stableavatar.options import GenerateOptions
 CATEGORY = "StableAvatar"
 PIPELINE, CONDITIONS, LATENTS = "STABLEAVATAR_PIPELINE", "STABLEAVATAR_CONDITIONS", "STABLEAVATAR_LATENTS"
 _PARTS = 1000  # of a progress bar
+# Else ComfyUI's page rounds to tenths: 29.97 frames a second would be 30.
+_TO_A_THOUSANDTH = {"step": 0.001, "round": 0.001}
+_TO_A_HUNDREDTH = {"step": 0.1, "round": 0.01}
 
 Inputs = dict[str, dict[str, tuple[Any, ...]]]
 
@@ -83,10 +86,16 @@ class StableAvatarConditions:
                     "INT",
                     {"default": 0, "min": 0, "max": 2048, "step": 16, "tooltip": "0: as trained"},
                 ),
-                "fps": ("FLOAT", {"default": 25.0, "min": 1.0, "max": 120.0}),
+                "fps": ("FLOAT", {"default": 25.0, "min": 1.0, "max": 120.0, **_TO_A_THOUSANDTH}),
                 "duration": (
                     "FLOAT",
-                    {"default": 0.0, "min": 0.0, "max": 86400.0, "tooltip": "0: as the speech"},
+                    {
+                        "default": 0.0,
+                        "min": 0.0,
+                        "max": 86400.0,
+                        "tooltip": "0: as the speech",
+                        **_TO_A_THOUSANDTH,
+                    },
                 ),
             },
             "optional": {
@@ -146,11 +155,23 @@ class StableAvatarSample:
                 "steps": ("INT", {"default": 0, "min": 0, "max": 200, "tooltip": _help("steps")}),
                 "text_scale": (
                     "FLOAT",
-                    {"default": 0.0, "min": 0.0, "max": 20.0, "tooltip": _help("text_scale")},
+                    {
+                        "default": 0.0,
+                        "min": 0.0,
+                        "max": 20.0,
+                        "tooltip": _help("text_scale"),
+                        **_TO_A_HUNDREDTH,
+                    },
                 ),
                 "audio_scale": (
                     "FLOAT",
-                    {"default": 0.0, "min": 0.0, "max": 20.0, "tooltip": _help("audio_scale")},
+                    {
+                        "default": 0.0,
+                        "min": 0.0,
+                        "max": 20.0,
+                        "tooltip": _help("audio_scale"),
+                        **_TO_A_HUNDREDTH,
+                    },
                 ),
                 "overlap": ("INT", {"default": 0, "min": 0, "max": 40, "tooltip": _help("overlap")}),
                 "order": (["wavefront", "causal"], {"default": "wavefront", "tooltip": _help("order")}),
