@@ -75,7 +75,7 @@ format: $(STAMP) ## put the style right
 parity: $(STAMP) ## every parity case under PARITY=folder against our model
 	$(BIN)/python -m stableavatar.evaluation.parity $(PARITY)
 
-evaluate-tiny: $(STAMP) ## the embedded model against its bars (an hour; QUICK=1: a subset in minutes)
+evaluate-tiny: $(STAMP) ## the embedded model against its bars (25 to 45 minutes; QUICK=1: a subset in minutes)
 	{ $(BIN)/stableavatar download --landmarks && $(BIN)/python -m stableavatar.evaluation.faces; } \
 	    && portraits="$(addprefix --portrait ,$(PORTRAITS))"; \
 	$(BIN)/python -m stableavatar.evaluation.tiny --model $(MODEL) --processes 2 $$portraits \

@@ -20,10 +20,13 @@ QUICK = {"steps": "2", "text_scale": "1", "audio_scale": "1", "size": "48x48"}
 
 
 class Server:
-    """`stableavatar serve` with the toy model."""
+    """`stableavatar serve` with the toy model; a worker has as many threads as are given, or all of the machine."""
 
-    def __init__(self, folder: Path, *arguments: str, model: str | Path | None = None) -> None:
+    def __init__(
+        self, folder: Path, *arguments: str, model: str | Path | None = None, threads: int | None = 1
+    ) -> None:
         self.folder = folder
+        environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
         self.process = subprocess.Popen(
             [
                 sys.executable, "-m", "stableavatar", "serve", "--folder", str(folder), "--port", "0",
@@ -31,7 +34,7 @@ class Server:
             ],
             stderr=subprocess.PIPE,
             text=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            env=environment if threads is None else {**environment, "OMP_NUM_THREADS": str(threads)},
             start_new_session=True,
         )  # fmt: skip
         self.said: list[str] = []
@@ -87,8 +90,8 @@ def servers_of(folder: Path) -> Iterator[Callable[..., Server]]:
     """Starts servers of one folder, and kills what is left of them."""
     started: list[Server] = []
 
-    def start(*arguments: str, model: str | None = None) -> Server:
-        started.append(Server(folder, *arguments, model=model))
+    def start(*arguments: str, model: str | None = None, threads: int | None = 1) -> Server:
+        started.append(Server(folder, *arguments, model=model, threads=threads))
         return started[-1]
 
     yield start

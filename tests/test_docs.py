@@ -14,7 +14,7 @@ import pytest
 
 import reference_tables
 from command_line import run
-from documents import Block, blocks, commands, parse, reader
+from documents import COMMANDS, Block, blocks, commands, parse, reader
 from method_figures import FIGURES
 from method_figures import FOLDER as METHOD
 from reference_tables import of_commands, of_recipes
@@ -24,14 +24,25 @@ from stableavatar.training.tiny import autoencoder, made_latents
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted((ROOT / "docs").glob("*.md"))
+TEXTS = [
+    *PAGES, *sorted((ROOT / "docs" / "decisions").glob("*.md")), ROOT / "README.md", ROOT / "integrations" / "comfyui" / "README.md",
+]  # fmt: skip
 
 
-# Its commands ask a server: test_server_processes.py runs them.
-ASKING = ROOT / "docs" / "server.md"
+# The commands of a section ask a server: test_server_processes.py runs them.
+ASKING = "## Asking for a video"
+# Options of other programs that pages name: torchrun, accelerate, Docker, this project's modules, published scripts.
+THEIRS = {
+    "--nproc-per-node", "--shutdown-timeout", "--standalone", "--config_file", "--quick", "--development", "--portrait", "--freeze-encoder",
+    "--out", "--help", "--gpus", "--recipes",
+}  # fmt: skip
 
 
-def blocks_of(page: Path) -> list[Block]:
-    return blocks(page.read_text(encoding="utf-8"))
+def blocks_of(page: Path, *, without: str = "") -> list[Block]:
+    """Of a page, or of what comes before a section and after it."""
+    text = page.read_text(encoding="utf-8")
+    before, heading, rest = text.partition(without) if without else (text, "", "")
+    return blocks(before + "\n## " + rest.partition("\n## ")[2] if heading else before)
 
 
 def named(page: Path) -> list[list[str]]:
@@ -40,10 +51,10 @@ def named(page: Path) -> list[list[str]]:
     return [words for text in shells for words in commands(text) if words[0] == "stableavatar"]
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if page != ASKING], ids=lambda page: page.stem)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_what_is_not_marked_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     reader(tmp_path, monkeypatch)
-    for block in (block for block in blocks_of(page) if block.runs):
+    for block in (block for block in blocks_of(page, without=ASKING) if block.runs):
         if block.language == "python":
             exec(compile(block.text, page.name, "exec"), {"__name__": "__main__"})
         elif block.language == "bash":
@@ -61,7 +72,23 @@ def test_commands_are_known(page: Path) -> None:
             load_recipe(ROOT / context.params["recipe"], context.params["settings"] or ())
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+@pytest.mark.parametrize(
+    "page",
+    [it for it in TEXTS if it.parent.name != "decisions"],
+    ids=lambda page: f"{page.parent.name}-{page.stem}",
+)
+def test_options_that_sentences_name_are_known(page: Path) -> None:
+    """And the commands that stand in them."""
+    known = {flag for command in COMMANDS.values() for option in command.params for flag in option.opts}
+    sentences = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    inline = re.findall(r"`([^`]+)`", sentences)
+    named = {flag for text in inline for flag in re.findall(r"(?<![\w-])--[a-z][\w-]*", text)}
+    assert named <= known | THEIRS, named - known - THEIRS
+    for words in (text.split() for text in inline if text.startswith("stableavatar ")):
+        assert words[1] in COMMANDS or words[1] == "COMMAND", words
+
+
+@pytest.mark.parametrize("page", TEXTS, ids=lambda page: f"{page.parent.name}-{page.stem}")
 def test_files_that_are_linked_exist(page: Path) -> None:
     for link in re.findall(r"\]\(([^)#\s]+)\)", page.read_text(encoding="utf-8")):
         assert link.startswith("https://") or (page.parent / link).exists(), link

@@ -1,18 +1,23 @@
 """Who may ask a server, and what strangers may send it."""
 
+import io
 import os
 import struct
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 from fastapi.testclient import TestClient
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from PIL import Image, PngImagePlugin
 
 from command_line import toy_model
-from served import ANN, BOB, MODEL, QUICK, as_bob, ask, asked, files_to_send, served, store_of, work
+from media_files import tone, write_sound
+from served import ANN, BOB, LIMITS, MODEL, QUICK, as_bob, ask, asked, files_to_send, served, store_of, work
 from stableavatar import load
 from stableavatar.apps.origins import is_local
 from stableavatar.apps.server.access import LOCAL, Keys, check_host
@@ -229,18 +234,91 @@ def test_hostile_files_are_refused_and_leave_nothing(client: TestClient, files: 
         refused_cleanly(client)
 
 
+def test_little_that_becomes_much_is_refused_or_harmless(
+    client: TestClient, files: dict[str, bytes], tmp_path: Path
+) -> None:
+    """Within the limits of what is sent, and of the picture."""
+    image = Image.open(io.BytesIO(files["portrait"]))
+    text, canvas = PngImagePlugin.PngInfo(), io.BytesIO()
+    text.add_text("comment", "x" * 50_000_000, zip=True)
+    image.convert("P").save(canvas, "GIF")
+    wide = bytearray(canvas.getvalue())
+    wide[6:10] = struct.pack("<HH", 60_000, 60_000)
+    hours = write_sound(
+        tmp_path / "hours.flac", np.zeros(8000 * 3600 * 3, np.float32), 8000, "flac"
+    ).read_bytes()
+    assert len(hours) < LIMITS.upload_bytes
+    for name, (field, content) in {
+        "text": ("portrait", saved(image, "PNG", pnginfo=text)),
+        "colour profile": ("portrait", saved(image, "PNG", icc_profile=bytes(50_000_000))),
+        "canvas": ("portrait", bytes(wide)),
+        "hours of silence": ("speech", hours),
+    }.items():
+        answer = ask(client, {**files, field: content})
+        assert answer.status_code in (200, 400), (name, answer.text)
+        if name in ("canvas", "hours of silence"):
+            assert answer.status_code == 400, name
+        if answer.status_code == 200:
+            client.delete(f"/v1/videos/{answer.json()['id']}")
+        refused_cleanly(client)
+
+
+def saved(image: Image.Image, kind: str, **how: Any) -> bytes:
+    """A picture's file."""
+    file = io.BytesIO()
+    image.save(file, kind, **how)
+    return file.getvalue()
+
+
+@pytest.fixture(scope="module")
+def of_every_kind(
+    files: dict[str, bytes], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, tuple[bytes, ...]]:
+    """The same picture and sound in the files that people have."""
+    folder = tmp_path_factory.mktemp("kinds")
+    image = Image.open(io.BytesIO(files["portrait"])).convert("RGB")
+    samples = tone(0.6, 16_000)
+    sounds = {"mp3": "libmp3lame", "m4a": "aac", "ogg": "libvorbis", "flac": "flac", "webm": "libopus"}
+    made = [
+        write_sound(
+            folder / f"a.{ending}",
+            tone(0.6, 48_000) if codec == "libopus" else samples,
+            48_000 if codec == "libopus" else 16_000,
+            codec,
+        )
+        for ending, codec in sounds.items()
+    ]
+    return {
+        "portrait": tuple(saved(image, kind) for kind in ("PNG", "JPEG", "WEBP", "GIF", "TIFF", "BMP")),
+        "speech": (files["speech"], *(path.read_bytes() for path in made)),
+    }
+
+
+def test_files_of_every_kind_are_taken(
+    client: TestClient, files: dict[str, bytes], of_every_kind: dict[str, tuple[bytes, ...]]
+) -> None:
+    for field, kinds in of_every_kind.items():
+        for content in kinds:
+            video = asked(client, {**files, field: content})
+            assert client.delete(f"/v1/videos/{video}").status_code == 200
+
+
 @settings(
-    max_examples=60, deadline=None, derandomize=True,
+    max_examples=100, deadline=None, derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )  # fmt: skip
 @given(data=st.data())
 def test_files_with_damage_anywhere_break_nothing(
-    client: TestClient, files: dict[str, bytes], pipeline: AvatarPipeline, data: st.DataObject
+    client: TestClient,
+    files: dict[str, bytes],
+    of_every_kind: dict[str, tuple[bytes, ...]],
+    pipeline: AvatarPipeline,
+    data: st.DataObject,
 ) -> None:
     """Cut, with bytes changed, with parts twice or left out, one within the other: refused, or made into a
     video like any other, or into a sentence of why not."""
     field = data.draw(st.sampled_from(("portrait", "speech")))
-    content = bytearray(files[field])
+    content = bytearray(data.draw(st.sampled_from(of_every_kind[field])))
     for _ in range(data.draw(st.integers(1, 4))):
         place, length = data.draw(st.integers(0, max(len(content) - 1, 0))), data.draw(st.integers(1, 400))
         how = data.draw(st.sampled_from(("cut", "change", "twice", "out", "other", "zeros")))
