@@ -244,19 +244,19 @@ def test_little_that_becomes_much_is_refused_or_harmless(
     image.convert("P").save(canvas, "GIF")
     wide = bytearray(canvas.getvalue())
     wide[6:10] = struct.pack("<HH", 60_000, 60_000)
-    hours = write_sound(
-        tmp_path / "hours.flac", np.zeros(8000 * 3600 * 3, np.float32), 8000, "flac"
+    minutes = write_sound(
+        tmp_path / "minutes.flac", np.zeros(8000 * 1200, np.float32), 8000, "flac"
     ).read_bytes()
-    assert len(hours) < LIMITS.upload_bytes
+    assert len(minutes) < LIMITS.upload_bytes
     for name, (field, content) in {
         "text": ("portrait", saved(image, "PNG", pnginfo=text)),
         "colour profile": ("portrait", saved(image, "PNG", icc_profile=bytes(50_000_000))),
         "canvas": ("portrait", bytes(wide)),
-        "hours of silence": ("speech", hours),
+        "minutes of silence": ("speech", minutes),
     }.items():
         answer = ask(client, {**files, field: content})
         assert answer.status_code in (200, 400), (name, answer.text)
-        if name in ("canvas", "hours of silence"):
+        if name in ("canvas", "minutes of silence"):
             assert answer.status_code == 400, name
         if answer.status_code == 200:
             client.delete(f"/v1/videos/{answer.json()['id']}")
@@ -277,15 +277,9 @@ def of_every_kind(
     """The same picture and sound in the files that people have."""
     folder = tmp_path_factory.mktemp("kinds")
     image = Image.open(io.BytesIO(files["portrait"])).convert("RGB")
-    samples = tone(0.6, 16_000)
-    sounds = {"mp3": "libmp3lame", "m4a": "aac", "ogg": "libvorbis", "flac": "flac", "webm": "libopus"}
+    sounds = {"mp3": "libmp3lame", "m4a": "aac", "ogg": "libopus", "flac": "flac", "webm": "libopus"}
     made = [
-        write_sound(
-            folder / f"a.{ending}",
-            tone(0.6, 48_000) if codec == "libopus" else samples,
-            48_000 if codec == "libopus" else 16_000,
-            codec,
-        )
+        write_sound(folder / f"a.{ending}", tone(0.6, 48_000), 48_000, codec)
         for ending, codec in sounds.items()
     ]
     return {
@@ -304,7 +298,7 @@ def test_files_of_every_kind_are_taken(
 
 
 @settings(
-    max_examples=100, deadline=None, derandomize=True,
+    max_examples=250, deadline=None, derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )  # fmt: skip
 @given(data=st.data())
