@@ -40,9 +40,14 @@ class Progress:
     """How far a video is; what is not known, since speech is still arriving, is None.
 
     Attributes:
-        step, steps, window, windows: the cell that was sampled last, counted from 1; 0 before the first.
-        frame, frames: how many are decoded.
-        share: of the work, 0 to 1. seconds_left: from the pace of cells and of frames so far.
+        step: of the cell that was sampled last, counted from 1; 0 before the first.
+        steps: how many there are of each window.
+        window: of that cell, counted from 1; 0 before the first.
+        windows: how many there are.
+        frame: how many are decoded.
+        frames: of the whole video.
+        share: of the work, 0 to 1.
+        seconds_left: from the pace of cells and of frames so far.
     """
 
     step: int

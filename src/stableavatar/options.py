@@ -234,8 +234,12 @@ class SamplingDefaults:
     """A model's own settings; those of the released models unless given.
 
     Attributes:
-        steps, text_scale, audio_scale, window (frames), overlap (latent frames), negative_prompt: see
-            `GenerateOptions`.
+        steps: see `GenerateOptions`, as of the next five.
+        text_scale: strength of the prompt.
+        audio_scale: strength of the speech.
+        window: frames.
+        overlap: latent frames.
+        negative_prompt: what is not to be seen.
         sizes: width and height in pixels for each aspect that the model was trained at.
         step_cache_coefficients: see `sampling.step_cache.steps_to_run`; (1, 0) takes the embedding's change
             as it is.

@@ -31,8 +31,15 @@ Stop = Callable[[], bool]
 
 @dataclass(frozen=True)
 class GeneratedVideo:
-    """What `generate` has made: the file (None where it went elsewhere), its length in frames, the options
-    that repeat it, and the seconds until the first frame was there."""
+    """What `generate` has made.
+
+    Attributes:
+        path: the file; None where it went elsewhere.
+        frame_count: of the video.
+        frame_rate: frames a second.
+        options: with every default filled in; with them the video can be repeated.
+        first_frame_seconds: until the first frame was there.
+    """
 
     path: Path | None
     frame_count: int
