@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 import reference_tables
+import stableavatar
 from command_line import run
 from documents import COMMANDS, Block, blocks, commands, parse, reader
 from method_figures import FIGURES
@@ -104,6 +105,12 @@ def test_tables_are_of_what_is_there(page: Path, table: Callable[[], str]) -> No
     _, start, rest = page.read_text(encoding="utf-8").partition(reference_tables.START)
     assert start
     assert rest.partition(reference_tables.END)[0].strip() == table()
+
+
+def test_the_package_has_what_it_says_it_has() -> None:
+    assert set(stableavatar.__all__) == {*stableavatar._MODULES, "__version__"}
+    for name in stableavatar.__all__:
+        assert getattr(stableavatar, name) is not None
 
 
 def test_every_option_and_key_says_what_it_is() -> None:
