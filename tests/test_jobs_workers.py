@@ -102,13 +102,14 @@ def test_a_worker_that_cannot_even_be_killed_is_replaced(
     """It waits within the system, for a driver or a disk."""
 
     class Undying:
-        killed = False
+        killed, joined = False, 0
 
         def is_alive(self) -> bool:
             return True
 
         def join(self, _seconds: float) -> None:
-            pass
+            self.joined += 1
+            assert self.joined < 100, "it is waited for"
 
         def kill(self) -> None:
             self.killed = True
