@@ -92,7 +92,7 @@ def test_full_size_models_have_the_published_count_of_tensors_and_numbers(
         assert len([name for name in ours if not names.is_audio_name(name)]) == 983
 
 
-def test_released_sizes() -> None:
+def test_published_sizes() -> None:
     assert list(SIZES) == ["1.3b", "14b"]
     defaults = full_size("transformer", "1.3b")
     assert empty(StableAvatarTransformer3DModel) == defaults
@@ -211,8 +211,8 @@ def test_encoders(published: Path) -> None:
     assert tokenizer.pad_token == "<pad>"
 
 
-def test_speech_encoder_of_the_released_spelling(tmp_path: Path) -> None:
-    """The released file has the older names of the weight norm and lacks a tensor of pre-training."""
+def test_speech_encoder_of_the_published_spelling(tmp_path: Path) -> None:
+    """The published file has the older names of the weight norm and lacks a tensor of pre-training."""
     folder = tmp_path / "wav2vec2-base-960h"
     reference = toy.toy_speech_encoder()
     reference.save_pretrained(folder)

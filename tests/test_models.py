@@ -323,7 +323,7 @@ def test_latents_that_do_not_divide_are_refused(model: StableAvatarTransformer3D
         )
 
 
-def test_the_defaults_are_the_released_model() -> None:
+def test_the_defaults_are_the_published_model() -> None:
     with torch.device("meta"):
         model = StableAvatarTransformer3DModel()
     assert len(model.state_dict()) == 1143

@@ -47,7 +47,7 @@ def frames(pipeline: AvatarPipeline, samples: np.ndarray | None, **options: obje
 class TestLength:
     @pytest.mark.parametrize("count", [1, 2, 3, 16, 17, 18, 19, 20, 21, 30])
     def test_as_many_frames_as_the_speech_has(self, pipeline: AvatarPipeline, count: int) -> None:
-        """Faults 3 and 18: 18 to 20 frames are to this model what 82 to 84 are to the released one."""
+        """Faults 3 and 18: 18 to 20 frames are to this model what 82 to 84 are to the published one."""
         made = frames(pipeline, noise(count * 640 + 200))
         assert made.shape == (count, 32, 32, 3)
         assert made.dtype == np.uint8

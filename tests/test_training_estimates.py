@@ -75,7 +75,7 @@ def test_activations_are_those_of_the_layers_and_the_adapter() -> None:
     assert wide.activations > 3 * recomputed.activations
 
 
-def test_the_document_is_what_the_command_writes_of_every_recipe_of_the_released_sizes(
+def test_the_document_is_what_the_command_writes_of_every_recipe_of_the_published_sizes(
     tmp_path: Path,
 ) -> None:
     document = tmp_path / "scaling.md"
@@ -86,5 +86,5 @@ def test_the_document_is_what_the_command_writes_of_every_recipe_of_the_released
     rows = [line.split("|")[1].strip() for line in document.read_text().splitlines() if line.startswith("| ")]
     wanted = {path.stem for path in RECIPES.glob("*.yaml") if not path.stem.startswith("tiny")}
     assert set(rows) - {"recipe", "---"} == wanted
-    with pytest.raises(InputError, match="released sizes"):
+    with pytest.raises(InputError, match="published sizes"):
         found("tiny")

@@ -281,7 +281,7 @@ def test_the_first_latent_frame_is_judged_where_the_clip_starts(cache: Path) -> 
     assert judged[:, 1:].all()
 
 
-def test_so_it_is_by_the_released_models_training(cache: Path) -> None:
+def test_so_it_is_by_the_published_models_training(cache: Path) -> None:
     samples = CachedWindows(LatentCache(cache))
     windows = [samples[0, epoch] for epoch in range(6)]
     parts = {name: torch.zeros(1, 1) for name in ("prompt_embeddings", "empty_prompt", "portrait_embeddings")}

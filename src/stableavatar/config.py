@@ -1,4 +1,4 @@
-"""Sizes of the two released models: the constructor settings of every part, and their noise schedule.
+"""Sizes of the two published models: the constructor settings of every part, and their noise schedule.
 
 The embedded model ``tiny`` carries its sizes in the ``config.json`` of each of its folders instead.
 """

@@ -92,14 +92,14 @@ class GenerateOptions:
     )
     text_scale: float | None = _option(
         None,
-        "Strength of the prompt: 3 to 6 for the released models, 2 for tiny; for audio-native guidance 1. "
+        "Strength of the prompt: 3 to 6 for the published models, 2 for tiny; for audio-native guidance 1. "
         "Higher follows it more closely and burns colours.",
         panel=SAMPLING,
         minimum=0,
     )
     audio_scale: float | None = _option(
         None,
-        "Strength of the speech: 3 to 6 for the released models, 2 for tiny; for audio-native guidance 2. "
+        "Strength of the speech: 3 to 6 for the published models, 2 for tiny; for audio-native guidance 2. "
         "Lower mumbles, higher exaggerates the mouth.",
         panel=SAMPLING,
         minimum=0,
@@ -112,7 +112,7 @@ class GenerateOptions:
     )
     overlap: int | None = _option(
         None,
-        "Latent frames (of 4 frames) that windows share: 5 to 15 of the released models' 21, 3 of tiny's 9. "
+        "Latent frames (of 4 frames) that windows share: 5 to 15 of the published models' 21, 3 of tiny's 9. "
         "More is smoother and slower.",
         panel=SAMPLING,
         minimum=2,
@@ -231,7 +231,7 @@ STEP_CACHE_COEFFICIENTS = {
 
 @dataclass(frozen=True)
 class SamplingDefaults:
-    """A model's own settings; those of the released models unless given.
+    """A model's own settings; those of the published models unless given.
 
     Attributes:
         steps: see `GenerateOptions`, as of the next five.

@@ -71,7 +71,7 @@ class AvatarPipeline(DiffusionPipeline, WanLoraLoaderMixin):
     `load_lora_weights`, `set_adapters` and the like work as there.
 
     Args:
-        sampling_defaults: the model's own settings (`SamplingDefaults`), the released models' if None.
+        sampling_defaults: the model's own settings (`SamplingDefaults`), the published models' if None.
     """
 
     _lora_loadable_modules: ClassVar = ["transformer"]

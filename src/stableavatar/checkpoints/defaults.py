@@ -11,7 +11,7 @@ from stableavatar.checkpoints.layout import MODEL_INDEX, model_folder
 from stableavatar.errors import CheckpointError, InputError
 from stableavatar.options import STEP_CACHE_COEFFICIENTS, GenerateOptions, SamplingDefaults
 
-# Which aspects the released transformers were trained at; those of 14B at every one.
+# Which aspects the published transformers were trained at; those of 14B at every one.
 _TRAINED_AT: Mapping[tuple[str, str], tuple[str, ...]] = {
     ("1.3b", "square"): ("square",),
     ("1.3b", "rec-vec"): ("tall", "wide"),
@@ -50,7 +50,7 @@ def read_defaults(
 
 def check_defaults(file: Path, defaults: Any) -> SamplingDefaults:
     """A model's settings as they stand in `file`: known names, of the right type, and within their bounds;
-    None gives the released models'.
+    None gives the published models'.
 
     Raises:
         CheckpointError: they are not that.

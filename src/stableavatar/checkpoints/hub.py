@@ -118,7 +118,7 @@ def download(
     Args:
         target: the folder, made if need be; for `layout.find_published` afterwards.
         variant, size: see `published_patterns`. For ``14b`` the Wan base comes from
-            `base_14b_repo_id`; its transformer with audio was not released.
+            `base_14b_repo_id`; its transformer with audio was not published.
         repo_id: the repository of the published layout, or a copy of it.
         revision: branch, tag or commit of `repo_id`.
         progress: told, twice a second and by another thread, how many bytes are there of how many; once all

@@ -219,7 +219,7 @@ def load_speech_encoder(
     if settings is None:
         raise CheckpointError(f"{path}: has no config.json, which a speech encoder needs")
     model = _build(lambda: Wav2Vec2Model(Wav2Vec2Config.from_dict(dict(settings))), tensors.main)
-    # Used in pre-training only, and absent from the released folder.
+    # Used in pre-training only, and absent from the published folder.
     mask, width = "masked_spec_embed", model.config.hidden_size
     if mask in model.state_dict() and mask not in tensors.state:
         fill = {mask: torch.zeros(width)}

@@ -103,11 +103,11 @@ def _audio_settings(shapes: _Shapes, width: int) -> dict[str, Any]:
     elif f"{projection}.proj.weight" in shapes:
         hidden, audio_dim = None, shapes.of(f"{projection}.proj.weight", 2)[1]
     else:
-        # A video model without audio: the adapter of the released model of this width.
-        released = {
+        # A video model without audio: the adapter of the published model of this width.
+        published = {
             s.transformer["num_attention_heads"] * WAN_HEAD_WIDTH: s.transformer for s in SIZES.values()
         }
-        return {"audio_hidden_dim": released[width]["audio_hidden_dim"]} if width in released else {}
+        return {"audio_hidden_dim": published[width]["audio_hidden_dim"]} if width in published else {}
     settings: dict[str, Any] = {
         "audio_dim": audio_dim,
         "audio_hidden_dim": hidden,

@@ -134,7 +134,7 @@ def _repeatable() -> str:
     """An option of x264 without which the same frames do not give the same file on some machines.
 
     Its AVX-512 code for macroblock trees reads memory that nothing was written to, unless the width is a
-    multiple of 128 pixels (480, the released width of a tall picture, is none). AVX2 is nearly as fast.
+    multiple of 128 pixels (480, the published width of a tall picture, is none). AVX2 is nearly as fast.
     """
     # Absent where the processor has nothing beyond what numpy was built for.
     found = numpy_config(mode="dicts").get("SIMD Extensions", {}).get("found", [])

@@ -230,13 +230,13 @@ class StableAvatarTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, 
         """Velocity of noisy latents.
 
         Args:
-            hidden_states: noisy latents `[B, C, F, H, W]`; C is `out_channels`, 16 of the released models.
+            hidden_states: noisy latents `[B, C, F, H, W]`; C is `out_channels`, 16 of the published models.
             condition: mask and encoded reference clip `[B or 1, C + 4, F, H, W]`.
             timestep: `[B]`, 0 to 1000.
             encoder_hidden_states: prompt embeddings `[B or prompts, text_length, text_dim]`, zeros after the
                 prompt (attended to, as trained).
             encoder_hidden_states_image: portrait embeddings `[B or 1, P, image_dim]`; P is 257 of the
-                released ones.
+                published ones.
             speech_features: `[R, S, audio_dim]`, a row a window of speech.
             audio_rows: for each row of the batch, the row of `speech_features` that it hears, or None for no
                 audio (zeros in place of the adapter's output; the blocks' audio keys and values still act).

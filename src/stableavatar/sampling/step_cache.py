@@ -74,7 +74,7 @@ class StepCache:
             if cell.step == len(self.runs) - 1:
                 self._residuals.pop(cell.window.index, None)
             elif self.runs[cell.step]:
-                # In main memory: some hundred megabytes a window at the released sizes.
+                # In main memory: some hundred megabytes a window at the published sizes.
                 self._residuals[cell.window.index] = value.to("cpu", copy=len(cells) > 1)
 
     def state(self) -> dict[str, torch.Tensor]:

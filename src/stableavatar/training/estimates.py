@@ -77,7 +77,7 @@ def estimate(recipe: Recipe, gpus: int) -> Estimate:
         InputError: the recipe trains the embedded model, whose sizes are not among those of `config.SIZES`.
     """
     if _is_embedded(recipe):
-        raise InputError("estimates are of the released sizes")
+        raise InputError("estimates are of the published sizes")
     settings = SIZES[recipe.model.size].transformer
     with torch.device("meta"):
         model = StableAvatarTransformer3DModel(**settings)
