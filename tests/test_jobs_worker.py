@@ -1,5 +1,6 @@
 """A worker makes what `generate` makes, also where several took turns at it."""
 
+import contextlib
 import ctypes
 import json
 import os
@@ -28,6 +29,7 @@ from stableavatar.jobs.store import JobStore
 from stableavatar.jobs.worker import FAULT, NO_MODEL, TOO_LITTLE_MEMORY, ModelChoice, make, run_worker
 from stableavatar.journal import Journal, SavedState
 from stableavatar.media.audio import Sound
+from stableavatar.media.files import locked
 from stableavatar.media.following import follow
 from stableavatar.media.reading import probe, read_frames, read_metadata
 from stableavatar.options import OutputOptions, SamplingDefaults
@@ -66,6 +68,24 @@ def test_a_worker_makes_the_video_that_generate_makes(
     assert jobs.totals()["video_seconds"] == pytest.approx(0.6)
 
 
+def test_a_video_that_another_process_holds_waits_for_it(
+    jobs: JobStore, pipeline: AvatarPipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that could not even be killed: nothing of what it saved is lost."""
+    monkeypatch.setattr(worker_module, "_HELD_SECONDS", 0)
+    job = interrupted(jobs, pipeline)
+    with contextlib.closing(locked(journal_folder(job.output) / "lock")):
+        taken = jobs.take("worker-1")
+        assert taken is not None
+        make(jobs, taken, pipeline, MODEL)
+        assert found(jobs, job).state == "queued"
+        assert journal_index(job.output).exists()
+    taken = jobs.take("worker-1")
+    assert taken is not None
+    make(jobs, taken, pipeline, MODEL)
+    assert found(jobs, job).state == "completed"
+
+
 def test_what_decides_memory_is_the_workers(jobs: JobStore, pipeline: AvatarPipeline, tmp_path: Path) -> None:
     job = add(jobs, seconds=2.0)
     taken = jobs.take("worker-0")
@@ -81,6 +101,10 @@ def test_what_decides_memory_is_the_workers(jobs: JobStore, pipeline: AvatarPipe
     with pytest.raises(InputError, match="does not fit"):
         smaller.with_sampling(defaults)
     assert smaller.with_sampling(SamplingDefaults(overlap=3)).window == 13
+    several = replace(MODEL, sampling={"window": 13, "batch_windows": 2})
+    assert several.for_sessions({"steps": 1}) == {"window": 13, "batch_windows": 1, "steps": 1}
+    with pytest.raises(InputError, match="cuda:9"):
+        replace(MODEL, source="tiny", sampling={"decoder_device": "cuda:9"}).load()
 
 
 def test_a_job_goes_on_in_another_worker_and_is_the_same_video(
@@ -416,7 +440,7 @@ def test_videos_have_as_long_as_a_session_took(
     for _ in range(4):
         add(jobs)
     for number in range(2):
-        jobs.calls.call(f"session-{number}", {})
+        jobs.calls.call(f"session-{number}", {"options": {}})
     run_worker("worker-0", jobs.folder, MODEL, ctypes.c_ulonglong())
     assert order[0] == order[-1] == "session"
     assert order.count("video") >= 2  # of three tenths of a second

@@ -1,7 +1,10 @@
 """Workers are kept running: what is lost, hangs or cannot be started is started again."""
 
+import atexit
 import ctypes
 import errno
+import os
+import threading
 import time
 from pathlib import Path
 
@@ -96,25 +99,55 @@ def test_a_worker_that_cannot_be_started_is_tried_again(
     assert len(tried) == 2
 
 
-def test_a_worker_that_cannot_even_be_killed_is_replaced(
-    jobs: JobStore, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """It waits within the system, for a driver or a disk."""
+class Undying:
+    """A process that waits within the system, for a driver or a disk."""
 
-    class Undying:
-        killed, joined = False, 0
+    name, pid = "worker-0", 7
+    killed, joined = False, 0
 
-        def is_alive(self) -> bool:
-            return True
+    def is_alive(self) -> bool:
+        return True
 
-        def join(self, _seconds: float) -> None:
-            self.joined += 1
-            assert self.joined < 100, "it is waited for"
+    def join(self, _seconds: float) -> None:
+        self.joined += 1
+        assert self.joined < 100, "it is waited for"
 
-        def kill(self) -> None:
-            self.killed = True
+    def terminate(self) -> None:
+        pass
 
+    def kill(self) -> None:
+        self.killed = True
+
+
+def test_a_worker_that_cannot_even_be_killed_is_replaced(jobs: JobStore) -> None:
     undying = Undying()
     keeper = Workers(jobs, [MODEL], hung_seconds=5.0)._keepers[0]
-    keeper._watch(undying, ctypes.c_ulonglong())  # type: ignore[arg-type]
+    keeper._watch(undying, ctypes.c_ulonglong(1))  # type: ignore[arg-type]
     assert undying.killed
+
+
+def test_a_server_ends_though_a_worker_does_not(jobs: JobStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """multiprocessing would wait for it."""
+    at_exit: list[tuple[object, ...]] = []
+    monkeypatch.setattr(atexit, "register", lambda *what: at_exit.append(what))
+    workers = Workers(jobs, [MODEL])
+    keeper, undying = workers._keepers[0], Undying()
+    keeper.process = undying  # type: ignore[assignment]
+    keeper.thread = threading.Thread(target=lambda: None)
+    keeper.thread.start()
+    workers.stop(0.1)
+    assert undying.killed
+    assert at_exit == [(os._exit, 1)]
+
+
+def test_a_worker_that_loads_its_model_does_not_hang(jobs: JobStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may come from elsewhere first."""
+
+    class Loading(Undying):
+        def is_alive(self) -> bool:
+            return self.joined < 50
+
+    monkeypatch.setattr("stableavatar.jobs.workers._LOOK_SECONDS", 1.0)
+    loading = Loading()
+    Workers(jobs, [MODEL], hung_seconds=5.0)._keepers[0]._watch(loading, ctypes.c_ulonglong(0))  # type: ignore[arg-type]
+    assert not loading.killed

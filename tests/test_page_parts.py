@@ -148,6 +148,8 @@ async def _application(scope: Any, receive: Any, send: Any) -> None:
             200,
         ),
         (None, {"host": "10.0.0.7:7860", "origin": "https://evil.example"}, 403),
+        (None, {"host": "10.0.0.7:7860", "origin": "null"}, 403),
+        (("avatar.example",), {"host": "Avatar.Example:8443"}, 200),
     ],
 )
 def test_pages_of_other_sites_are_refused(
@@ -169,7 +171,9 @@ def test_files_for_which_there_is_no_room_are_refused_before_they_are_read(
     assert upload(content=bytes(1001)).status_code == 507
     assert upload(content=iter([b"of a length that is not said"])).status_code == 507
     assert client.post("/zh/gradio_api/queue/join", content=bytes(2000)).status_code == 200
-    assert guard._announced == 0
+    assert guard.arriving._bytes == 0
+    for unused in ("component_server", "process_recording"):
+        assert client.post(f"/en/gradio_api/{unused}", content=b"...").status_code == 404
 
 
 def test_what_nobody_foresaw_is_a_sentence() -> None:

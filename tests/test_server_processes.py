@@ -152,13 +152,14 @@ def test_a_lost_worker_is_replaced_and_its_job_gone_on_with(
 def test_a_worker_that_hangs_is_replaced_and_its_job_gone_on_with(
     servers: Callable[..., Server], files: dict[str, bytes]
 ) -> None:
-    server = servers("--hung-seconds", "30").wait_ready()  # more than another one needs to load its model
-    video = httpx.post(f"{server.url}/v1/videos", files=files, data=QUICK, timeout=60).json()["id"]
+    server = servers("--hung-seconds", "15").wait_ready()
+    data = {**QUICK, "steps": "30"}
+    video = httpx.post(f"{server.url}/v1/videos", files=files, data=data, timeout=60).json()["id"]
     until(lambda: states(server)[video]["status"] == "in_progress")
     (worker,) = [it for it in server.family() if it.nice() > psutil.Process(server.process.pid).nice()]
     worker.suspend()  # as in a driver that never returns: SIGTERM does not end it
     until(lambda: states(server)[video]["status"] == "completed", 180)
-    assert any("has not moved for 30 s" in line for line in server.said)
+    assert any("has not moved for 15 s" in line for line in server.said)
     assert not worker.is_running()
 
 

@@ -259,7 +259,7 @@ def test_whom_nobody_knows_keeps_out_nobody_who_is_known(
             assert line.receive_json()["error"]["code"] == "bad_start"
     monkeypatch.setattr(speaking, "_UNKNOWN_SECONDS", 0.1)
     with of_ann.websocket_connect("ws://127.0.0.1/v1/sessions") as line:
-        assert "nothing was sent" in line.receive_json()["error"]["message"]
+        assert "not sent in time" in line.receive_json()["error"]["message"]
 
 
 def test_an_owner_begins_few_sessions_at_a_time_and_none_while_speaking(of_ann: TestClient) -> None:

@@ -44,11 +44,16 @@ class SavedState:
     rest: Mapping[str, Any]
 
 
+class HeldError(InputError):
+    """Another process is making this video."""
+
+
 class Journal:
     """The journal of the video at `output`.
 
     Raises:
-        InputError: another process is making this video, or the folder cannot be written.
+        HeldError: another process is making this video.
+        InputError: the folder cannot be written.
     """
 
     def __init__(self, output: Path, *, anew: bool = False) -> None:
@@ -60,7 +65,7 @@ class Journal:
             to_disk(output.parent)
             self._lock = locked(self.folder / "lock")
         except BlockingIOError:
-            raise InputError(f"output {output}: another process is making this video") from None
+            raise HeldError(f"output {output}: another process is making this video") from None
         except OSError as error:
             raise cannot_write(output, error) from error
         self._replaces = anew and journal_index(output).exists()  # what another run began

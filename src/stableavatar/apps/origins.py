@@ -42,10 +42,10 @@ def is_of_this_site(request: HTTPConnection, hosts: Collection[str] | None) -> b
     if hosts is not None:
         return all(name is None or is_local(name) or name in hosts for name in (host, origin))
     forwarded = _without_port(request.headers.get("x-forwarded-host", "").partition(",")[0].strip())
-    return origin is None or origin in (host, forwarded)
+    return origin is None or (origin != "" and origin in (host, forwarded))
 
 
 def _without_port(netloc: str) -> str:
     if netloc.startswith("["):
         return netloc.partition("]")[0] + "]"
-    return netloc.partition(":")[0]
+    return netloc.partition(":")[0].lower()

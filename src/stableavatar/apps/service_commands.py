@@ -1,6 +1,5 @@
 """``stableavatar serve`` and ``stableavatar app``; see `stableavatar.apps.cli`."""
 
-import math
 from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any
@@ -45,8 +44,7 @@ HungOption = Annotated[
     typer.Option(
         "--hung-seconds",
         min=0,
-        help="A worker that does not move for so long, a step or loading the model, is ended and started "
-        "again; 0: never.",
+        help="A worker whose step takes longer is taken to hang, ended and started again; 0: never.",
     ),
 ]
 VerboseOption = Annotated[
@@ -128,7 +126,7 @@ def serve(
         raise extra_missing(f"serve needs packages that are not installed ({error.name})", "serve") from error
     from stableavatar.checkpoints.defaults import read_defaults
     from stableavatar.jobs.intake import Limits
-    from stableavatar.jobs.quotas import Quotas
+    from stableavatar.jobs.quotas import Quotas, check_limit
     from stableavatar.jobs.worker import ModelChoice
     from stableavatar.logs import log_to_stderr
 
@@ -137,8 +135,7 @@ def serve(
         ("--most-megapixels", most_megapixels),
         ("--most-gigabytes-each", most_gigabytes_each),
     ):
-        if not 0 < value < math.inf:
-            raise InputError(f"{option} {value}: give a number above 0, and finite")
+        check_limit(option, value)
     log_to_stderr(verbose)
     sampling = _sampling(window, batch_windows, decoder_device, decoder_tiling)
     limits = Limits(
@@ -213,6 +210,10 @@ def app(
         ),
     ] = None,
     most_seconds: Annotated[float, typer.Option(help="Of a video.", rich_help_panel=_LIMITS)] = 3600.0,
+    most_gigabytes_each: Annotated[
+        float,
+        typer.Option(help="Of one browser's videos and what was sent for them.", rich_help_panel=_LIMITS),
+    ] = 200.0,
     keep_days: KeepDaysOption = 0.0,
     hung_seconds: HungOption = 3600.0,
     verbose: VerboseOption = 0,
@@ -226,9 +227,11 @@ def app(
     except ImportError as error:
         raise extra_missing(f"app needs packages that are not installed ({error.name})", "web") from error
     from stableavatar.jobs.intake import Limits
+    from stableavatar.jobs.quotas import Quotas, check_limit
     from stableavatar.jobs.worker import ModelChoice
     from stableavatar.logs import log_to_stderr
 
+    check_limit("--most-gigabytes-each", most_gigabytes_each)
     log_to_stderr(verbose)
     service = web.PageService(
         folder,
@@ -241,8 +244,13 @@ def app(
             lora=tuple(lora or ()),
             sampling=_sampling(window, batch_windows, decoder_device, decoder_tiling),
         ),
-        limits=Limits(upload_bytes=2_000_000_000, seconds=most_seconds, check_seconds=300.0),
-        hosts=tuple(allow_host or ()),
+        limits=Limits(
+            upload_bytes=2_000_000_000,
+            seconds=most_seconds,
+            quotas=Quotas(bytes_each=int(most_gigabytes_each * 1e9)),
+            check_seconds=300.0,
+        ),
+        hosts=tuple(_host_name(it) for it in allow_host or ()),
         vocals=vocals or checkpoints / "Kim_Vocal_2.onnx",
         checkpoints=checkpoints,
         downloads=downloads,
@@ -251,6 +259,13 @@ def app(
         verbosity=verbose,
     )
     web.run_page(service, host, port, lambda url: _say(f"Open {url}/ in a browser. Ctrl-C ends the page."))
+
+
+def _host_name(name: str) -> str:
+    """As requests have it. Raises InputError: it is more than a name."""
+    if not name or any(it in name for it in ":/ "):
+        raise InputError(f"--allow-host {name}: give the name alone, such as avatar.example.org")
+    return name.lower()
 
 
 def _sampling(

@@ -54,7 +54,7 @@ class Viewers:
             ManyWatchError: too many watch already.
         """
         if job.is_finished and job.video is not None:
-            return video_response(job, job.video, gone)
+            return video_response(job, job.video, gone, live=True)
         if self._watching[job.owner] >= self._most_each or self._watching.total() >= self._most:
             raise ManyWatchError("Too many watch videos in the making. Ask again in a moment.")
         return StreamingResponse(
@@ -72,12 +72,15 @@ class Viewers:
             self._watching += Counter()  # without those that have none
 
 
-def video_response(job: Job, path: Path, gone: Response) -> Response:
+def video_response(job: Job, path: Path, gone: Response, *, live: bool = False) -> Response:
     """The file of the video, or the bytes that the browser asks for.
 
     Args:
         gone: the answer where it was deleted meanwhile.
+        live: at the address where it was while it was made: to be shown, and not kept.
     """
+    if live:
+        return _VideoFile(path, gone, media_type="video/mp4", headers={"Cache-Control": "no-store"})
     return _VideoFile(path, gone, media_type="video/mp4", filename=f"{job.id}.mp4")
 
 

@@ -58,10 +58,12 @@ class Quotas:
 
     def check_bytes(self, folders: Iterable[Path]) -> None:
         """Raise QueueFullError where an owner's jobs, which lie in these folders, take too many bytes."""
-        taken = 0
+        files: dict[tuple[int, int], int] = {}  # one that several jobs have is there once
         for path in (path for folder in folders for path in folder.rglob("*")):
             with suppress(OSError):  # removed meanwhile
-                taken += path.stat().st_size
+                found = path.stat()
+                files[found.st_dev, found.st_ino] = found.st_size
+        taken = sum(files.values())
         if taken >= self.bytes_each:
             raise QueueFullError(
                 f"Your videos, and what you sent for them, take {taken / 1e9:.1f} GB. Delete some first."

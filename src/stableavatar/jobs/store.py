@@ -79,9 +79,13 @@ class JobStore:
             raise NoRoomError("There is no room for more videos on this machine now.")
         with self._database.reading() as database:
             self.quotas.check(database, owner)
+        self.quotas.check_bytes(self._folders(owner))
+
+    def _folders(self, owner: str) -> Sequence[Path]:
+        """Of an owner's jobs."""
+        with self._database.reading() as database:
             kept = database.execute("SELECT id FROM jobs WHERE owner = ? AND NOT deleted", (owner,))
-            folders = [self._folder(row["id"]) for row in kept.fetchall()]
-        self.quotas.check_bytes(folders)
+            return [self._folder(row["id"]) for row in kept.fetchall()]
 
     def add(
         self,
@@ -99,6 +103,7 @@ class JobStore:
             QueueFullError: too many are waiting.
             OSError: the files cannot be put where they belong.
         """
+        self.quotas.check_bytes(self._folders(owner))  # others may have come since files were copied
         for path in folder.iterdir():
             to_disk(path)
         to_disk(folder)
@@ -438,7 +443,7 @@ def _give_up(database: sqlite3.Connection) -> list[str]:
     lost = database.execute(
         "UPDATE jobs SET state = 'failed', finished = ?, "
         "error = 'The program that makes videos broke off ' || "
-        "MAX(crashes, kills) || ' times at this one, perhaps for want of memory.' "
+        "MAX(crashes, kills) || ' times at this one, perhaps for want of memory, or hung.' "
         "WHERE state = 'queued' AND (crashes >= ? OR kills >= ?) RETURNING id",
         (time.time(), MOST_CRASHES, MOST_KILLS),
     ).fetchall()

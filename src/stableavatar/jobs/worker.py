@@ -23,7 +23,7 @@ from stableavatar.jobs.job import Job
 from stableavatar.jobs.quotas import LEAST_ROOM
 from stableavatar.jobs.sessions import speak
 from stableavatar.jobs.store import JobStore
-from stableavatar.journal import JournalError
+from stableavatar.journal import HeldError, JournalError
 from stableavatar.lifetimes import end_with_parent
 from stableavatar.logs import log_to_stderr, quieten_libraries
 from stableavatar.options import SamplingDefaults, check_overlap
@@ -44,6 +44,8 @@ _LOOK_SECONDS = 0.1
 # What videos have after a session at least, whoever speaks next; as long as it took where that is more.
 _TURN_SECONDS = 20.0
 _REPORT_SECONDS = 0.25
+# Until a video is tried again that another process holds.
+_HELD_SECONDS = 5.0
 # Below the server, which has to answer while videos are made.
 _NICENESS = 5
 TOO_LITTLE_MEMORY = "there is too little memory for this. Choose fewer pixels, or a shorter video."
@@ -90,14 +92,21 @@ class ModelChoice:
         check_overlap(made.window, made.overlap)
         return made
 
+    def for_sessions(self, chosen: Mapping[str, Any]) -> dict[str, Any]:
+        """The options of a session: one window at a time, for several would wait for the speech of all."""
+        return {**self.sampling, **chosen, "batch_windows": 1}
+
     def load(self) -> "AvatarPipeline":
         """The pipeline, on its device.
 
         Raises:
-            StableAvatarError: see `stableavatar.load`.
+            StableAvatarError: see `stableavatar.load`; or the decoder's device is not there.
         """
         from stableavatar.pipeline import load
+        from stableavatar.placement.device import choose_device
 
+        if self.sampling.get("decoder_device") is not None:
+            choose_device(self.sampling["decoder_device"])
         return load(
             self.source,
             device=self.device,
@@ -165,8 +174,7 @@ def run_worker(
         job = take() if time.monotonic() <= turn_ends else None
         if job is None and (request := store.calls.answer(name)) is not None:
             began = time.monotonic()
-            options = {**model.sampling, **request["options"]}
-            speak({**request, "options": options}, pipeline, ending)
+            speak({**request, "options": model.for_sessions(request["options"])}, pipeline, ending)
             ended = time.monotonic()
             turn_ends = ended + max(_TURN_SECONDS, ended - began)
         elif (job := job or take()) is None:
@@ -197,6 +205,10 @@ def make(
             store.finish(job.id, "cancelled")
         else:
             store.give_back(job.id)
+    except HeldError as error:  # by a process that was given up and has not ended
+        logger.warning("%s of %s: %s", job.id, job.owner, error)
+        time.sleep(_HELD_SECONDS)
+        store.give_back(job.id)
     except StableAvatarError as error:
         logger.warning("%s of %s: %s", job.id, job.owner, error)
         if isinstance(error, StorageError) and _lacks_room(store, job):

@@ -1,8 +1,10 @@
 """Worker processes that are there while a server runs: started, started again when one is lost or hangs, and
 ended."""
 
+import atexit
 import ctypes
 import logging
+import os
 import sqlite3
 import threading
 import time
@@ -93,6 +95,9 @@ class Workers:
             process.kill()
         for keeper in self._keepers:
             keeper.thread.join(2 * _DYING_SECONDS)
+        if stuck := self.processes():
+            logger.error("%s do not end", ", ".join(f"{it.name} (process {it.pid})" for it in stuck))
+            atexit.register(os._exit, 1)  # else this process would wait for them at its end
 
     @property
     def ending(self) -> threading.Event:
@@ -153,12 +158,13 @@ class _Keeper:
         return self.process.exitcode
 
     def _watch(self, process: SpawnProcess, moves: "ctypes.c_ulonglong") -> None:
-        """Until it ends, by itself or for want of moving."""
+        """Until it ends, by itself or because, with its model loaded, it does not move."""
         hung, seen, still = self._workers.hung_seconds, moves.value, 0.0
         while process.is_alive():
             process.join(_LOOK_SECONDS)
-            # Not by the clock: where all are suspended together, none hangs.
-            still = still + _LOOK_SECONDS if moves.value == seen else 0.0
+            # Not by the clock: where all are suspended together, none hangs. Nor while it loads its model,
+            # which may come from elsewhere first.
+            still = still + _LOOK_SECONDS if moves.value == seen > 0 else 0.0
             seen = moves.value
             if hung is not None and still >= hung:
                 logger.error("%s has not moved for %g s: it is killed", self._name, hung)

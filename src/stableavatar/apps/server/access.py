@@ -12,11 +12,11 @@ from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from starlette.requests import HTTPConnection
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from stableavatar.apps.arriving import Arriving, announced_bytes
 from stableavatar.apps.origins import host_of, is_local, origin_of
 from stableavatar.apps.server.schemas import ApiError, answer_error, no_room
 from stableavatar.errors import InputError
 from stableavatar.jobs.intake import Limits
-from stableavatar.jobs.quotas import LEAST_ROOM
 from stableavatar.jobs.store import JobStore
 from stableavatar.media.files import reason_of
 
@@ -145,9 +145,8 @@ class Gate:
         self.keys = keys
         self.most = limits.upload_bytes
         self.most_arriving = limits.quotas.waiting_each
-        self.store = store
         self._arriving: Counter[str] = Counter()
-        self._announced = 0  # bytes of the files that arrive now, at most
+        self._room = Arriving(store)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer, unless nobody asks or too much is sent."""
@@ -161,10 +160,9 @@ class Gate:
             if scope["path"].startswith("/v1/"):
                 refuse_foreign_pages(request)
                 owner = owner_of_key(self.keys, bearer_of(request))
-            announced = _length(request)
-            if announced is not None and announced > self.most:
+            comes = announced_bytes(request, self.most)
+            if comes > self.most:
                 raise self._too_much()
-            comes = self.most if announced is None else announced
             if brings_files:
                 self._check_arriving(owner, comes)
         except ApiError as error:
@@ -184,11 +182,10 @@ class Gate:
             await self.app(scope, counted, send)
             return
         self._arriving[owner] += 1
-        self._announced += comes
         try:
-            await self.app(scope, counted, send)
+            with self._room.kept(comes):
+                await self.app(scope, counted, send)
         finally:
-            self._announced -= comes
             self._arriving[owner] -= 1
             self._arriving += Counter()  # without those that have none
 
@@ -198,19 +195,11 @@ class Gate:
         if self._arriving[owner] >= self.most_arriving:
             message = "many requests of yours are being read: ask again in a moment"
             raise ApiError(429, message, kind="rate_limit_error", code="busy")
-        if self.store.free_bytes() - self._announced - comes < LEAST_ROOM:
+        if not self._room.has_room(comes):
             raise no_room()
 
     def _too_much(self) -> ApiError:
         return ApiError(413, f"more than {self.most / 1e6:g} MB were sent", code="too_large")
-
-
-def _length(request: HTTPConnection) -> int | None:
-    """How many bytes a request says that it has; None where it says nothing that can be read."""
-    try:
-        return int(request.headers["content-length"])
-    except (KeyError, ValueError):  # the server below refuses what is no number
-        return None
 
 
 def bearer_of(request: HTTPConnection) -> str | None:

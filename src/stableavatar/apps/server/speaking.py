@@ -127,7 +127,7 @@ async def _begin(socket: WebSocket) -> tuple[Session, str]:
     except (ValidationError, KeyError) as error:
         raise ApiError(400, _first(error), code="bad_start") from error
     except TimeoutError:
-        raise ApiError(400, "nothing was sent", code="bad_start") from None
+        raise ApiError(400, "the start was not sent in time", code="bad_start") from None
     owner = owner_of_key(state.keys, start.api_key or _key_of(socket))
     options, quality = _options(start.options, state.limits)
     _check_silent(socket, owner)

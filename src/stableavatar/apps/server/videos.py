@@ -252,12 +252,15 @@ def download_video(
         **_NOT_THERE,
         429: error_answer("Many watch videos in the making."),
         200: {"content": _MP4},
+        206: {"content": _MP4, "description": "Of a finished one, the bytes that Range asked for."},
+        416: {"description": "Of a finished one, Range asks for bytes that are not there."},
     },
 )
 async def watch_video(request: Request, job: Asked) -> Response:
     """The video while it is made: fragmented MP4, from its beginning on, which ends with the video.
 
-    A `<video>` element plays it. It may be asked for at any time, also before the first frame is there.
+    A `<video>` element plays it. It may be asked for at any time, also before the first frame is there. Of a
+    video that is finished it is the file, as `content` has it, of which ranges are answered.
     """
     store: JobStore = request.app.state.store
     if job.state == "failed" or (job.is_finished and job.video is None):

@@ -76,13 +76,13 @@ def run_page(service: PageService, host: str, port: int, announce: Callable[[str
             model.name or Path(model.source).name,
             defaults,
             service.vocals,
-            downloads if here or service.downloads else None,
+            downloads if (here and not service.hosts) or service.downloads else None,
             scratch,
         )
         listener, url = listen(host, port)
         announce(url)
         run_with_workers(
-            create_page(studio, service.hosts if here else None),
+            create_page(studio, service.hosts if here or service.hosts else None),
             Workers(store, [model], hung_seconds=service.hung_seconds, verbosity=service.verbosity),
             listener=listener,
             save_seconds=service.save_seconds,

@@ -1,6 +1,6 @@
 """The one download of weights that the page has at a time, which every open page sees and may stop."""
 
-import contextlib
+import logging
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -11,6 +11,8 @@ from pathlib import Path
 
 from stableavatar.errors import StableAvatarError
 from stableavatar.lifetimes import end_with_parent
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -56,12 +58,16 @@ class Downloads:
             if self._going is not None and not self._going.ended:
                 return False
             here, there = get_context("spawn").Pipe(duplex=False)
-            self._process = get_context("spawn").Process(
-                target=_download, args=(there, download, self.folder, tuple(choice)), daemon=True
-            )
-            self._process.start()
-            there.close()
-            self._going = Going()
+            with there:
+                process = get_context("spawn").Process(
+                    target=_download, args=(there, download, self.folder, tuple(choice)), daemon=True
+                )
+                try:
+                    process.start()
+                except BaseException:
+                    here.close()
+                    raise
+            self._process, self._going = process, Going()
         threading.Thread(target=self._follow, args=(here, self._process), daemon=True).start()
         return True
 
@@ -80,14 +86,14 @@ class Downloads:
 
     def _follow(self, here: Connection, process: SpawnProcess) -> None:
         ended = Going(ended=True, error="")
-        with contextlib.suppress(EOFError):  # it was lost
-            while True:
-                told = here.recv()
-                if not isinstance(told, tuple):
-                    ended = Going(ended=True, error=told)
-                    break
+        try:
+            while isinstance(told := here.recv(), tuple):
                 self._tell(process, Going(*told))
-        self._tell(process, ended)
+            ended = Going(ended=True, error=told)
+        except (EOFError, OSError):
+            logger.warning("the download was lost")
+        finally:
+            self._tell(process, ended)
         process.kill()
         process.join()
         here.close()

@@ -10,7 +10,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import aclosing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -124,8 +124,9 @@ def guarded(texts: Texts) -> Callable[[F], F]:
 
             async def guarded_stream(*values: Any, **named: Any) -> AsyncIterator[Any]:
                 with saying():
-                    async for shown in handler(*values, **named):
-                        yield shown
+                    async with aclosing(handler(*values, **named)) as stream:
+                        async for shown in stream:
+                            yield shown
 
             return functools.wraps(handler)(guarded_stream)
         if inspect.iscoroutinefunction(handler):

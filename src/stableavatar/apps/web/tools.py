@@ -4,11 +4,12 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import gradio as gr
 
 from stableavatar.apps.web.sentences import in_words
-from stableavatar.apps.web.studio import Studio, guarded, owner, sent
+from stableavatar.apps.web.studio import Studio, guarded, sent
 from stableavatar.apps.web.texts import Texts
 from stableavatar.errors import StableAvatarError, StoppedError
 from stableavatar.jobs.apart import BrokenFileError, run_apart
@@ -71,26 +72,33 @@ def _tool(texts: Texts, name: str, work: Callable[[str | None, Callable[[], bool
             elem_id=f"{name}-result",
             buttons=["download"],
         )
-    going: dict[str, threading.Event] = {}  # of each browser, to give it up
+    going: dict[str | None, threading.Event] = {}  # of each open page, to give it up
+
+    def wait(request: gr.Request) -> None:
+        """It may have to wait for its turn, and may be given up until then."""
+        going[request.session_hash] = threading.Event()
 
     @guarded(texts)
     def begin(request: gr.Request, file: str | None) -> str:
-        who, given_up = owner(request), threading.Event()
-        going[who] = given_up
+        given_up = going.get(request.session_hash) or threading.Event()
         try:
+            if given_up.is_set():
+                raise gr.Error(texts["stopped"], print_exception=False)
             return work(file, given_up.is_set)
         finally:
-            if going.get(who) is given_up:
-                del going[who]
+            if going.get(request.session_hash) is given_up:
+                del going[request.session_hash]
 
-    @guarded(texts)
     def give_up(request: gr.Request) -> None:
-        if (given_up := going.get(owner(request))) is not None:
+        if (given_up := going.get(request.session_hash)) is not None:
             given_up.set()
 
+    at_once: dict[str, Any] = {"queue": False, "api_visibility": "private"}
     # One at a time: videos are made meanwhile.
-    button.click(begin, given, result, api_visibility="private", concurrency_limit=1)
-    stop.click(give_up, None, None, api_visibility="private", queue=False)
+    button.click(wait, None, None, **at_once).then(
+        begin, given, result, api_visibility="private", concurrency_limit=1
+    )
+    stop.click(give_up, None, None, **at_once)
 
 
 @contextmanager
