@@ -187,16 +187,16 @@ def test_stopping_keeps_what_is_there(
 def test_many_ask_at_a_time_and_health_is_answered(
     servers: Callable[..., Server], files: dict[str, bytes]
 ) -> None:
-    """50 clients on loopback, some of which watch, while `tiny` makes videos on all cores: no job lost, health within
+    """50 clients on loopback, some of which watch, while videos are made on all cores: no job lost, health within
     100 ms for 99 of 100 on connections of their own."""
     limits = ("--most-waiting", "60", "--most-waiting-each", "60")
-    server = servers(*limits, model="tiny", threads=None).wait_ready()
+    server = servers(*limits, threads=None).wait_ready()
     ids: list[str] = []
     wrong: list[str] = []
 
     def client(number: int) -> None:
         with httpx.Client(timeout=600) as own:
-            data = {**QUICK, "steps": "1", "size": "128x128", "seconds": "0.2", "seed": str(number)}
+            data = {**QUICK, "steps": "1", "seconds": "0.5", "seed": str(number)}
             answer = own.post(f"{server.url}/v1/videos", files=files, data=data)
             if answer.status_code != 200:
                 wrong.append(answer.text)
@@ -241,7 +241,7 @@ def test_many_ask_at_a_time_and_health_is_answered(
         f"health: {len(took)} answers, median {1000 * statistics.median(took):.1f} ms, 99th {1000 * percentile:.1f} ms"
     )
     assert percentile < 0.1, (percentile, len(took))
-    assert len(took) >= 200
+    assert len(took) >= 100
     assert sum(making) > len(making) / 2
     assert max(lists) < 5, "other requests are answered too"
 
