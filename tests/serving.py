@@ -20,13 +20,10 @@ QUICK = {"steps": "2", "text_scale": "1", "audio_scale": "1", "size": "48x48"}
 
 
 class Server:
-    """`stableavatar serve` with the toy model; a worker has as many threads as are given, or all of the machine."""
+    """`stableavatar serve` with the toy model."""
 
-    def __init__(
-        self, folder: Path, *arguments: str, model: str | Path | None = None, threads: int | None = 1
-    ) -> None:
+    def __init__(self, folder: Path, *arguments: str, model: str | Path | None = None) -> None:
         self.folder = folder
-        environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
         self.process = subprocess.Popen(
             [
                 sys.executable, "-m", "stableavatar", "serve", "--folder", str(folder), "--port", "0",
@@ -34,7 +31,7 @@ class Server:
             ],
             stderr=subprocess.PIPE,
             text=True,
-            env=environment if threads is None else {**environment, "OMP_NUM_THREADS": str(threads)},
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
             start_new_session=True,
         )  # fmt: skip
         self.said: list[str] = []
@@ -90,8 +87,8 @@ def servers_of(folder: Path) -> Iterator[Callable[..., Server]]:
     """Starts servers of one folder, and kills what is left of them."""
     started: list[Server] = []
 
-    def start(*arguments: str, model: str | None = None, threads: int | None = 1) -> Server:
-        started.append(Server(folder, *arguments, model=model, threads=threads))
+    def start(*arguments: str, model: str | None = None) -> Server:
+        started.append(Server(folder, *arguments, model=model))
         return started[-1]
 
     yield start

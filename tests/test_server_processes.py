@@ -187,10 +187,10 @@ def test_stopping_keeps_what_is_there(
 def test_many_ask_at_a_time_and_health_is_answered(
     servers: Callable[..., Server], files: dict[str, bytes]
 ) -> None:
-    """50 clients on loopback, some of which watch, while videos are made on all cores: no job lost, health within
-    100 ms for 99 of 100 on connections of their own."""
+    """50 clients on loopback, some of which watch, while videos are made: no job lost, health within 100 ms for 99 of
+    100 on connections of their own."""
     limits = ("--most-waiting", "60", "--most-waiting-each", "60")
-    server = servers(*limits, threads=None).wait_ready()
+    server = servers(*limits).wait_ready()
     ids: list[str] = []
     wrong: list[str] = []
 
