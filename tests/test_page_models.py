@@ -16,7 +16,7 @@ def test_published_weights_are_downloaded_with_progress(tmp_path: Path) -> None:
     with hub_with_published() as server:
         base = "Wan2.1-Fun-V1.1-1.3B-InP/diffusion_pytorch_model.safetensors"
         server.repositories[hub.PUBLISHED_REPOSITORY][base] = bytes(100_000_000)
-        server.seconds = 8.0
+        server.seconds = 3.0
         environment = {
             "HF_ENDPOINT": server.address,
             "HF_HOME": str(tmp_path / "home"),
@@ -32,23 +32,18 @@ def test_published_weights_are_downloaded_with_progress(tmp_path: Path) -> None:
             page.locator("#get-weights").click()
             said = page.locator("#download-said")
             expect(said).to_contain_text("Asking which files", timeout=20 * SECONDS)
-            expect(said).to_contain_text(re.compile(r"0\.0[1-9] of 0\.10 GB"), timeout=60 * SECONDS)
-            server.seconds = 300.0  # the rest of it comes when it is stopped
+            expect(said).to_contain_text(re.compile(r"0\.0[1-9] of 0\.10 GB"), timeout=120 * SECONDS)
             box = said.bounding_box()
             assert box is not None
             assert box["height"] >= 80  # or the bar would not be seen
-            with visited(browser, address) as other:  # whoever opens the page sees it, and may stop it
-                other.goto(f"{address}/zh/")
-                other.get_by_role("tab", name="模型").click()
-                expect(other.locator("#download-said")).to_contain_text("GB", timeout=20 * SECONDS)
-                other.locator("#stop-download").click()
-                expect(other.locator("#download-said")).to_contain_text("已停止", timeout=20 * SECONDS)
+            page.locator("#stop-download").click()
             expect(said).to_contain_text("Stopped", timeout=20 * SECONDS)
-            server.seconds = 2.0
+            page.wait_for_timeout(4 * SECONDS)  # in which it would have come to its end
             assert not (tmp_path / "checkpoints" / base).exists()
+            server.seconds = 0.5
             page.locator("#get-weights").click()
-            expect(said).to_contain_text("Complete:", timeout=60 * SECONDS)
+            expect(said).to_contain_text("Complete:", timeout=180 * SECONDS)
             assert not (tmp_path / "checkpoints" / "Kim_Vocal_2.onnx").exists()
             page.locator("#get-vocals").click()
-            wait((tmp_path / "checkpoints" / "Kim_Vocal_2.onnx").exists, 60)
+            wait((tmp_path / "checkpoints" / "Kim_Vocal_2.onnx").exists, 180)
         assert find_published(tmp_path / "checkpoints").missing("square") == []
