@@ -171,6 +171,7 @@ def test_files_for_which_there_is_no_room_are_refused_before_they_are_read(
     assert upload(content=bytes(1001)).status_code == 507
     assert upload(content=iter([b"of a length that is not said"])).status_code == 507
     assert client.post("/zh/gradio_api/queue/join", content=bytes(2000)).status_code == 200
+    assert upload(content=b"...", headers={"content-length": "9" * 5000}).status_code == 507
     assert guard.arriving._bytes == 0
     for unused in ("component_server", "process_recording"):
         assert client.post(f"/en/gradio_api/{unused}", content=b"...").status_code == 404

@@ -33,4 +33,5 @@ class Arriving:
 def announced_bytes(request: HTTPConnection, most: int) -> int:
     """How many bytes a request says that it has; `most` where it says nothing that can be read."""
     length = request.headers.get("content-length", "")
-    return int(length) if length.isascii() and length.isdecimal() else most
+    # Of numbers that are too long for `int`, the beginning is too much already.
+    return int(length[:20]) if length.isascii() and length.isdecimal() else most
