@@ -93,14 +93,15 @@ def talk_tab(studio: Studio, texts: Texts, page: gr.Blocks) -> list[Any]:
 
     @guarded(texts)
     async def find(request: gr.Request) -> Any:
-        """What this browser has in the making, or what has failed within the hour: the page may have been
-        opened anew."""
+        """What this browser has in the making, or what was made or has failed within the hour: the page may
+        have been opened anew."""
         jobs = await anyio.to_thread.run_sync(lambda: studio.store.list(owner(request), limit=20))
         for found in jobs:
             if not found.is_finished:
                 return found.id, *_views(studio, texts, found)
-        if jobs and jobs[0].state == "failed" and time.time() - (jobs[0].finished or 0) < _TOLD_SECONDS:
-            return jobs[0].id, *_views(studio, texts, jobs[0])
+        newest = jobs[0] if jobs and jobs[0].state != "cancelled" else None
+        if newest is not None and time.time() - (newest.finished or 0) < _TOLD_SECONDS:
+            return newest.id, *_views(studio, texts, newest, anew=True)
         return None, *_nothing()
 
     @guarded(texts)
