@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import httpx
 import psutil
@@ -16,7 +17,10 @@ from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 import stableavatar
 from command_line import toy_model
+from stableavatar.apps.web.studio import owner_of
+from stableavatar.jobs.intake import OPTIONS
 from stableavatar.jobs.store import JobStore
+from stableavatar.options import GenerateOptions
 
 DEMO = Path(stableavatar.__file__).parent / "assets" / "demo"
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -70,6 +74,35 @@ def visited(browser: Browser, address: str) -> Iterator[Page]:
     yield page
     context.close()
     assert not faults
+
+
+def fill_in(
+    page: Page, speech: Path, *, steps: int = 1, portrait: Path = DEMO / "portrait.png", shown: str = "0:03"
+) -> None:
+    """Portrait and speech (whose length is `shown`), and settings with which the toy model is quick."""
+    page.set_input_files("#portrait input[type=file]", portrait)
+    page.set_input_files("#speech input[type=file]", speech)
+    expect(page.locator("#portrait img")).to_be_visible(timeout=20 * SECONDS)
+    expect(page.locator("#speech").get_by_text(shown).first).to_be_visible(timeout=20 * SECONDS)
+    if not page.locator("#steps input[type=number]").is_visible():
+        page.locator("#advanced button").first.click()
+    for name, value in (("steps", steps), ("text-scale", 1), ("audio-scale", 1)):
+        page.locator(f"#{name} input[type=number]").fill(str(value))
+        page.locator(f"#{name} input[type=number]").press("Enter")
+    for name in ("width", "height"):
+        page.locator(f"#{name} :is(input, textarea)").fill("48")
+        page.locator(f"#{name} :is(input, textarea)").press("Tab")
+
+
+def owner_of_page(page: Page) -> str:
+    found = owner_of({cookie["name"]: cookie["value"] for cookie in page.context.cookies()})
+    assert found is not None
+    return found
+
+
+def options_of_job() -> dict[str, Any]:
+    options = GenerateOptions(duration=1.0, seed=1)
+    return {**{name: getattr(options, name) for name in OPTIONS}, "quality": 20}
 
 
 def answers(address: str) -> bool:

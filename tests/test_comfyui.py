@@ -36,6 +36,7 @@ class Comfy:
 
     def __init__(self) -> None:
         self.shown: list[float] = []
+        self.unloaded = 0
         self.interrupted_after: int | None = None
 
     def bar(self, total: int) -> Any:
@@ -43,6 +44,9 @@ class Comfy:
             self.shown.append(value / total)
 
         return SimpleNamespace(update_absolute=update)
+
+    def unload(self) -> None:
+        self.unloaded += 1
 
     def throw(self) -> None:
         if self.interrupted_after is not None and len(self.shown) >= self.interrupted_after:
@@ -58,6 +62,7 @@ def comfy(monkeypatch: pytest.MonkeyPatch) -> Comfy:
         ModuleType("comfy"),
     )
     utils.ProgressBar = fake.bar  # type: ignore[attr-defined]
+    management.unload_all_models = fake.unload  # type: ignore[attr-defined]
     management.get_torch_device = lambda: torch.device("cpu")  # type: ignore[attr-defined]
     management.throw_exception_if_processing_interrupted = fake.throw  # type: ignore[attr-defined]
     whole.utils, whole.model_management = utils, management  # type: ignore[attr-defined]
@@ -182,6 +187,7 @@ def test_the_workflow_makes_the_frames_of_the_package(
 ) -> None:
     images, fps = run_workflow(pack, given, QUICK)["StableAvatarDecode"]
     assert (images.shape, images.dtype, fps) == ((25, 32, 32, 3), torch.float32, 25.0)
+    assert comfy.unloaded == 1  # or two models would share the memory
     assert comfy.shown[-1] == 1.0
     assert max(comfy.shown) == 1.0
     conditions = pack.NODE_CLASS_MAPPINGS["StableAvatarConditions"]().condition(
@@ -193,6 +199,13 @@ def test_the_workflow_makes_the_frames_of_the_package(
     )  # fmt: skip
     frames = (images * 255).round().to(torch.uint8).numpy()
     assert np.array_equal(frames, np.stack(list(stream)))
+
+
+def test_what_saves_memory_reaches_the_package(pack: ModuleType, given: dict[str, tuple[Any, ...]]) -> None:
+    latents = run_workflow(pack, given, {**QUICK, "window": 9, "decoder_tiling": True})["StableAvatarSample"][
+        0
+    ]
+    assert (latents.options.window, latents.options.decoder_tiling) == (9, True)
 
 
 def test_a_width_without_a_height_is_said(pack: ModuleType, given: dict[str, tuple[Any, ...]]) -> None:

@@ -18,6 +18,7 @@ from stableavatar.options import GenerateOptions
 CATEGORY = "StableAvatar"
 PIPELINE, CONDITIONS, LATENTS = "STABLEAVATAR_PIPELINE", "STABLEAVATAR_CONDITIONS", "STABLEAVATAR_LATENTS"
 _PARTS = 1000  # of a progress bar
+_ORDER = "wavefront is smoother; causal is what streams of the server make, and repeats them."
 # Else ComfyUI's page rounds to tenths: 29.97 frames a second would be 30.
 _TO_A_THOUSANDTH = {"step": 0.001, "round": 0.001}
 _TO_A_HUNDREDTH = {"step": 0.1, "round": 0.01}
@@ -53,11 +54,12 @@ class LoadStableAvatar:
         }
 
     def load(self, model: str, variant: str, dtype: str, lora: str = "", size: str = "default") -> tuple[Any]:
-        """Load it where ComfyUI computes."""
+        """Load it where ComfyUI computes, in place of the models that are there."""
         files = [line.strip() for line in lora.splitlines() if line.strip()]
         published = {
             name: value for name, value in (("variant", variant), ("size", size)) if value != "default"
         }
+        comfy.model_management.unload_all_models()
         device = str(comfy.model_management.get_torch_device())
         return (load(model, device=device, dtype=dtype, lora=files, **published),)
 
@@ -174,7 +176,11 @@ class StableAvatarSample:
                     },
                 ),
                 "overlap": ("INT", {"default": 0, "min": 0, "max": 40, "tooltip": _help("overlap")}),
-                "order": (["wavefront", "causal"], {"default": "wavefront", "tooltip": _help("order")}),
+                "order": (["wavefront", "causal"], {"default": "wavefront", "tooltip": _ORDER}),
+            },
+            "optional": {
+                "window": ("INT", {"default": 0, "min": 0, "max": 161, "tooltip": _help("window")}),
+                "decoder_tiling": ("BOOLEAN", {"default": False, "tooltip": _help("decoder_tiling")}),
             },
         }
 
@@ -188,9 +194,18 @@ class StableAvatarSample:
         audio_scale: float,
         overlap: int,
         order: str,
+        window: int = 0,
+        decoder_tiling: bool = False,
     ) -> tuple[Any]:
         """Denoise every window."""
-        chosen = {"steps": steps, "text_scale": text_scale, "audio_scale": audio_scale, "overlap": overlap}
+        chosen = {
+            "steps": steps,
+            "text_scale": text_scale,
+            "audio_scale": audio_scale,
+            "overlap": overlap,
+            "window": window,
+            "decoder_tiling": decoder_tiling,
+        }
         made = pipeline.sample_latents(
             conditions["portrait"],
             conditions["speech"],

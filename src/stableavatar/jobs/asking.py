@@ -43,9 +43,10 @@ def ask(
             checker.check_options(options, found)
             chosen = {name: getattr(options, name) for name in OPTIONS}
             chosen["quality"] = quality
-            if chosen["seed"] is None:  # of the job, so that it is the same video whatever befalls a worker
+            drawn = chosen["seed"] is None
+            if drawn:  # of the job, so that it is the same video whatever befalls a worker
                 chosen["seed"] = int.from_bytes(os.urandom(4), "little")
-            return store.add(owner, folder, chosen, {"seconds": found.seconds})
+            return store.add(owner, folder, chosen, {"seconds": found.seconds, "seed_drawn": drawn})
         finally:
             store.discard(folder)
 

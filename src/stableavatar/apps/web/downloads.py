@@ -38,10 +38,14 @@ class Downloads:
 
     Args:
         folder: where weights are put.
+
+    Attributes:
+        choice: what was chosen of the last one.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self.choice: tuple[str, ...] = ()
         self._going: Going | None = None
         self._process: SpawnProcess | None = None
         self._lock = threading.Lock()
@@ -67,7 +71,7 @@ class Downloads:
                 except BaseException:
                     here.close()
                     raise
-            self._process, self._going = process, Going()
+            self._process, self._going, self.choice = process, Going(), tuple(choice)
         threading.Thread(target=self._follow, args=(here, self._process), daemon=True).start()
         return True
 

@@ -2,6 +2,7 @@
 
 import functools
 import html
+import time
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -11,10 +12,10 @@ import gradio as gr
 from PIL import Image
 
 from stableavatar.apps.watching import small, thumbnail
-from stableavatar.apps.web.studio import Studio, guarded, owner, player
+from stableavatar.apps.web.filling import as_made
+from stableavatar.apps.web.studio import Studio, download_link, empty_player, guarded, owner, player
 from stableavatar.apps.web.texts import TEXTS, Texts
 from stableavatar.errors import InputError
-from stableavatar.jobs.asking import copied
 from stableavatar.jobs.job import Job
 from stableavatar.media.image import read_picture
 
@@ -76,15 +77,16 @@ def gallery_tab(studio: Studio, texts: Texts, tab: gr.Tab, tabs: gr.Tabs, fields
             return gr.skip(), "", "", gr.update(visible=False), gr.update(visible=False)
         going = not job.is_finished and not job.stopping
         about = gr.update(visible=True)
-        return job.id, player(job, texts), _settings(job, texts), about, gr.update(visible=going)
+        return job.id, _screen(job, texts), _settings(job, texts), about, gr.update(visible=going)
 
     @guarded(texts)
     def use(request: gr.Request, job_id: str | None) -> Any:
         job = None if job_id is None else studio.store.get(owner(request), job_id)
         if job is None:
-            return (gr.skip(),) * (1 + len(fields))
+            return (gr.skip(),) * (2 + len(fields))
         gr.Info(texts["used_again"])
-        return gr.Tabs(selected="talk"), *_values(job, studio.scratch.folder())
+        nothing = ""  # the video would go on talking where it is not seen
+        return gr.Tabs(selected="talk"), nothing, *as_made(job, studio.scratch.folder())
 
     @guarded(texts)
     def end(request: gr.Request, job_id: str | None) -> Any:
@@ -104,7 +106,7 @@ def gallery_tab(studio: Studio, texts: Texts, tab: gr.Tab, tabs: gr.Tabs, fields
     older.click(show_older, most, listing, **quiet)
     pictures.select(choose, ids, [chosen, screen, settings, about, stop], **quiet)
     stop.click(end, chosen, stop, **quiet)  # what there is of it is kept
-    again.click(use, chosen, [tabs, *fields], **quiet)
+    again.click(use, chosen, [tabs, screen, *fields], **quiet)
     asking = [delete, really, keep]
     delete.click(lambda: _visible(False, True, True), None, asking, queue=False, **quiet)
     really.click(remove, chosen, None, **quiet).then(show, None, listing, **quiet)
@@ -144,8 +146,16 @@ def _portrait(picture: Path) -> Image.Image:
     return small(read_picture(picture))
 
 
+def _screen(job: Job, texts: Texts) -> str:
+    """Its player, and its file where it is complete; of one that waits, neither (see `talk`)."""
+    if job.state == "queued":
+        return empty_player(texts)
+    return player(job, texts) + download_link(job, texts)
+
+
 def _caption(job: Job, texts: Texts) -> str:
-    seconds = f"{job.details['seconds']:.1f} s"
+    asked = time.strftime("%m-%d %H:%M", time.localtime(job.created))
+    seconds = f"{asked} · {texts('seconds', count=format(job.details['seconds'], '.0f'))}"
     return seconds if job.is_finished else f"{seconds} · {texts['in_the_making']}"
 
 
@@ -176,57 +186,3 @@ def _valued(name: str, value: object, texts: Texts) -> str:
         return ", ".join(map(str, value))
     choice = f"{_CHOICES.get(name, name)}_{value}"
     return texts[choice] if choice in TEXTS else str(value)
-
-
-def _values(job: Job, folder: Path) -> list[Any]:
-    """What the form is filled in with, in its order; files as copies of one's own, in a folder."""
-    options = {**job.options, **(job.result or {})}
-    files = []
-    for name, source in (("portrait", job.portrait), ("speech", job.speech)):
-        copy = None
-        if source is not None:
-            copy = folder / (name + _ending(source))
-            copied(source)(copy)
-        files.append(None if copy is None else str(copy))
-    asked = job.options
-    return [
-        *files,
-        options["prompt"],
-        asked["aspect"],
-        options["order"] == "causal",
-        options["steps"],
-        options["text_scale"],
-        options["audio_scale"],
-        options["overlap"],
-        options["overlap_weights"],
-        options["step_cache"],
-        options.get("speech_normalisation", "window"),  # a video of an earlier release has none
-        options["guidance"],
-        asked["negative_prompt"],
-        options["seed"],
-        asked["width"],
-        asked["height"],
-        options["fit"],
-        asked["fps"],
-        options["start"],
-        options["duration"],
-        options["quality"],
-    ]
-
-
-def _ending(path: Path) -> str:
-    """The usual ending of a file, from its first bytes: players go by it."""
-    with path.open("rb") as file:
-        head = file.read(12)
-    for start, ending in (
-        (b"\x89PNG", ".png"),
-        (b"\xff\xd8", ".jpg"),
-        (b"RIFF", ".webp" if head[8:] == b"WEBP" else ".wav"),
-        (b"fLaC", ".flac"),
-        (b"OggS", ".ogg"),
-        (b"ID3", ".mp3"),
-        (b"\x1aE\xdf\xa3", ".webm"),
-    ):
-        if head.startswith(start):
-            return ending
-    return ".mp4" if head[4:8] == b"ftyp" else ""

@@ -2,16 +2,22 @@
 
 import asyncio
 import html
+import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, get_args
 
+import anyio.to_thread
 import gradio as gr
 
 from stableavatar.apps.web.downloads import Downloads, Going
+from stableavatar.apps.web.sentences import in_words
 from stableavatar.apps.web.studio import Studio, guarded
 from stableavatar.apps.web.texts import Texts
 from stableavatar.checkpoints import hub
+from stableavatar.checkpoints.layout import find_published
+from stableavatar.choices import Variant
+from stableavatar.errors import CheckpointError
 
 _TELL_SECONDS = 0.5
 
@@ -29,9 +35,12 @@ def _weights(downloads: Downloads, texts: Texts, tab: gr.Tab, page: gr.Blocks) -
     """What is on this machine, and getting more."""
     here = gr.HTML("", label=texts["models_here"], elem_id="models")
     gr.Markdown(f"### {texts['get_weights']}\n{texts['get_help']}")
-    with gr.Row():
-        variant = gr.Radio(["square", "rec-vec"], value="square", label=texts["variant"], elem_id="variant")
-        size = gr.Radio(["1.3b", "14b"], value="1.3b", label=texts["size"], elem_id="model-size")
+    variant = gr.Radio(
+        [(texts[f"variant_{name}"], name) for name in get_args(Variant)],
+        value="square",
+        label=texts["variant"],
+        elem_id="variant",
+    )
     with gr.Row():
         button = gr.Button(texts["get_weights"], elem_id="get-weights")
         voices = gr.Button(texts["get_vocals"], elem_id="get-vocals")
@@ -40,25 +49,14 @@ def _weights(downloads: Downloads, texts: Texts, tab: gr.Tab, page: gr.Blocks) -
 
     @guarded(texts)
     def show() -> str:
-        from stableavatar.apps.installation import survey
-
-        return "".join(
-            f"<h4>{html.escape(section.title)}</h4><table class='settings'>"
-            + "".join(
-                f"<tr><th>{html.escape(name)}</th><td>{html.escape(text)}</td></tr>"
-                for name, text in section.rows
-            )
-            + "</table>"
-            for section in sorted(survey(downloads.folder), key=lambda it: it.title != "Models")
-        )
+        return _table(texts, downloads.folder)
 
     @guarded(texts)
     async def get(
-        variant: Literal["square", "rec-vec"],
-        size: Literal["1.3b", "14b"],
+        variant: Variant,
         progress: gr.Progress = gr.Progress(),  # noqa: B008  (how Gradio hands it over)
     ) -> str:
-        return await fetched(hub.download, (variant, size), progress)
+        return await fetched(hub.download, (variant,), progress)
 
     @guarded(texts)
     async def get_vocals(progress: gr.Progress = gr.Progress()) -> str:  # noqa: B008
@@ -71,10 +69,11 @@ def _weights(downloads: Downloads, texts: Texts, tab: gr.Tab, page: gr.Blocks) -
 
     @guarded(texts)
     async def find(progress: gr.Progress = gr.Progress()) -> Any:  # noqa: B008
-        """One that is going on, which another page, or this one before it was opened anew, has begun."""
+        """One that is going on, which another page, or this one before it was opened anew, has begun; and
+        what there is at its end."""
         if downloads.going is None or downloads.going.ended:
-            return gr.skip()
-        return await followed(progress)
+            return gr.skip(), gr.skip()
+        return await followed(progress), await anyio.to_thread.run_sync(show)
 
     async def followed(progress: gr.Progress) -> str:
         while (going := downloads.going) is not None and not going.ended:
@@ -84,19 +83,43 @@ def _weights(downloads: Downloads, texts: Texts, tab: gr.Tab, page: gr.Blocks) -
         if going.stopped:
             return texts["download_stopped"]
         if going.error is not None:
-            raise gr.Error(going.error or texts["download_lost"], print_exception=False)
-        return texts("download_done", folder=downloads.folder)
+            words = in_words(going.error, texts.language) or texts["download_lost"]
+            raise gr.Error(words, print_exception=False)
+        if not downloads.choice:
+            return texts["vocals_done"]
+        folder = shlex.quote(str(downloads.folder.resolve()))
+        command = f"stableavatar app --model {folder} --variant {downloads.choice[0]}"
+        return texts("download_done", command=command)
 
     quiet: dict[str, Any] = {"api_visibility": "private"}
     tab.select(show, None, here, **quiet)
     unlimited: dict[str, Any] = {"concurrency_limit": None}
     for begun in (
-        button.click(get, [variant, size], said, **unlimited, **quiet),
+        button.click(get, variant, said, **unlimited, **quiet),
         voices.click(get_vocals, None, said, **unlimited, **quiet),
-        page.load(find, None, said, **unlimited, **quiet),
     ):
         begun.then(show, None, here, **quiet)
+    page.load(find, None, [said, here], **unlimited, **quiet)
     stop.click(downloads.stop, None, None, queue=False, **quiet)
+
+
+def _table(texts: Texts, folder: Path) -> str:
+    """What is on this machine of what the page can get, and of what is in the package."""
+    rows = [("tiny", texts["model_tiny"])]
+    if (folder / "transformer").is_dir():  # a model of this project's own
+        rows.append((str(folder), texts["model_ready"]))
+    try:
+        published = find_published(folder)
+    except CheckpointError:  # there is nothing yet
+        published = None
+    for variant in get_args(Variant):
+        here = published is not None and not published.missing(variant)
+        name = f"{texts['model_published']}, {texts[f'variant_{variant}']}"
+        rows.append((name, texts["model_ready" if here else "model_missing"]))
+    voices = published is not None and published.vocal_separator is not None
+    rows.append((texts["vocal_separator"], texts["model_ready" if voices else "model_missing"]))
+    cells = (f"<tr><th>{html.escape(name)}</th><td>{html.escape(state)}</td></tr>" for name, state in rows)
+    return f"<table class='settings'>{''.join(cells)}</table>"
 
 
 def _told(texts: Texts, going: Going) -> tuple[float, str]:

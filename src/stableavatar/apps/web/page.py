@@ -14,6 +14,7 @@ from stableavatar.apps.running import THREADS
 from stableavatar.apps.watching import ManyWatchError, Viewers, video_response
 from stableavatar.apps.web.gallery import gallery_tab
 from stableavatar.apps.web.guard import Guard
+from stableavatar.apps.web.language import InOneLanguage
 from stableavatar.apps.web.models import models_tab
 from stableavatar.apps.web.studio import NamedBrowsers, Studio, owner_of
 from stableavatar.apps.web.talk import talk_tab
@@ -21,7 +22,8 @@ from stableavatar.apps.web.texts import LANGUAGES, Language, Texts, preferred
 from stableavatar.apps.web.tools import audio_tab, vocals_tab
 from stableavatar.jobs.job import Job
 
-_DAY = 86400
+_HOUR = 3600
+_MOST_WAITING = 1000  # events of all open pages; each of them watches its video by one
 _STYLE = Path(__file__).with_name("style.css")
 
 
@@ -80,10 +82,12 @@ def create_page(studio: Studio, hosts: Collection[str] | None = ()) -> FastAPI:
             theme=_theme(),
             css_paths=[_STYLE],
             footer_links=[],
-            show_error=True,
+            run_history=False,  # it would act with the token of who runs this
+            show_error=False,  # of what `guarded` has not put into words
             max_file_size=studio.limits.upload_bytes,
             ssr_mode=False,
         )
+    app.add_middleware(InOneLanguage)
     app.add_middleware(NamedBrowsers)
     app.add_middleware(Guard, store=studio.store, hosts=hosts, most=studio.limits.upload_bytes)
     return app
@@ -94,7 +98,7 @@ def _build(studio: Studio, language: Language) -> gr.Blocks:
     other = LANGUAGES[1 - LANGUAGES.index(language)]
     # Uploads are copies; jobs have their own.
     with gr.Blocks(
-        title=texts["title"], analytics_enabled=False, fill_width=True, delete_cache=(_DAY, _DAY)
+        title=texts["title"], analytics_enabled=False, fill_width=True, delete_cache=(_HOUR, 6 * _HOUR)
     ) as page:
         gr.HTML(
             f'<header class="top"><div><h1>{texts["title"]}</h1><p>{texts["subtitle"]}</p></div>'
@@ -104,16 +108,16 @@ def _build(studio: Studio, language: Language) -> gr.Blocks:
         with gr.Tabs(selected="talk") as tabs:
             with gr.Tab(texts["tab_talk"], id="talk", elem_id="tab-talk"):
                 talk = talk_tab(studio, texts, page)
-            with gr.Tab(texts["tab_audio"], id="audio"):
-                audio_tab(studio, texts)
-            with gr.Tab(texts["tab_vocals"], id="vocals"):
-                vocals_tab(studio, texts)
             with gr.Tab(texts["tab_gallery"], id="gallery") as gallery:
                 gallery_tab(studio, texts, gallery, tabs, talk)
+            with gr.Tab(texts["tab_audio"], id="audio"):
+                audio_tab(studio, texts, page)
+            with gr.Tab(texts["tab_vocals"], id="vocals") as vocals:
+                vocals_tab(studio, texts, vocals, page)
             with gr.Tab(texts["tab_models"], id="models") as models:
                 models_tab(studio, texts, models, page)
         gr.HTML(f'<p class="consent">{texts["consent"]}</p>', padding=False)
-    page.queue(default_concurrency_limit=8, api_open=False)
+    page.queue(default_concurrency_limit=8, max_size=_MOST_WAITING, api_open=False)
     page.has_launched = True  # else Gradio takes any file of this machine that a request names
     return page
 

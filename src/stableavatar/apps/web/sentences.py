@@ -15,7 +15,10 @@ _SENTENCES: tuple[tuple[str, str], ...] = (
     ),
     (r"give both width and height, or neither", "宽和高要么都填，要么都不填"),
     (r"(\d+x\d+) are (\d+) pixels: (\d+) at most", r"\1 共 \2 像素，最多 \3"),
-    (r"(?P<name>.+?) (\S+) is too (?:small|large): (\S+) (?:or more|at most)", r"\1 \2 超出范围，界限为 \3"),
+    (
+        r"(?P<name>.+?) (\S+) is too (?:small|large): (?:more than )?(\S+)(?: or more| at most)?",
+        r"\1 \2 超出范围，界限为 \3",
+    ),
     (r"(?P<name>.+?) (\S+) is not a number", r"\1 \2 不是数字"),
     (_PORTRAIT + r"not a picture, .*", "肖像：不是图片，或文件开头已损坏。请使用 JPEG、PNG 或 WebP。"),
     (_PORTRAIT + r"cut off or damaged .*", "肖像：文件不完整或已损坏。请重新获取或另存。"),
@@ -32,6 +35,18 @@ _SENTENCES: tuple[tuple[str, str], ...] = (
     (r"the speech is longer than (\S+) s.*", r"录音超过 \1 秒的上限。请缩短，或填写时长。"),
     (r"the sound is longer than (\S+) s.*", r"录音超过 \1 秒的上限。"),
     (r"the speech has (\d+) samples a second: (\d+) at least", r"录音每秒只有 \1 个采样，至少需要 \2。"),
+    (
+        r"(?:recording|speech)[^:]*: a start at (\S+) s lies after its end, it has only (\S+) s\. .*",
+        r"起点 \1 秒超过了录音的结尾，录音只有 \2 秒。请填写更早的起点。",
+    ),
+    (
+        r"(?:recording|speech)[^:]*: has no sound, only pictures.*",
+        "录音里没有声音，只有画面。请选择有声音的文件。",
+    ),
+    (
+        r"(?:recording|speech)[^:]*: cut off, .* only (\S+) s could be read.*duration of at most (\S+) s\.",
+        r"录音不完整，只能读取 \1 秒。请重新获取文件，或将长度设为最多 \2 秒。",
+    ),
     (r"(?:recording|speech)[^:]*: .*", "录音无法读取。请另存为 WAV 后重试。"),
     (r"(\S+) s are shorter than a frame: .*", r"\1 秒不足一帧，请提供更长的录音。"),
     (r"start (\S+) is a place in the speech: .*", r"起点 \1 是录音中的位置：请提供录音，或留空。"),
@@ -50,6 +65,25 @@ _SENTENCES: tuple[tuple[str, str], ...] = (
         r"您的视频和上传的文件已占用 \1 GB，请先删除一些。",
     ),
     (r"Many files (?:of yours )?are being looked at.*", "正在检查的文件较多，请稍后再试。"),
+    (
+        r"(\d+x\d+), this model's size, are (\d+) pixels: (\d+) .*",
+        r"此模型的画幅 \1 共 \2 像素，最多 \3。请填写较小的宽和高。",
+    ),
+    (r"the files take too much memory.*", "文件占用内存过多。请发送较小的图片。"),
+    (r"the server ends: .*", "页面正在关闭，请稍后重新发送。"),
+    (
+        r"\S+: (\S+) cannot be reached, and there is no complete copy here.*",
+        r"无法连接 \1。请检查网络，或由运行本页面者用 HF_ENDPOINT 指定镜像。",
+    ),
+    (r"\S+: access must be asked for at (\S+); .*", r"需先在 \1 申请访问，并设置 HF_TOKEN。"),
+    (
+        r"\S+: no such repository at .*|\S+: has no revision .*",
+        "找不到该权重仓库，请检查名称或设置 HF_TOKEN。",
+    ),
+    (r"\S+: HF_HUB_OFFLINE forbids the network.*", "HF_HUB_OFFLINE 禁止联网，本机也没有副本。"),
+    (r"\S+: a file is missing at .*", "仓库中缺少文件，请稍后再试。"),
+    (r"\S+: \S+ answered (\d+); .*", r"服务器返回 \1，请稍后再试或设置 HF_TOKEN。"),
+    (r".*: cannot be written \((.*)\)", r"无法写入文件（\1）。"),
     (r"there is too little memory for this.*", "内存不足。请减小画面，或缩短视频。"),
     (r"The program that makes videos has met a fault .*", "生成程序出现故障，详见其日志。"),
     (

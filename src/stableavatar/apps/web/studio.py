@@ -5,6 +5,7 @@ import hashlib
 import html
 import inspect
 import logging
+import re
 import secrets
 import shutil
 import tempfile
@@ -23,7 +24,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from stableavatar.apps.web.downloads import Downloads
 from stableavatar.apps.web.sentences import in_words
-from stableavatar.apps.web.texts import Texts
+from stableavatar.apps.web.texts import LANGUAGES, Texts
 from stableavatar.jobs.intake import FileChecker, Limits
 from stableavatar.jobs.job import Job
 from stableavatar.jobs.quotas import LEAST_ROOM
@@ -36,6 +37,10 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 COOKIE = "stableavatar"
 _YEAR = 365 * 86400
+_NAME = re.compile(r"[\w-]{32}")
+# Autoplay alone waits until all of it is sure to play through; some browsers refuse before a click.
+_PLAYS = 'oncanplay="this.oncanplay=null;this.play().catch(()=>{})"'
+_PAGES = tuple(f"/{language}/" for language in LANGUAGES)
 _TRY_AGAIN_MILLISECONDS = 3000
 _TRIES = 1200  # an hour of them
 
@@ -164,21 +169,25 @@ def owner(request: gr.Request) -> str:
 
 
 class NamedBrowsers:
-    """ASGI middleware that gives every browser a name of its own, by which its videos are known."""
+    """ASGI middleware that gives every browser a name of its own, by which its videos are known; for a year
+    from when it last opened the page."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer, with a cookie for who has none."""
-        if scope["type"] != "http" or owner_of(cookies_of(scope)) is not None:
+        """Answer, with a cookie for who has none, or opens the page."""
+        name = cookies_of(scope).get(COOKIE) if scope["type"] == "http" else None
+        opens = scope["type"] == "http" and scope["path"] in _PAGES and name and _NAME.fullmatch(name)
+        if scope["type"] != "http" or (name and not opens):
             await self.app(scope, receive, send)
             return
 
         async def named(message: Message) -> None:
             if message["type"] == "http.response.start":
                 cookie = (
-                    f"{COOKIE}={secrets.token_urlsafe(24)}; Path=/; Max-Age={_YEAR}; HttpOnly; SameSite=Lax"
+                    f"{COOKIE}={name or secrets.token_urlsafe(24)}; Path=/; Max-Age={_YEAR}; HttpOnly; "
+                    "SameSite=Lax"
                 )
                 MutableHeaders(scope=message).append("Set-Cookie", cookie)
             await send(message)
@@ -191,8 +200,11 @@ def cookies_of(scope: Scope) -> dict[str, str]:
     return dict(HTTPConnection(scope).cookies)  # as requests have them: others' odd ones do not hide ours
 
 
-def player(job: Job, texts: Texts) -> str:
+def player(job: Job, texts: Texts, *, plays: bool = True) -> str:
     """The video as an element of the page: while it is made, or complete.
+
+    Args:
+        plays: of itself.
 
     Where it cannot be played while it is made, because the connection breaks or the browser plays files alone
     (Safari), the file is asked for until it is there.
@@ -206,9 +218,8 @@ def player(job: Job, texts: Texts) -> str:
         f"v.src='{file}?'+v.tries}},{_TRY_AGAIN_MILLISECONDS})"
     )
     return (
-        # Autoplay alone waits until all of it is sure to play through.
         f'<video class="player" data-job="{job.id}" src="{source}" controls playsinline '
-        f'oncanplay="this.oncanplay=null;this.play()" onerror="{again}" '
+        f'{_PLAYS if plays else ""} onerror="{again}" '
         f'aria-label="{html.escape(texts["video"])}"></video>'
     )
 
@@ -255,14 +266,19 @@ def status(job: Job, store: JobStore, texts: Texts) -> str:
         )
         if progress.get("seconds_left") is not None:
             text += " · " + texts("left", time=texts.time(progress["seconds_left"]))
+    return line(job.state, text, share, download_link(job, texts))
+
+
+def line(state: str, text: str, share: float = 0.0, more: str = "") -> str:
+    """A bar that is full by a share, a sentence, and what follows it as HTML."""
     return (
-        f'<div class="status {job.state}" role="status">'
+        f'<div class="status {state}" role="status">'
         f'<div class="bar"><div style="width:{100 * share:.1f}%"></div></div>'
-        f"<p>{html.escape(text)}</p>{_download(job, texts)}</div>"
+        f"<p>{html.escape(text)}</p>{more}</div>"
     )
 
 
-def _download(job: Job, texts: Texts) -> str:
+def download_link(job: Job, texts: Texts) -> str:
     """A link to what is there of a finished job."""
     if not job.is_finished or job.video is None:
         return ""

@@ -2,20 +2,21 @@
 
 import asyncio
 import math
-import sqlite3
 import time
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any, get_args
 
 import anyio.to_thread
 import gradio as gr
-from gradio.data_classes import ImageData
 
+from stableavatar.apps.web.filling import FIELDS, as_asked
+from stableavatar.apps.web.portrait import Portrait
 from stableavatar.apps.web.sentences import in_words
-from stableavatar.apps.web.studio import Studio, empty_player, guarded, owner, player, sent, status
+from stableavatar.apps.web.studio import Studio, empty_player, guarded, line, owner, player, sent, status
 from stableavatar.apps.web.texts import Texts
 from stableavatar.choices import Fit, GuidanceRule, OverlapWeights, SpeechNormalisation
-from stableavatar.errors import InputError
+from stableavatar.errors import InputError, is_out_of_room
 from stableavatar.jobs.asking import ask, copied
 from stableavatar.jobs.intake import BusyError, EndingError, check_options
 from stableavatar.jobs.job import PORTRAIT, Job
@@ -25,31 +26,8 @@ from stableavatar.options import AUDIO_NATIVE_WEIGHTS, SIZE_MULTIPLE, GenerateOp
 _LOOK_SECONDS = 0.25
 _TOLD_SECONDS = 3600.0
 
-# Fields of the form in the order in which handlers get them; those of options bear their names.
-_FIELDS = (
-    "portrait",
-    "speech",
-    "prompt",
-    "aspect",
-    "first_frames",
-    "steps",
-    "text_scale",
-    "audio_scale",
-    "overlap",
-    "overlap_weights",
-    "step_cache",
-    "speech_normalisation",
-    "guidance",
-    "negative_prompt",
-    "seed",
-    "width",
-    "height",
-    "fit",
-    "fps",
-    "start",
-    "duration",
-    "quality",
-)
+_EXAMPLE_FOLDER = Path(__file__).parents[2] / "assets" / "demo"
+_EXAMPLE = ("portrait.png", "speech.flac")
 _WHOLE = ("steps", "overlap", "seed", "width", "height")
 
 
@@ -58,31 +36,47 @@ def talk_tab(studio: Studio, texts: Texts, page: gr.Blocks) -> list[Any]:
     with gr.Row(equal_height=False):
         with gr.Column(scale=5, min_width=300):
             form = _form(studio, texts)
-        with gr.Column(scale=5, min_width=300):
-            screen = gr.HTML(empty_player(texts), elem_id="screen", padding=False)
-            state = gr.HTML("", elem_id="status", padding=False)
             with gr.Row():
                 make = gr.Button(texts["make"], variant="primary", elem_id="make", scale=3)
                 stop = gr.Button(texts["stop"], variant="stop", elem_id="stop", interactive=False, scale=1)
+            with gr.Accordion(texts["advanced"], open=False, elem_id="advanced"):
+                form |= _advanced(studio, texts, form["portrait"])
+        with gr.Column(scale=5, min_width=300):
+            screen = gr.HTML(empty_player(texts), elem_id="screen", padding=False)
+            state = gr.HTML("", elem_id="status", padding=False)
+            if studio.model == "tiny":
+                gr.Markdown(texts["small_model"], elem_id="small-model")
     job = gr.State(None)
     shown = [screen, state, make, stop]
-
-    @guarded(texts)
-    async def begin(request: gr.Request, *values: Any) -> Any:
-        made = await anyio.to_thread.run_sync(
-            lambda: _ask(studio, texts, owner(request), dict(zip(_FIELDS, values, strict=True)))
-        )
-        return made.id, empty_player(texts), *_views(studio, texts, made)[1:]
 
     # What each open page looks at. A page that asks for another video looks at that one from then on.
     looks: dict[str | None, object] = {}
 
+    def hear(request: gr.Request) -> Any:
+        """The files are looked at first, which may take its time; the button is not pressed twice."""
+        looks.pop(request.session_hash, None)
+        return line("in_progress", texts["looking"]), gr.update(interactive=False)
+
     @guarded(texts)
-    async def watch(request: gr.Request, job_id: str | None) -> AsyncIterator[Any]:
+    def take_back(request: gr.Request, job_id: str | None) -> Any:
+        """Nothing was begun: the page shows again what it showed."""
+        found = None if job_id is None else studio.store.get(owner(request), job_id)
+        if found is None:
+            return gr.skip(), "", gr.update(interactive=True), gr.update(interactive=False)
+        return _views(studio, texts, found)
+
+    @guarded(texts)
+    async def begin(request: gr.Request, *values: Any) -> Any:
+        made = await anyio.to_thread.run_sync(
+            lambda: _ask(studio, texts, owner(request), dict(zip(FIELDS, values, strict=True)))
+        )
+        return made.id, empty_player(texts), *_views(studio, texts, made)[1:]
+
+    async def look_at(request: gr.Request, job_id: str | None, *, found: bool) -> AsyncIterator[Any]:
         page_id, look = request.session_hash, object()
         looks[page_id] = look
         try:
-            async for views in _watch(studio, texts, owner(request), job_id):
+            async for views in _watch(studio, texts, owner(request), job_id, found=found):
                 if looks.get(page_id) is not look:
                     yield _nothing()  # Gradio shows what came last once more
                     return
@@ -92,17 +86,30 @@ def talk_tab(studio: Studio, texts: Texts, page: gr.Blocks) -> list[Any]:
                 del looks[page_id]
 
     @guarded(texts)
+    async def watch(request: gr.Request, job_id: str | None) -> AsyncIterator[Any]:
+        async for views in look_at(request, job_id, found=False):
+            yield views
+
+    @guarded(texts)
+    async def watch_found(request: gr.Request, job_id: str | None) -> AsyncIterator[Any]:
+        async for views in look_at(request, job_id, found=True):
+            yield views
+
+    @guarded(texts)
     async def find(request: gr.Request) -> Any:
-        """What this browser has in the making, or what was made or has failed within the hour: the page may
-        have been opened anew."""
-        jobs = await anyio.to_thread.run_sync(lambda: studio.store.list(owner(request), limit=20))
-        for found in jobs:
-            if not found.is_finished:
-                return found.id, *_views(studio, texts, found)
-        newest = jobs[0] if jobs and jobs[0].state != "cancelled" else None
-        if newest is not None and time.time() - (newest.finished or 0) < _TOLD_SECONDS:
-            return newest.id, *_views(studio, texts, newest, anew=True)
-        return None, *_nothing()
+        """What this browser has in the making, or what was made or has failed within the hour, and the form
+        that it was asked for with: the page may have been opened anew, in the other language too."""
+        found = await anyio.to_thread.run_sync(lambda: _latest(studio, owner(request)))
+        if found is None:
+            return None, *_nothing(), *(gr.skip(),) * len(FIELDS)
+        views = list(_views(studio, texts, found))
+        if found.is_finished and found.video is not None:
+            views[0] = player(found, texts, plays=False)
+        try:
+            values = await anyio.to_thread.run_sync(lambda: as_asked(found, studio.scratch.folder()))
+        except OSError:  # deleted meanwhile
+            return None, *_nothing(), *(gr.skip(),) * len(FIELDS)
+        return found.id, *views, *values
 
     @guarded(texts)
     def end(request: gr.Request, job_id: str | None) -> None:
@@ -112,28 +119,40 @@ def talk_tab(studio: Studio, texts: Texts, page: gr.Blocks) -> list[Any]:
     hidden: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
     unlimited: dict[str, Any] = {**hidden, "concurrency_limit": None}
     watching: dict[str, Any] = {**unlimited, "trigger_mode": "multiple"}
-    fields = [form[name] for name in _FIELDS]
-    begun = make.click(begin, fields, [job, *shown], **unlimited)
+    fields = [form[name] for name in FIELDS]
+    heard = make.click(hear, None, [state, make], queue=False, **hidden)
+    begun = heard.then(begin, fields, [job, *shown], **unlimited)
     begun.success(watch, job, shown, **watching)
-    page.load(find, None, [job, *shown], **unlimited).success(watch, job, shown, **watching)
+    begun.failure(take_back, job, shown, **unlimited).then(watch, job, shown, **watching)
+    opened = page.load(find, None, [job, *shown, *fields], **unlimited)
+    opened.success(watch_found, job, shown, **watching)
     stop.click(end, job, None, **unlimited)
     return fields
+
+
+def _latest(studio: Studio, who: str) -> Job | None:
+    """What somebody has in the making, or what ended within the hour and was not stopped."""
+    jobs = studio.store.list(who, limit=20)
+    for job in jobs:
+        if not job.is_finished:
+            return job
+    newest = jobs[0] if jobs and jobs[0].state != "cancelled" else None
+    return newest if newest and time.time() - (newest.finished or 0) < _TOLD_SECONDS else None
 
 
 def _form(studio: Studio, texts: Texts) -> dict[str, Any]:
     defaults = studio.defaults
     form: dict[str, Any] = {}
     with gr.Row(equal_height=True):
-        form["portrait"] = gr.Image(
+        form["portrait"] = Portrait(
             label=texts["portrait"],
             type="filepath",
             sources=["upload", "webcam", "clipboard"],
-            height=280,
+            height=296,  # as the recording beside it needs
             elem_id="portrait",
             min_width=200,
             buttons=["download", "fullscreen"],
         )
-        form["portrait"].preprocess = _as_sent
         form["speech"] = gr.Audio(
             label=texts["speech"],
             type="filepath",
@@ -142,6 +161,7 @@ def _form(studio: Studio, texts: Texts) -> dict[str, Any]:
             min_width=200,
             buttons=["download"],
         )
+    example = gr.Button(texts["example"], size="sm", elem_id="example")
     form["prompt"] = gr.Textbox(
         label=texts["prompt"],
         info=texts["prompt_help"],
@@ -166,8 +186,17 @@ def _form(studio: Studio, texts: Texts) -> dict[str, Any]:
         info=texts("order_help", windows=before_first),
         elem_id="first-frames",
     )
-    with gr.Accordion(texts["advanced"], open=False, elem_id="advanced"):
-        form |= _advanced(studio, texts, form["portrait"])
+
+    @guarded(texts)
+    def fill_in() -> tuple[str, str, str]:
+        folder = studio.scratch.folder()
+        for file in _EXAMPLE:
+            copied(_EXAMPLE_FOLDER / file)(folder / file)
+        portrait, speech = (str(folder / file) for file in _EXAMPLE)
+        return portrait, speech, texts["example_prompt"]
+
+    filled = [form[name] for name in ("portrait", "speech", "prompt")]
+    example.click(fill_in, None, filled, api_visibility="private", show_progress="hidden")
     return form
 
 
@@ -203,17 +232,21 @@ def _advanced(studio: Studio, texts: Texts, portrait: gr.Image) -> dict[str, Any
     radio("guidance", get_args(GuidanceRule))
     usual = {"text_scale": defaults.text_scale, "audio_scale": defaults.audio_scale}
 
-    def strengths(rule: str) -> list[Any]:
-        suit = AUDIO_NATIVE_WEIGHTS if rule == "audio-native" else usual
-        return [
-            gr.update(value=suit[name], info=texts(f"{name}_help", default=f"{suit[name]:g}"))
-            for name in usual
-        ]
+    def that_suit(rule: str) -> dict[str, float]:
+        return AUDIO_NATIVE_WEIGHTS if rule == "audio-native" else usual
 
+    def strengths(rule: str) -> list[Any]:
+        return [gr.update(value=value) for value in that_suit(rule).values()]
+
+    def advice(rule: str) -> list[Any]:
+        suit = that_suit(rule).items()
+        return [gr.update(info=texts(f"{name}_help", default=f"{value:g}")) for name, value in suit]
+
+    of_both = [form[name] for name in usual]
+    at_once: dict[str, Any] = {"queue": False, "api_visibility": "private"}
     # By hand: a video whose settings are used again has its own.
-    form["guidance"].input(
-        strengths, form["guidance"], [form[name] for name in usual], queue=False, api_visibility="private"
-    )
+    form["guidance"].input(strengths, form["guidance"], of_both, **at_once)
+    form["guidance"].change(advice, form["guidance"], of_both, **at_once)
     form["negative_prompt"] = gr.Textbox(
         "",
         label=texts["negative_prompt"],
@@ -246,13 +279,11 @@ def _advanced(studio: Studio, texts: Texts, portrait: gr.Image) -> dict[str, Any
             25,
             label=texts["fps"],
             info=texts["fps_help"],
-            minimum=1,
-            maximum=limits.fps,
             elem_id="fps",
             min_width=100,
         )
         form["start"] = gr.Number(
-            0, label=texts["start"], info=texts["start_help"], minimum=0, elem_id="start", min_width=100
+            0, label=texts["start"], info=texts["start_help"], elem_id="start", min_width=100
         )
         number("duration", texts["duration_help"])
     size = [form["width"], form["height"]]
@@ -278,11 +309,6 @@ def _advanced(studio: Studio, texts: Texts, portrait: gr.Image) -> dict[str, Any
     of_picture.click(of, portrait, size, **quiet)  # queued: of what is not, Gradio shows no errors
     swap.click(lambda width, height: (height, width), size, size, queue=False, **quiet)
     return form
-
-
-def _as_sent(payload: ImageData | None) -> str | None:
-    """The picture's file: Gradio would recompress it, and make its transparent parts black."""
-    return None if payload is None else payload.path
 
 
 def _ask(studio: Studio, texts: Texts, who: str, values: dict[str, Any]) -> Job:
@@ -311,7 +337,9 @@ def _ask(studio: Studio, texts: Texts, who: str, values: dict[str, Any]) -> Job:
         )
     except (InputError, QueueFullError, BusyError, EndingError) as error:
         raise gr.Error(in_words(str(error), texts.language), print_exception=False) from error
-    except (NoRoomError, OSError, sqlite3.Error) as error:
+    except (NoRoomError, OSError) as error:
+        if not isinstance(error, NoRoomError) and not is_out_of_room(error):
+            raise
         raise gr.Error(texts["no_room"], print_exception=False) from error
 
 
@@ -323,16 +351,21 @@ def _number(texts: Texts, name: str, value: Any) -> int | float:
         raise gr.Error(texts("no_number", name=texts[name], value=value), print_exception=False) from None
 
 
-async def _watch(studio: Studio, texts: Texts, who: str, job_id: str | None) -> AsyncIterator[Any]:
+async def _watch(
+    studio: Studio, texts: Texts, who: str, job_id: str | None, *, found: bool
+) -> AsyncIterator[Any]:
     """What is shown of a job as it changes, to its end. One that waits has no player: browsers keep few
-    connections to a host, and two tabs would take all of them."""
+    connections to a host, and two tabs would take all of them. One that was `found` when it had ended is on
+    the screen."""
     said, plays = None, False
     if job_id is None:
         yield _nothing()  # without a word, Gradio would empty what is shown
     while job_id is not None:
         job = await anyio.to_thread.run_sync(studio.store.get, who, job_id)
-        if job is None:
+        if job is None:  # deleted in the gallery
+            yield empty_player(texts), "", gr.update(interactive=True), gr.update(interactive=False)
             return
+        plays, found = plays or (found and job.is_finished), False
         anew = not plays and job.state != "queued"
         views = await anyio.to_thread.run_sync(_views, studio, texts, job, anew)
         if anew or views[1] != said:
@@ -359,6 +392,6 @@ def _views(studio: Studio, texts: Texts, job: Job, anew: bool = False) -> tuple[
     return (
         screen,
         status(job, studio.store, texts),
-        gr.update(interactive=True),
+        gr.update(interactive=True, value=texts["make" if job.is_finished else "make_another"]),
         gr.update(interactive=not job.is_finished and not job.stopping),
     )

@@ -26,7 +26,7 @@ TEXTS: dict[str, tuple[str, str]] = {
     # Talk.
     "portrait": ("Portrait", "肖像"),
     "speech": ("Speech", "语音"),
-    "prompt": ("What is to be seen", "画面描述"),
+    "prompt": ("Description", "画面描述"),
     "prompt_help": (
         "First frame – behaviour – background, in a sentence or two.",
         "首帧 – 动作 – 背景，一两句话。",
@@ -35,18 +35,29 @@ TEXTS: dict[str, tuple[str, str]] = {
         "A woman with short hair in a blue jacket – she is talking and smiling – a wall of books",
         "一位短发女子穿着蓝色外套 – 她微笑着说话 – 一面书墙",
     ),
+    "example": ("Try an example", "试试示例"),
+    "example_prompt": (
+        "A woman with short hair in a space suit – she is talking – a flag",
+        "一位短发女子穿着宇航服 – 她在说话 – 背景是一面旗",
+    ),
     "shape": ("Shape", "画面形状"),
     "shape_auto": ("as the picture", "与图片一致"),
     "shape_square": ("square", "方形"),
     "shape_tall": ("tall", "竖屏"),
     "shape_wide": ("wide", "横屏"),
     "make": ("Make the video", "生成视频"),
+    "make_another": ("Queue another video", "再排一个视频"),
     "stop": ("Stop", "停止"),
     "download": ("Download the video", "下载视频"),
     "video": ("Video", "视频"),
     "nothing_yet": (
         "The video plays here while it is made.",
         "视频会在生成的同时在此播放。",
+    ),
+    "small_model": (
+        "This is tiny, the small model that comes with the package: 128×128 pixels, for trying things out. "
+        "The published weights make sharp videos; see Models.",
+        "当前为随软件附带的小模型 tiny：128×128 像素，仅供试用。清晰的视频需要公开权重，见模型页。",
     ),
     # Advanced.
     "advanced": ("Advanced", "高级设置"),
@@ -83,7 +94,6 @@ TEXTS: dict[str, tuple[str, str]] = {
         "一般应勾选：第一个窗口完成后立即出画面。不勾选则为原方法：要等约 {windows} 个窗口的计算，"
         "短视频几乎到完成时才出画面，略更平滑。",
     ),
-    "size": ("Size", "尺寸"),
     "width": ("Width", "宽"),
     "height": ("Height", "高"),
     "size_help": (
@@ -165,6 +175,7 @@ TEXTS: dict[str, tuple[str, str]] = {
     "queued_first": ("Next in the queue.", "下一个就是你。"),
     "queued_second": ("One video before yours.", "前面还有 1 个视频。"),
     "queued": ("{count} videos before yours.", "前面还有 {count} 个视频。"),
+    "looking": ("Looking at your files.", "正在检查您的文件。"),
     "starting": ("Reading portrait, speech and description.", "正在读取肖像、语音和描述。"),
     "loading": ("The model is being loaded.", "正在加载模型。"),
     "making": (
@@ -202,8 +213,16 @@ TEXTS: dict[str, tuple[str, str]] = {
         "去掉音乐后的人声，44.1 kHz 立体声 WAV。歌唱录音请先用此功能。",
     ),
     "no_network": (
-        "This needs the network Kim_Vocal_2.onnx. Start the page with --vocals FILE, or get it under Models.",
-        "需要网络 Kim_Vocal_2.onnx。请用 --vocals FILE 启动，或在模型页下载。",
+        "This needs a network for vocals, 67 MB. Get it under Models, or start the page with --vocals FILE.",
+        "需要人声分离网络（67 MB）。请在模型页下载，或用 --vocals FILE 启动。",
+    ),
+    "no_network_here": (
+        "This needs a network for vocals, which whoever runs this page has not put here.",
+        "需要人声分离网络，本页面的运行者尚未安装。",
+    ),
+    "no_onnxruntime": (
+        "This needs onnxruntime, which whoever runs this page installs with: pip install onnxruntime",
+        "需要 onnxruntime，由本页面的运行者安装：pip install onnxruntime",
     ),
     "result": ("Result", "结果"),
     "broken_file": (
@@ -226,6 +245,7 @@ TEXTS: dict[str, tuple[str, str]] = {
     "order_chosen_wavefront": ("from the beginning on", "从头到尾"),
     "order_chosen_causal": ("first frames at once", "尽快出首帧"),
     "order_chosen_lockstep": ("all at the end", "最后一并完成"),
+    "size": ("Size of the model", "模型规模"),
     "model": ("Model", "模型"),
     "lora": ("LoRA files", "LoRA 文件"),
     "dtype": ("Precision", "精度"),
@@ -246,11 +266,19 @@ TEXTS: dict[str, tuple[str, str]] = {
     "models_here": ("On this machine", "本机已有"),
     "get_weights": ("Get the published weights", "下载公开权重"),
     "get_help": (
-        "More than 20 GB for 1.3B. An interrupted download goes on with the files that are not whole. Then "
-        "start the page with --model and the folder.",
-        "1.3B 超过 20 GB。中断后会保留已完整的文件。完成后请用 --model 加文件夹重新启动。",
+        "More than 20 GB. An interrupted download goes on with the files that are not whole. At the end this "
+        "page says how to start it with them.",
+        "超过 20 GB。中断后会保留已完整的文件。完成后本页会给出用它启动的命令。",
     ),
-    "variant": ("Variant", "变体"),
+    "variant": ("Videos that it makes best", "最擅长的画幅"),
+    "variant_square": ("square, 512×512", "方形 512×512"),
+    "variant_rec-vec": ("tall or wide, 480×832", "竖屏或横屏 480×832"),
+    "model_published": ("Published weights", "公开权重"),
+    "model_tiny": ("comes with the package", "随软件附带"),
+    "model_ready": ("ready", "已就绪"),
+    "model_missing": ("not here, or not all of it", "没有，或不完整"),
+    "vocal_separator": ("Network for vocals", "人声分离网络"),
+    "vocals_done": ("Complete: vocals can be separated.", "完成：可以分离人声了。"),
     "get_vocals": ("Get the vocal separator alone", "仅下载人声分离网络"),
     "download_stopped": ("Stopped. What was whole is kept.", "已停止。已完整的文件会保留。"),
     "download_asks": ("Asking which files there are", "正在查询文件列表"),
@@ -270,7 +298,17 @@ TEXTS: dict[str, tuple[str, str]] = {
         "The download broke off. Start it again: files that are whole are kept.",
         "下载中断。请重新开始，已完整的文件会保留。",
     ),
-    "download_done": ("Complete: {folder}", "完成：{folder}"),
+    "download_done": (
+        "Complete. Start the page again with these weights:\n\n`{command}`",
+        "完成。请用这些权重重新启动页面：\n\n`{command}`",
+    ),
+    # Refusals before the page.
+    "own_name_alone": (
+        "This page answers to its own name alone. Start it with --allow-host NAME for another.",
+        "本页面只接受自己的名称。如需其他名称，请用 --allow-host NAME 启动。",
+    ),
+    "no_room_for_file": ("There is no room for this file.", "没有空间存放此文件。"),
+    "too_large": ("This is more than the page takes.", "超出本页面可接收的大小。"),
 }
 
 
