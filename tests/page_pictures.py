@@ -11,7 +11,7 @@ from pathlib import Path
 from playwright.sync_api import Page, expect, sync_playwright
 
 from command_line import free_port
-from pages import CHROMIUM, DEMO, SECONDS, answers, wait
+from pages import CHROMIUM, SECONDS, answers, wait
 
 FOLDER = Path(__file__).parents[1] / "docs" / "page"
 
@@ -35,19 +35,19 @@ def main() -> None:
         page = context.new_page()
         page.goto(address)
         expect(page.locator("#make")).to_be_visible(timeout=30 * SECONDS)
-        page.set_input_files("#portrait input[type=file]", DEMO / "portrait.png")
-        page.set_input_files("#speech input[type=file]", DEMO / "speech.flac")
-        page.locator("#prompt textarea").fill("A woman in a space suit – she is talking – a flag")
-        page.wait_for_timeout(2 * SECONDS)
+        page.locator("#example").click()
+        expect(page.locator("#speech").get_by_text("0:06").first).to_be_visible(timeout=20 * SECONDS)
         page.locator("#make").click()
         page.wait_for_function(
             "document.querySelector('#screen video')?.currentTime > 0.5", timeout=180 * SECONDS
         )
+        page.mouse.move(5, 5)
+        page.wait_for_timeout(4 * SECONDS)  # in which the player's buttons are hidden
         page.screenshot(path=FOLDER / "desktop.png")
         expect(page.locator(".status.completed")).to_be_visible(timeout=300 * SECONDS)
         page.get_by_role("tab", name="Gallery").click()
         page.locator("#gallery .thumbnail-item").first.click()
-        shoot(page, "gallery")
+        shoot(page, "gallery", whole=True)
         state = context.storage_state()
         phone = browser.new_context(
             viewport={"width": 390, "height": 844}, locale="zh-CN", is_mobile=True, storage_state=state

@@ -378,6 +378,7 @@ def test_on_a_phone_nothing_is_wider_than_it(
     phone.locator("#first-frames input").check()
     phone.locator("#make").click()
     phone.wait_for_function("document.querySelector('#screen video')?.videoWidth > 0", timeout=60 * SECONDS)
+    expect(phone.locator("#screen")).to_be_in_viewport(ratio=0.9)
     widths = {"while it is made": phone.evaluate("document.documentElement.scrollWidth")}
     expect(phone.locator(".status.completed")).to_be_visible(timeout=120 * SECONDS)
     widths["done"] = phone.evaluate("document.documentElement.scrollWidth")

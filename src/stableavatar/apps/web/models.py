@@ -105,7 +105,7 @@ def _weights(downloads: Downloads, texts: Texts, tab: gr.Tab, page: gr.Blocks) -
 
 def _table(texts: Texts, folder: Path) -> str:
     """What is on this machine of what the page can get, and of what is in the package."""
-    rows = [("tiny", texts["model_tiny"])]
+    rows = [("tiny", texts["comes_along"])]
     if (folder / "transformer").is_dir():  # a model of this project's own
         rows.append((str(folder), texts["model_ready"]))
     try:

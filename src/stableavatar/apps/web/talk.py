@@ -26,6 +26,10 @@ from stableavatar.options import AUDIO_NATIVE_WEIGHTS, SIZE_MULTIPLE, GenerateOp
 _LOOK_SECONDS = 0.25
 _TOLD_SECONDS = 3600.0
 
+# On a phone it lies below the form.
+_TO_THE_SCREEN = (
+    "() => document.querySelector('#screen').scrollIntoView({behavior: 'smooth', block: 'nearest'})"
+)
 _EXAMPLE_FOLDER = Path(__file__).parents[2] / "assets" / "demo"
 _EXAMPLE = ("portrait.png", "speech.flac")
 _WHOLE = ("steps", "overlap", "seed", "width", "height")
@@ -120,6 +124,7 @@ def talk_tab(studio: Studio, texts: Texts, page: gr.Blocks) -> list[Any]:
     unlimited: dict[str, Any] = {**hidden, "concurrency_limit": None}
     watching: dict[str, Any] = {**unlimited, "trigger_mode": "multiple"}
     fields = [form[name] for name in FIELDS]
+    make.click(None, None, None, js=_TO_THE_SCREEN)
     heard = make.click(hear, None, [state, make], queue=False, **hidden)
     begun = heard.then(begin, fields, [job, *shown], **unlimited)
     begun.success(watch, job, shown, **watching)

@@ -274,7 +274,7 @@ TEXTS: dict[str, tuple[str, str]] = {
     "variant_square": ("square, 512×512", "方形 512×512"),
     "variant_rec-vec": ("tall or wide, 480×832", "竖屏或横屏 480×832"),
     "model_published": ("Published weights", "公开权重"),
-    "model_tiny": ("comes with the package", "随软件附带"),
+    "comes_along": ("comes with the package", "随软件附带"),
     "model_ready": ("ready", "已就绪"),
     "model_missing": ("not here, or not all of it", "没有，或不完整"),
     "vocal_separator": ("Network for vocals", "人声分离网络"),
