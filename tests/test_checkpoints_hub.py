@@ -9,15 +9,18 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from huggingface_hub import constants
+from safetensors.torch import save_file
 
 import published_toy as toy
 from command_line import run
 from hub_server import COMMIT, Hub, hub_with_published, published_files
-from stableavatar.checkpoints import hub
+from stableavatar.checkpoints import hub, hub_cache
 from stableavatar.checkpoints.defaults import read_defaults
 from stableavatar.checkpoints.layout import find_published
 from stableavatar.errors import CheckpointError, InputError
+from toy import toy_pipeline
 
 
 @pytest.fixture
@@ -239,6 +242,100 @@ def test_only_the_size_that_is_asked_for_is_fetched(server: Hub) -> None:
     assert find_published(large).missing("square", "14b") == []
     with pytest.raises(InputError, match="unknown model size '7b'"):
         hub.resolve("someone/published", size="7b")
+
+
+OWN = {
+    "model_index.json": b"{}",
+    "transformer/config.json": b"{}",
+    "transformer/diffusion_pytorch_model.safetensors": b"weights",
+}
+
+
+def test_room_is_looked_for_before_a_cached_repository_is_fetched(server: Hub, tmp_path: Path) -> None:
+    server.repositories["someone/tuned"] = OWN
+    server.stated_sizes["transformer/diffusion_pytorch_model.safetensors"] = 10**18
+    with pytest.raises(InputError, match=r"1000000000\.0 GB are needed"):
+        hub.resolve("someone/tuned")
+    assert server.fetched == []
+    server.stated_sizes.clear()
+    hub.resolve("someone/tuned")
+    server.stated_sizes["transformer/diffusion_pytorch_model.safetensors"] = 10**18
+    hub.resolve("someone/tuned")  # it is there
+
+
+def test_a_cached_file_that_is_damaged_on_the_way_is_removed(server: Hub, tmp_path: Path) -> None:
+    weights = "transformer/diffusion_pytorch_model.safetensors"
+    server.repositories["someone/tuned"] = OWN
+    server.damaged.add(weights)
+    with pytest.raises(CheckpointError, match=f"someone/tuned: {weights} came damaged on the way"):
+        hub.resolve("someone/tuned")
+    server.damaged.clear()
+    folder = hub.resolve("someone/tuned")
+    assert (folder / weights).read_bytes() == OWN[weights]
+    assert not list((tmp_path / "cache").rglob(hub_cache.UNCHECKED))
+
+
+def test_what_was_not_checked_when_the_process_ended_is_checked_by_the_next(
+    server: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights = "transformer/diffusion_pytorch_model.safetensors"
+    server.repositories["someone/tuned"] = OWN
+    server.damaged.add(weights)
+
+    def killed(_path: Path) -> str:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(hub_cache, "sha256_of", killed)
+        with pytest.raises(KeyboardInterrupt):
+            hub.resolve("someone/tuned")
+    server.shutdown()
+    server.server_close()
+    with pytest.raises(CheckpointError, match="came damaged on the way"):
+        hub.resolve("someone/tuned")
+
+
+def test_what_was_checked_is_not_read_again(server: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    server.repositories["someone/tuned"] = OWN
+    read: list[Path] = []
+    whole = hub_cache.sha256_of
+    monkeypatch.setattr(hub_cache, "sha256_of", lambda path: read.append(path) or whole(path))
+    folder = hub.resolve("someone/tuned")
+    assert len(read) == 1
+    assert hub.resolve("someone/tuned") == folder
+    assert hub.resolve("someone/tuned", local_files_only=True) == folder
+    server.shutdown()
+    server.server_close()
+    assert hub.resolve("someone/tuned") == folder
+    assert len(read) == 1
+
+
+def test_a_lora_by_its_repository(server: Hub, tmp_path: Path) -> None:
+    pipeline, other = toy_pipeline(), toy_pipeline()
+    factors = {"lora_A.weight": torch.ones(2, 32), "lora_B.weight": torch.ones(32, 2)}
+    state = {f"base_model.model.blocks.0.attn1.to_q.{name}": factor for name, factor in factors.items()}
+    save_file(state, tmp_path / "adapter_model.safetensors")
+    (tmp_path / "adapter_config.json").write_text('{"r": 2, "lora_alpha": 1}')
+    server.repositories["someone/lora"] = {
+        f"in/{name}": (tmp_path / name).read_bytes()
+        for name in ("adapter_model.safetensors", "adapter_config.json")
+    }
+    pipeline.load_lora_weights("someone/lora", weight_name="in/adapter_model.safetensors", revision="v1")
+    other.load_lora_weights(tmp_path)
+    ours, theirs = (it.transformer.state_dict() for it in (pipeline, other))
+    assert any("lora" in name for name in ours)
+    assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
+    for arguments, what in (
+        ({}, "as weight_name"),
+        ({"weight_name": "absent.safetensors"}, "someone/lora: has no file absent.safetensors"),
+        ({"weight_name": "x", "revision": "v9"}, "has no revision 'v9'"),
+    ):
+        with pytest.raises((InputError, CheckpointError), match=what):
+            other.load_lora_weights("someone/lora", **arguments)
+    with pytest.raises(CheckpointError, match="nobody/nothing: no such repository"):
+        other.load_lora_weights("nobody/nothing", weight_name="x.safetensors")
+    with pytest.raises(InputError, match="revision cannot be used with a LoRA"):
+        other.load_lora_weights(tmp_path, revision="v1")
 
 
 def test_a_repository_without_a_model_is_named(server: Hub) -> None:

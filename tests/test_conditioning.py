@@ -53,6 +53,29 @@ class TestText:
     def test_a_long_prompt_is_cut_at_the_text_length(self, pipeline: AvatarPipeline) -> None:
         assert encode_prompts(pipeline.tokenizer, pipeline.text_encoder, ["x" * 500], 48).shape == (1, 48, 16)
 
+    def test_what_is_not_read_of_a_prompt_is_said(
+        self, pipeline: AvatarPipeline, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        kept = "x" * 47  # and the end
+        for prompts in ([kept, "short"], [f"{kept} and then", kept, kept + "y" * 100]):
+            caplog.clear()
+            encode_prompts(pipeline.tokenizer, pipeline.text_encoder, prompts, 48)
+            said = [record.getMessage() for record in caplog.records]
+            if prompts[1] == "short":
+                assert said == []
+        assert [text.partition("not read: ")[2] for text in said] == ["and then", "y" * 80 + "..."]
+        assert all(text.startswith("a prompt of ") and "than the 48 that" in text for text in said)
+
+    def test_nothing_is_said_of_what_the_user_did_not_write(
+        self, pipeline: AvatarPipeline, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        """The toy model reads less than its own negative prompt."""
+        picture, options = np.zeros((32, 32, 3), np.uint8), {"duration": 0.1, "steps": 1}
+        next(pipeline.stream(picture, None, prompt="short", **options))
+        assert caplog.text == ""
+        next(pipeline.stream(picture, None, prompt="short", negative_prompt="z" * 60, **options))
+        assert "not read: zzz" in caplog.text
+
 
 class TestImage:
     def test_pixels_are_normalised_as_for_clip(self) -> None:

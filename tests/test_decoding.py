@@ -7,6 +7,7 @@ a shape and a device, and torch refuses to mix devices.
 
 import json
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import accelerate
 import numpy as np
@@ -19,6 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from stableavatar import generation
 from stableavatar.errors import InputError, SamplingError
 from stableavatar.generation import _Pace
+from stableavatar.media.reading import read_metadata
 from stableavatar.models.latents import denormalise_latents, normalise_latents
 from stableavatar.options import GenerateOptions
 from stableavatar.pipeline import AvatarPipeline
@@ -319,6 +321,21 @@ def test_options_reach_the_decoder() -> None:
     assert 0 < np.abs(in_tiles - plain).mean() < 30
 
 
+def test_tiles_that_are_set_in_diffusers_way_are_the_options(tmp_path: Path) -> None:
+    """The whole video is as with the option, its settings say so, and the portrait is encoded as ever."""
+    pipeline = toy_pipeline()
+    tiled(pipeline.vae, 16, 8)
+    in_tiles = frames(pipeline, decoder_tiling=True)
+    latents = pipeline.sample_latents(PORTRAIT, SPEECH, steps=1, seed=3, width=32, height=32)
+    pipeline.vae.use_tiling = True
+    assert np.array_equal(frames(pipeline), in_tiles)
+    assert np.array_equal(np.stack(list(pipeline.decode_latents(latents))), in_tiles)
+    made = pipeline.generate(PORTRAIT, SPEECH, tmp_path / "out.mp4", steps=1, width=32, height=32)
+    assert made.options.decoder_tiling
+    assert json.loads(read_metadata(made.path)["stableavatar"])["decoder_tiling"] is True
+    assert pipeline.vae.use_tiling
+
+
 @pytest.mark.parametrize("name", ["cuda:7", "toaster", "meta"])
 def test_a_device_that_is_not_there_is_refused_at_once(name: str) -> None:
     with pytest.raises(InputError, match=f"'{name}' cannot be used here"):
@@ -336,7 +353,7 @@ def elsewhere(monkeypatch: pytest.MonkeyPatch) -> AvatarPipeline:
     """A pipeline whose transformer and encoders are on another device than its autoencoder."""
     # The text encoder looks at the numbers in its mask.
     prompts = torch.zeros(2, 48, 16, device=META)
-    monkeypatch.setattr(generation, "encode_prompts", lambda *_args: prompts)
+    monkeypatch.setattr(generation, "encode_prompts", lambda *_args, **_more: prompts)
     pipeline = toy_pipeline()
     for part in (
         pipeline.transformer,

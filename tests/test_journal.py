@@ -284,12 +284,27 @@ def test_a_full_disk_leaves_what_can_be_gone_on_with(
         (tmp_path / "out.mp4").unlink()
 
 
+def without(file: Path, *keys: str) -> None:
+    """Take a value out of JSON."""
+    whole = json.loads(file.read_text())
+    part = whole
+    for key in keys[:-1]:
+        part = part[key]
+    del part[keys[-1]]
+    file.write_text(json.dumps(whole))
+
+
 def test_a_damaged_journal_is_named(pipeline: AvatarPipeline, tmp_path: Path) -> None:
     folder = tmp_path / ".out.journal"
     for damage, what in (
         (lambda: next(folder.glob("state-*")).write_bytes(b"no"), "--overwrite"),
         (lambda: next(folder.glob("segment-*")).unlink(), "--overwrite"),
         (lambda: (folder / "journal.json").write_text("{"), "remove that folder"),
+        (lambda: (folder / "journal.json").write_text("[]"), "remove that folder"),
+        (lambda: (folder / "journal.json").write_text('{"format": 3}'), "remove that folder"),
+        (lambda: without(folder / "journal.json", "rest", "segments"), "remove that folder"),
+        (lambda: without(folder / "journal.json", "rest", "trajectory", "done"), "remove that folder"),
+        (lambda: without(folder / "journal.json", "identity", "settings"), "remove that folder"),
         (lambda: (folder / "journal.json").write_text('{"format": 0}'), "another release"),
     ):
         with pytest.raises(StoppedError):

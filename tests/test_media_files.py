@@ -1,13 +1,16 @@
 """Files and folders that are complete under their name, or not there."""
 
 import contextlib
+import errno
+import os
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from stableavatar.errors import InputError
 from stableavatar.media.encoding import _repeatable
-from stableavatar.media.files import replacing
+from stableavatar.media.files import cannot_write, refuse_source, replacing
 
 
 def _file(path: Path, text: str) -> None:
@@ -64,6 +67,27 @@ def test_what_a_kill_left_is_put_right_by_the_next(tmp_path: Path) -> None:
         _ = 1 / 0
     assert _text(target) == "old"
     assert _names(tmp_path) == {"target"}
+
+
+def test_a_reader_that_has_ended_is_no_lack_of_room() -> None:
+    read, write = os.pipe()
+    os.close(read)
+    with pytest.raises(BrokenPipeError) as raised:
+        os.write(write, b"x")
+    os.close(write)
+    assert str(cannot_write(Path("-"), raised.value)).endswith("its reader has ended.")
+    assert "Make room" in str(cannot_write(Path("-"), OSError(errno.ENOSPC, "No space left on device")))
+
+
+def test_what_is_the_source_itself(tmp_path: Path) -> None:
+    source, link = tmp_path / "it", tmp_path / "link"
+    source.touch()
+    link.hardlink_to(source)
+    with pytest.raises(InputError, match="link: is the recording itself"):
+        refuse_source(link, source)
+    for other in (tmp_path / "not there", tmp_path, tmp_path / ("long" * 99)):
+        refuse_source(other, source)
+        refuse_source(source, other)
 
 
 def test_a_processor_without_anything_beyond_what_numpy_needs(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from diffusers import WanTransformer3DModel
+from diffusers import PyramidAttentionBroadcastConfig, WanTransformer3DModel
 from peft import LoraConfig
 from torch import nn
 
@@ -321,6 +321,15 @@ def test_latents_that_do_not_divide_are_refused(model: StableAvatarTransformer3D
         run(
             model, **{**x, "hidden_states": x["hidden_states"][..., :5], "condition": x["condition"][..., :5]}
         )
+
+
+def test_diffusers_caches_are_not_there(model: StableAvatarTransformer3DModel) -> None:
+    """What they keep lies on the model: windows, whose steps come in turn, would get each other's."""
+    config = PyramidAttentionBroadcastConfig(
+        spatial_attention_block_skip_range=2, current_timestep_callback=lambda: 500
+    )
+    with pytest.raises(AttributeError, match="enable_cache"):
+        model.enable_cache(config)
 
 
 def test_the_defaults_are_the_published_model() -> None:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from plans import NOISE, drift, plans, upstream_plans, weights
 from stableavatar.sampling.engine import Sampler, SamplingError, one_by_one, sample_all
 from stableavatar.sampling.orders import ORDERS, Cell
-from stableavatar.sampling.trajectory import Trajectory
+from stableavatar.sampling.trajectory import Piece, Trajectory
 from stableavatar.sampling.windows import GrowingPlan, Plan, WindowPlan, overlap_ramp, plan_windows
 
 
@@ -194,6 +194,27 @@ def test_memory_does_not_grow_with_length(overlap: int) -> None:
         assert long <= 9 * 4 * steps
     plan = plan_windows(300, 9, overlap)
     assert alive(plan, steps, ORDERS["lockstep"](plan, steps, 1)) >= 300
+
+
+def test_what_a_cell_looks_at_does_not_grow_with_length(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In lockstep all windows' pieces of a step are there; only those at the end matter to the next."""
+    looked = 0
+    stop = Piece.stop
+
+    def count(self: Piece) -> int:
+        nonlocal looked
+        looked += 1
+        return stop.fget(self)
+
+    monkeypatch.setattr(Piece, "stop", property(count))
+    counts = []
+    for windows in (20, 200):
+        looked = 0
+        plan = plan_windows(9 + 6 * (windows - 1), 9, 3)
+        assert plan.count == windows
+        made(plan, 3, order="lockstep")
+        counts.append(looked / windows)
+    assert counts[1] < counts[0] * 1.2
 
 
 def test_finished_latents_are_given_out_once_and_in_order() -> None:

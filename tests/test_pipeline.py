@@ -1,4 +1,5 @@
 import json
+from dataclasses import asdict
 from fractions import Fraction
 from pathlib import Path
 
@@ -414,6 +415,14 @@ class TestOptions:
             ({"duration": 0}, "more than 0"),
             ({"text_scale": -1}, "text scale -1"),
             ({"seed": -1}, "seed -1"),
+            ({"duration": 1e308}, "duration 1e.308 is too large: 10000000 at most"),
+            ({"start": 1e308}, "start 1e.308 is too large: 10000000 at most"),
+            ({"prompt": "caf\udce9"}, r"prompt 'caf\\udce9' has what is no character"),
+            ({"negative_prompt": "\ud800"}, r"negative prompt '\\ud800' has what is no character"),
+            ({"steps": np.float64(2.0)}, "steps .*2.0.* is not of type int"),
+            ({"steps": np.bool_(True)}, "is not of type int"),
+            ({"fps": np.float32("nan")}, "not a number"),
+            ({"text_scale": Fraction(10**400)}, "text scale .* is not of type float"),
             ({"width": 512, "height": 512, "aspect": "square"}, "not both"),
         ],
     )
@@ -437,6 +446,18 @@ class TestOptions:
         assert defaults.size_for("wide", 10, 1000) == (832, 480)
         with pytest.raises(InputError, match="no tall size"):
             SamplingDefaults(sizes={"square": (32, 32)}).size_for("tall", 1, 1)
+
+    def test_numbers_of_other_libraries_become_pythons(self) -> None:
+        options = GenerateOptions(
+            steps=np.int64(3), seed=np.uint32(7), fps=Fraction(30000, 1001), text_scale=np.float64(2.5),
+            duration=np.float32(0.5), audio_scale=np.int16(2),
+        )  # fmt: skip
+        given = (options.steps, options.seed, options.text_scale, options.duration, options.audio_scale)
+        assert given == (3, 7, 2.5, 0.5, 2)
+        assert [type(it) for it in given] == [int, int, float, float, int]
+        assert options.frame_rate == Fraction(30000, 1001)
+        assert json.dumps(asdict(options))
+        assert type(OutputOptions(quality=np.int8(20)).quality) is int
 
     def test_broadcast_frame_rates(self) -> None:
         assert GenerateOptions(fps=29.97).frame_rate == Fraction(30000, 1001)

@@ -1,9 +1,15 @@
 import math
 from collections.abc import Sequence
 
+import numpy as np
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers import (
+    FlowMatchEulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
+    SchedulerMixin,
+    UniPCMultistepScheduler,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -19,7 +25,7 @@ from stableavatar.sampling.windows import (
     overlap_ramp,
     plan_windows,
 )
-from toy import toy_transformer
+from toy import toy_pipeline, toy_transformer
 
 plans = st.tuples(st.integers(1, 60), st.integers(3, 21)).flatmap(
     lambda lf: st.builds(plan_windows, st.just(lf[0]), st.just(lf[1]), st.integers(2, lf[1] - 1))
@@ -148,6 +154,23 @@ class TestSchedule:
         assert schedule.sigmas[0] == 1
         assert schedule.sigmas[-2].item() == pytest.approx(0.0244, abs=1e-4)  # shifted twice
         assert schedule.sigmas[-1] == 0
+
+    @pytest.mark.parametrize(
+        ("scheduler", "what"),
+        [
+            (UniPCMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction"), "UniPC"),
+            (FlowMatchHeunDiscreteScheduler(), "FlowMatchHeun"),
+            (FlowMatchEulerDiscreteScheduler(stochastic_sampling=True), "stochastic_sampling"),
+            (FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True), "use_dynamic_shifting"),
+        ],
+    )
+    def test_what_is_not_followed_is_refused(self, scheduler: SchedulerMixin, what: str) -> None:
+        with pytest.raises(InputError, match=f"{what}.* is not followed here"):
+            Schedule.from_scheduler(scheduler, 4)
+        pipeline = toy_pipeline()
+        pipeline.scheduler = scheduler
+        with pytest.raises(InputError, match="is not followed here"):  # and before any work
+            pipeline.stream(np.zeros((32, 32, 3), np.uint8), None, duration=0.2)
 
     def test_euler_steps_to_the_clean_video(self) -> None:
         schedule = Schedule.from_scheduler(FlowMatchEulerDiscreteScheduler(shift=5.0), 7)

@@ -1,8 +1,10 @@
 """Steps that are left out: which, with what in their place, and how far the result then is from the whole."""
 
+import accelerate
 import numpy as np
 import pytest
 import torch
+from accelerate.hooks import remove_hook_from_module
 
 from stableavatar.pipeline import AvatarPipeline
 from stableavatar.sampling.denoiser import Schedule
@@ -119,6 +121,18 @@ def test_nothing_is_kept_of_windows_that_are_done(
     frames(pipeline, step_cache=threshold_for(pipeline, 0.6), order="causal")
     assert max(kept) == 1
     assert kept[-1] == 0
+
+
+def test_weights_that_come_piece_by_piece(pipeline: AvatarPipeline) -> None:
+    """diffusers' sequential offloading: they lie nowhere until their layer computes."""
+    threshold = threshold_for(pipeline, 0.6)
+    whole = frames(pipeline, step_cache=threshold)
+    accelerate.cpu_offload(pipeline.transformer, torch.device("cpu"))
+    try:
+        assert pipeline.transformer.device.type == "meta"
+        assert np.array_equal(frames(pipeline, step_cache=threshold), whole)
+    finally:
+        remove_hook_from_module(pipeline.transformer, recurse=True)
 
 
 def test_tiny_has_its_own_polynomial() -> None:

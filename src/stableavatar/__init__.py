@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from stableavatar.models.transformer import StableAvatarTransformer3DModel
     from stableavatar.options import GenerateOptions, OutputOptions
     from stableavatar.pipeline import AvatarPipeline, generate, load
-    from stableavatar.streams import AvatarLatents, AvatarStream
+    from stableavatar.streams import AvatarLatents, AvatarStream, AvatarVideo
     from stableavatar.writing import GeneratedVideo
 
 __version__ = "0.1.0"
@@ -35,6 +35,7 @@ __all__ = [
     "AvatarLatents",
     "AvatarPipeline",
     "AvatarStream",
+    "AvatarVideo",
     "CheckpointError",
     "GenerateOptions",
     "GeneratedVideo",
@@ -59,6 +60,7 @@ _MODULES = {
     "AvatarLatents": "streams",
     "AvatarPipeline": "pipeline",
     "AvatarStream": "streams",
+    "AvatarVideo": "streams",
     "CheckpointError": "errors",
     "GenerateOptions": "options",
     "GeneratedVideo": "writing",

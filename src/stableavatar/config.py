@@ -121,3 +121,11 @@ SIZES: Mapping[str, ModelSizes] = {
         **_ENCODERS,
     ),
 }
+
+
+def is_published_size(transformer: Mapping[str, Any]) -> bool:
+    """Whether a transformer of these constructor settings is as large as one of the published."""
+    told = ("num_attention_heads", "num_layers", "ffn_dim")
+    return any(
+        all(transformer.get(name) == size.transformer[name] for name in told) for size in SIZES.values()
+    )

@@ -232,10 +232,15 @@ class Run:
     def _conditions(self) -> Conditions:
         pipeline, options = self.pipeline, self.options
         device = pipeline._execution_device
-        prompts = [options.prompt, options.negative_prompt]
+        prompts, own = [options.prompt, options.negative_prompt], [pipeline.defaults.negative_prompt]
         text_length = pipeline.transformer.config.text_length
         prompt, negative = encode_prompts(
-            pipeline.tokenizer, pipeline.text_encoder, prompts, text_length, device
+            pipeline.tokenizer,
+            pipeline.text_encoder,
+            prompts,
+            text_length,
+            device,
+            quiet=own if self.processes is None or self.processes.leads else prompts,
         )
         portrait = portrait_embeddings(pipeline.image_encoder, self.picture.to(device))
         bring_autoencoder(pipeline.vae, self._decoder_device)
@@ -267,7 +272,9 @@ class Run:
         step_cache = None
         if options.step_cache > 0:
             coefficients = pipeline.defaults.step_cache_coefficients
-            step_cache = StepCache(pipeline.transformer, schedule.timesteps, options.step_cache, coefficients)
+            step_cache = StepCache(
+                pipeline.transformer, schedule.timesteps, options.step_cache, coefficients, device
+            )
         denoiser = Denoiser(
             pipeline.transformer,
             schedule,

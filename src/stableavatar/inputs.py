@@ -1,25 +1,41 @@
 """Portrait and speech in every form in which they may be given, and the length and windows that follow."""
 
-from collections.abc import Iterable
+import math
+from array import array
+from collections.abc import Iterable, Sequence
 from fractions import Fraction
 from functools import partial
+from numbers import Real
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from PIL import Image
 
 from stableavatar.errors import InputError
 from stableavatar.media.audio import SPEECH_RATE, Sound, Speech
+from stableavatar.media.files import refuse_source
 from stableavatar.media.image import check_size, convert_picture, read_picture
 from stableavatar.media.live import LiveRecording, LiveSound, LiveSpeech, follow_speech
 from stableavatar.media.reading import Frame
 from stableavatar.media.timing import frame_count
 from stableavatar.options import GenerateOptions, Settings
 from stableavatar.sampling.windows import GrowingPlan, Plan, latent_frames_for, plan_windows
+from stableavatar.unfinished import unfinished_video
 
 Portrait = str | Path | Image.Image | Frame
-SpeechInput = str | Path | NDArray[np.float32] | LiveRecording | Iterable[NDArray[np.float32]]
+SpeechInput = str | Path | NDArray[np.float32] | torch.Tensor | LiveRecording | Iterable[NDArray[np.float32]]
+
+
+def refuse_inputs(output: Path, portrait: Portrait, speech: SpeechInput | None) -> None:
+    """Raise InputError where a video, or what an interrupted run leaves of it, would take the place of a file
+    that it is made of."""
+    for role, given in (("portrait", portrait), ("recording", speech)):
+        if isinstance(given, str | Path):
+            for target in (output, unfinished_video(output)):
+                refuse_source(target, Path(given).expanduser(), role)
 
 
 def read_portrait(portrait: Portrait) -> Frame:
@@ -28,6 +44,11 @@ def read_portrait(portrait: Portrait) -> Frame:
         return read_picture(portrait)
     if isinstance(portrait, Image.Image):
         return convert_picture(portrait, "the portrait")
+    if not isinstance(portrait, np.ndarray):
+        raise InputError(
+            f"a portrait cannot be {_kind(portrait)}: give a file, a Pillow image, or an array uint8 "
+            "[H, W, 3]"
+        )
     if portrait.ndim != 3 or portrait.shape[2] != 3 or portrait.dtype != np.uint8:
         raise InputError(
             "a portrait given as an array must be uint8 [H, W, 3], "
@@ -38,13 +59,18 @@ def read_portrait(portrait: Portrait) -> Frame:
 
 
 def as_live(speech: SpeechInput | None, options: GenerateOptions) -> SpeechInput | None:
-    """An iterator of samples as a `LiveRecording`; every other speech as it is.
+    """An iterator of samples as a `LiveRecording`, a tensor as an array; every other speech as it is.
 
     Raises:
-        InputError: an option that speech that is still arriving cannot have.
+        InputError: it is no speech; an option that speech that is still arriving cannot have.
     """
+    if isinstance(speech, torch.Tensor):
+        samples = speech.detach().cpu()
+        return (samples.float() if samples.is_floating_point() else samples).numpy()
     if speech is None or isinstance(speech, str | Path | np.ndarray):
         return speech
+    if not isinstance(speech, LiveRecording):
+        _check_blocks(speech)
     if options.start:
         raise InputError("start cannot be used with speech that is still arriving: leave it at 0")
     if not isinstance(speech, LiveRecording):
@@ -52,6 +78,23 @@ def as_live(speech: SpeechInput | None, options: GenerateOptions) -> SpeechInput
     if options.duration is not None:
         raise InputError("give the duration to the LiveRecording, where it is made")
     return speech
+
+
+def _check_blocks(speech: Any) -> None:
+    """Raise InputError unless this may be an iterator of blocks of samples."""
+    numbers = isinstance(speech, Sequence | array | memoryview) and any(
+        isinstance(value, Real) for value in speech[:1]
+    )
+    if numbers or not isinstance(speech, Iterable):
+        raise InputError(
+            f"speech cannot be {_kind(speech)}{' of numbers' if isinstance(speech, list | tuple) else ''}: "
+            "give a file, a numpy array of mono samples at 16 kHz, or an iterator of such arrays"
+        )
+
+
+def _kind(value: Any) -> str:
+    """What something is, for errors."""
+    return "None" if value is None else f"of type {type(value).__name__}"
 
 
 def open_speech(
@@ -90,13 +133,13 @@ def _needs_no_end(options: GenerateOptions) -> bool:
 
 
 def _cut(samples: NDArray[np.float32], options: GenerateOptions) -> NDArray[np.float32]:
-    first = round(options.start * SPEECH_RATE)
+    first = round(Fraction(options.start) * SPEECH_RATE)
     if first and first >= len(samples):
         raise InputError(
             f"a start at {options.start:g} s lies after the speech's end, it has only "
             f"{len(samples) / SPEECH_RATE:.2f} s"
         )
-    last = None if options.duration is None else first + round(options.duration * SPEECH_RATE)
+    last = None if options.duration is None else first + round(Fraction(options.duration) * SPEECH_RATE)
     return samples[first:last]
 
 
@@ -157,13 +200,13 @@ def check_sharing(recording: Speech | LiveSpeech | None, options: Settings, proc
 
 def _live_latents(speech: LiveSpeech, fps: Fraction, wanted: int) -> int | None:
     """See `GrowingPlan`: waits for the first frame that needs so many latent frames."""
+    if not speech.wait(math.ceil(SPEECH_RATE / fps)):
+        assert speech.length is not None
+        raise _too_short(f"the speech ({speech.length / SPEECH_RATE:.3f} s)", fps)
     if speech.wait_frames(max(4 * (wanted - 2) + 2, 1), fps):
         return None
     assert speech.length is not None
-    frames = frame_count(speech.length, SPEECH_RATE, fps)
-    if frames < 1:
-        raise _too_short(f"the speech ({speech.length / SPEECH_RATE:.3f} s)", fps)
-    return latent_frames_for(frames)
+    return latent_frames_for(frame_count(speech.length, SPEECH_RATE, fps))
 
 
 def _frames(recording: Speech | None, options: Settings) -> int:

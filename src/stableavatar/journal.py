@@ -30,6 +30,18 @@ FORMAT = 3
 _MAY_CHANGE = {"model", "lora", "decoder_device"}
 # Values of a tensor that are hashed, evenly spaced over it.
 _HASHED_VALUES = 4096
+# What an index holds, and of which type.
+_INDEX: Mapping[str, Any] = {
+    "identity": {"settings": dict},
+    "count": int,
+    "state": str,
+    "rest": {
+        "segments": int,
+        "frames": int,
+        "trajectory": {"given": int, "final": int, "end": int, "done": list},
+        "decoder": {"taken": int, "marks": dict},
+    },
+}
 
 
 class JournalError(InputError):
@@ -193,14 +205,19 @@ class Journal:
         except FileNotFoundError:
             return None
         except (OSError, ValueError) as error:
-            raise JournalError(
-                f"output {self.output}: its journal {self.folder} is damaged; remove that folder"
-            ) from error
+            raise self._damaged() from error
+        if not isinstance(index, dict):
+            raise self._damaged()
         if index.get("format") != FORMAT:
             raise JournalError(
                 f"output {self.output}: what was begun there belongs to another release; remove {self.folder}"
             )
-        return dict(index)
+        if not _holds(index, _INDEX):
+            raise self._damaged()
+        return index
+
+    def _damaged(self) -> JournalError:
+        return JournalError(f"output {self.output}: its journal {self.folder} is damaged; remove that folder")
 
 
 def refuse_unfinished(output: Path) -> None:
@@ -248,6 +265,13 @@ def speech_hash(speech: Speech | None) -> str | None:
     for block in speech.blocks(60 * SPEECH_RATE):
         digest.update(block.tobytes())
     return digest.hexdigest()
+
+
+def _holds(value: Any, shape: Any) -> bool:
+    """Whether JSON has at least what `shape` names, of these types."""
+    if isinstance(shape, Mapping):
+        return isinstance(value, dict) and all(_holds(value.get(name), part) for name, part in shape.items())
+    return isinstance(value, shape)
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

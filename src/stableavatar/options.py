@@ -2,9 +2,10 @@
 command line."""
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from fractions import Fraction
+from numbers import Integral, Real
 from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -30,6 +31,7 @@ NEGATIVE_PROMPT = (
     "杂乱的背景，三条腿，背景人很多，倒着走"
 )
 
+LONGEST = 10_000_000  # seconds, a third of a year: what is longer is a slip
 SIZE_MULTIPLE = 16  # pixels: 8 of the autoencoder, 2 of the transformer's patches
 
 # Headings under which the command line's help lists the options.
@@ -166,12 +168,15 @@ class GenerateOptions:
         minimum=1,
         maximum=120,
     )
-    start: float = _option(0.0, "Where in the recording to begin, in seconds.", panel=TIME, minimum=0)
+    start: float = _option(
+        0.0, "Where in the recording to begin, in seconds.", panel=TIME, minimum=0, maximum=LONGEST
+    )
     duration: float | None = _option(
         None,
         "Length of the video in seconds; by default the recording's. Silence follows a shorter recording.",
         panel=TIME,
         above=0,
+        maximum=LONGEST,
     )
     no_audio: NoAudio = _option(
         "output",
@@ -376,10 +381,15 @@ def generate_options(values: Mapping[str, Any]) -> GenerateOptions:
     not with this value."""
     known = [f.name for f in fields(GenerateOptions)]
     for name in values:
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            raise InputError(f"there is no option {name}" + (f"; did you mean {near[0]}?" if near else ""))
+        check_name(name, known, "option")
     return GenerateOptions(**values)
+
+
+def check_name(name: str, known: Sequence[str], what: str) -> None:
+    """Raise InputError, which calls it `what`, unless a name is among those that are known."""
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=1)
+        raise InputError(f"there is no {what} {name}" + (f"; did you mean {near[0]}?" if near else ""))
 
 
 def check_overlap(window: int, overlap: int) -> None:
@@ -410,14 +420,17 @@ def _check_values(options: Any) -> None:
                 raise InputError(f"{f.name.replace('_', ' ')} None: give a value, or leave it out")
             continue
         kinds = [kind for kind in (bool, int, float, str, Path) if kind in _members(types[f.name])]
+        label = f.name.replace("_", " ")
+        value = _as_pythons(value, kinds)
         if kinds and not _is_a(value, kinds):
-            label = f.name.replace("_", " ")
             raise InputError(
                 f"{label} {value!r} is not of type {' or '.join(kind.__name__ for kind in kinds)}"
             )
+        if isinstance(value, str) and not _is_unicode(value):
+            raise InputError(f"{label} {value!r} has what is no character: give it as UTF-8")
+        object.__setattr__(options, f.name, value)
         choices = choices_of(types[f.name])
         if choices and value not in choices:
-            label = f.name.replace("_", " ")
             raise InputError(f"{label} {value!r} is not known: choose one of {', '.join(choices)}")
         _check_range(f.name, value, f.metadata)
 
@@ -425,6 +438,29 @@ def _check_values(options: Any) -> None:
 def _members(hint: Any) -> tuple[Any, ...]:
     """The types of a union, or the one type."""
     return get_args(hint) or (hint,)
+
+
+def _as_pythons(value: Any, kinds: list[type[Any]]) -> Any:
+    """A number of numpy, say, as Python's own; everything else as it is."""
+    if type(value) in (bool, int, float):
+        return value
+    if isinstance(value, Integral) and (int in kinds or float in kinds):
+        return int(value)
+    if isinstance(value, Real) and float in kinds:
+        try:
+            return float(value)
+        except OverflowError:
+            return value
+    return value
+
+
+def _is_unicode(text: str) -> bool:
+    """Not of bytes that the command line could not read as its encoding has them."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _is_a(value: Any, kinds: list[type[Any]]) -> bool:

@@ -8,25 +8,29 @@ file.
 """
 
 import contextlib
+import inspect
+import logging
 import secrets
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from diffusers import AutoencoderKLWan, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
-from diffusers.loaders import WanLoraLoaderMixin
+from PIL import Image
 from transformers import CLIPVisionModel, PreTrainedTokenizerBase, UMT5EncoderModel, Wav2Vec2Model
 
 from stableavatar.checkpoints import hub
+from stableavatar.checkpoints.arguments import HUB_ARGUMENTS, check_arguments, chosen_dtype
 from stableavatar.checkpoints.layout import OWN_PARTS, find_published, is_own, model_folder
-from stableavatar.checkpoints.lora import lora_file, lora_from_state, merge_loras, parse_lora, read_lora
+from stableavatar.checkpoints.lora import LoraChoice, chosen_loras
+from stableavatar.checkpoints.lora_loading import AvatarLoraLoaderMixin
 from stableavatar.checkpoints.own import check_own
 from stableavatar.checkpoints.published import load_published
 from stableavatar.conditioning.image import picture_tensor
+from stableavatar.config import is_published_size
 from stableavatar.errors import CheckpointError, InputError
 from stableavatar.generation import ProgressCallback, Run, finite_pixels
 from stableavatar.inputs import (
@@ -38,6 +42,7 @@ from stableavatar.inputs import (
     open_speech,
     plan_video,
     read_portrait,
+    refuse_inputs,
 )
 from stableavatar.journal import Journal, refuse_unfinished
 from stableavatar.media.audio import Speech
@@ -51,20 +56,20 @@ from stableavatar.models.transformer import StableAvatarTransformer3DModel
 from stableavatar.options import GenerateOptions, OutputOptions, SamplingDefaults, Settings, generate_options
 from stableavatar.placement.autoencoder import bring_autoencoder, decoder_device
 from stableavatar.placement.device import choose_device, choose_dtype
+from stableavatar.placement.precision import keeping_float32
 from stableavatar.placement.processes import Processes
 from stableavatar.placement.slow_kernels import avoid_slow_kernels
 from stableavatar.sampling.decoding import StreamDecoder
+from stableavatar.sampling.denoiser import Schedule
 from stableavatar.sampling.noise import GivenNoise, Noise, PositionalNoise
 from stableavatar.sampling.windows import WindowPlan
-from stableavatar.streams import AvatarLatents, AvatarStream
+from stableavatar.streams import AvatarLatents, AvatarStream, AvatarVideo
 from stableavatar.writing import GeneratedVideo, write_live, write_video
 
-LoraChoice = str | Path | tuple[str | Path, float]
-
-HUB_ARGUMENTS = ("revision", "token", "cache_dir")
+logger = logging.getLogger(__name__)
 
 
-class AvatarPipeline(DiffusionPipeline, WanLoraLoaderMixin):
+class AvatarPipeline(DiffusionPipeline, AvatarLoraLoaderMixin):
     """Makes a portrait say a recording.
 
     A diffusers pipeline: `from_pretrained`, `save_pretrained`, `to`, `enable_model_cpu_offload`,
@@ -109,6 +114,11 @@ class AvatarPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         if self.vae is not None:  # diffusers lets parts be left out
             avoid_slow_kernels(self.vae)
         self.origin: dict[str, Any] = {}  # what it was loaded from, for the metadata of videos
+        if sampling_defaults is None and self.transformer and not is_published_size(transformer.config):
+            logger.warning(
+                "no sampling_defaults are given with a transformer of no published size: windows, sizes and "
+                "scales are taken to be the published models'"
+            )
         self.defaults = SamplingDefaults(**(sampling_defaults or {}))
         self.register_to_config(sampling_defaults=asdict(self.defaults))
 
@@ -117,6 +127,15 @@ class AvatarPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         """Where the transformer lies; a video may have put the autoencoder elsewhere."""
         return self.transformer.device
 
+    def to(self, *args: Any, **kwargs: Any) -> Self:
+        """To a device, a dtype, or both, as in diffusers; what loading leaves in float32 (the speech encoder,
+        norms and timesteps of the transformer) stays in it."""
+        dtype = next((it for it in (*args, kwargs.get("dtype")) if isinstance(it, torch.dtype)), None)
+        if dtype is None:
+            return super().to(*args, **kwargs)
+        with keeping_float32(self.components, dtype):
+            return super().to(*args, **kwargs)
+
     @classmethod
     def from_pretrained(
         cls,
@@ -124,7 +143,7 @@ class AvatarPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         *,
         variant: str | None = None,
         size: str | None = None,
-        dtype: torch.dtype = torch.float32,
+        dtype: torch.dtype | None = None,
         lora: LoraChoice | Sequence[LoraChoice] = (),
         **kwargs: Any,
     ) -> "AvatarPipeline":
@@ -135,19 +154,20 @@ class AvatarPipeline(DiffusionPipeline, WanLoraLoaderMixin):
                 checkpoints as they lie on disk), or a hub id such as "FrancisRing/StableAvatar".
             variant: which of the published transformers, "square" (the default) or "rec-vec".
             size: of the published checkpoints, "1.3b" (the default) or "14b".
-            dtype: of the weights.
+            dtype: of the weights, float32 by default; diffusers' former name for it, `torch_dtype`, will do.
             lora: LoRA files to merge into the transformer, each "FILE", "FILE:0.8", or a file and its scale.
-            kwargs: `revision`, `token` and `cache_dir` for a hub id; for an own folder, as in diffusers.
+            kwargs: `revision`, `token`, `cache_dir` and `local_files_only` for a hub id; for an own folder,
+                as in diffusers.
 
         Raises:
             CheckpointError: files are missing, damaged, or of another model.
-            InputError: there is no such folder; a variant or a size is asked of a folder that holds one
-                model.
+            InputError: there is no such folder, or no such argument; a variant or a size is asked of a folder
+                that holds one model.
         """
-        loras = _chosen_loras(lora)  # what is missing should be said before a large model is read
-        if "torch_dtype" in kwargs:
-            raise InputError("torch_dtype is called dtype here, as in diffusers since 0.40")
-        published = {"variant": variant or "square", "size": size or "1.3b"}
+        check_arguments(kwargs)
+        loras = chosen_loras(lora)  # what is missing should be said before a large model is read
+        dtype = chosen_dtype(dtype, kwargs.pop("torch_dtype", None))
+        published: dict[str, Any] = {"variant": variant or "square", "size": size or "1.3b"}
         origin: dict[str, Any] = {"model": str(source)}  # for the metadata of videos
         folder = model_folder(source)
         if str(source) == "tiny" and not folder.is_dir():
@@ -157,6 +177,8 @@ class AvatarPipeline(DiffusionPipeline, WanLoraLoaderMixin):
             )
         if not folder.is_dir():
             places = {name: kwargs.pop(name) for name in HUB_ARGUMENTS if name in kwargs}
+            if kwargs and hub.is_published(str(source), **places):
+                raise _unusable(kwargs, source)
             folder = hub.resolve(str(source), **published, **places)
             if places.get("revision"):
                 origin["revision"] = places["revision"]
@@ -174,50 +196,11 @@ class AvatarPipeline(DiffusionPipeline, WanLoraLoaderMixin):
             pipeline._merge(loras)
             return pipeline
         if kwargs:
-            raise InputError(f"{', '.join(kwargs)} cannot be used with the published checkpoints in {folder}")
+            raise _unusable(kwargs, folder)
         pipeline = cls(**load_published(find_published(folder), dtype=dtype, **published))
         pipeline.origin = {**origin, "variant": published["variant"], "model_size": published["size"]}
         pipeline._merge(loras)
         return pipeline
-
-    def _merge(self, chosen: Sequence[tuple[str | Path, float]]) -> None:
-        if not chosen:  # there may be no transformer: a part is left out by giving None
-            return
-        merge_loras(self.transformer, [(read_lora(file, self.transformer), scale) for file, scale in chosen])
-        self.origin["lora"] = [f"{file}:{scale:g}" for file, scale in chosen]
-
-    def load_lora_weights(
-        self,
-        source: str | Path | Mapping[str, torch.Tensor],
-        adapter_name: str | None = None,
-        hotswap: bool = False,
-        **kwargs: Any,
-    ) -> None:
-        """Attach a LoRA beside the transformer's weights, as in diffusers: `set_adapters` scales it and
-        chooses among several, `fuse_lora` merges it, `unload_lora_weights` takes it off.
-
-        Args:
-            source: a file or a folder, of any naming that `checkpoints.lora` knows, or its tensors.
-            adapter_name: of the adapter. hotswap: put it in the place of the one of that name.
-            kwargs: `weight_name`, of a file in the folder.
-
-        Raises:
-            CheckpointError: missing, damaged, or for another model; it changes what an adapter cannot hold.
-        """
-        name = kwargs.pop("weight_name", None)
-        if kwargs:
-            raise InputError(f"{', '.join(kwargs)} cannot be used with a LoRA: give a file or a folder")
-        if isinstance(source, Mapping):
-            found = lora_from_state(source, self.transformer)
-        else:
-            found = read_lora(Path(source) / name if name else source, self.transformer)
-        with warnings.catch_warnings():
-            # peft finds layers by the ends of their names: those of blocks in the audio adapter as well. What
-            # it puts there in surplus is zero.
-            warnings.filterwarnings("ignore", "While injecting the PEFT adapters", RuntimeWarning)
-            self.transformer.load_lora_adapter(
-                found.peft_state(), prefix=None, adapter_name=adapter_name, hotswap=hotswap, _pipeline=self
-            )
 
     def stream(
         self,
@@ -233,10 +216,10 @@ class AvatarPipeline(DiffusionPipeline, WanLoraLoaderMixin):
 
         Args:
             portrait: a picture file, a Pillow image, or uint8 `[H, W, 3]`.
-            speech: an audio file, a video with sound, mono samples at 16 kHz (floats in [-1, 1], `[n]`), or
-                None for a silent video of `duration` seconds. Speech that is still arriving: an iterator of
-                such samples, or a `media.live.LiveRecording` (whose `sound` is kept until it is taken); it is
-                asked for more when a window needs it.
+            speech: an audio file, a video with sound, mono samples at 16 kHz (floats in [-1, 1], `[n]`, of
+                numpy or torch), or None for a silent video of `duration` seconds. Speech that is still
+                arriving: an iterator of such samples, or a `media.live.LiveRecording` (whose `sound` is kept
+                until it is taken); it is asked for more when a window needs it.
             latents: the starting noise `[C, L, H/8, W/8]`, in place of the seed's; L is that of the plan: a
                 latent frame for the first frame and one for every four after it, at least a window's.
             progress: called after every cell and every frame.
@@ -259,6 +242,20 @@ class AvatarPipeline(DiffusionPipeline, WanLoraLoaderMixin):
             live.sound.wanted = False  # frames alone are asked for
         return AvatarStream(self._open(portrait, live, given, latents, progress, processes, follow=True))
 
+    def __call__(self, portrait: Portrait, speech: SpeechInput | None, **options: Any) -> AvatarVideo:
+        """All frames at once, as diffusers' pipelines give them: for short videos, since they stay in memory,
+        3 bytes a pixel (20 MB a second of 512x512). `stream` and `generate` are for any length.
+
+        Args:
+            portrait, speech, options: see `stream`.
+
+        Raises:
+            InputError, SamplingError, ProcessError: see `stream`.
+        """
+        stream = self.stream(portrait, speech, **options)
+        frames = [Image.fromarray(frame) for frame in stream]
+        return AvatarVideo([frames], stream.frame_rate, stream.options)
+
     def sample_latents(
         self,
         portrait: Portrait,
@@ -277,7 +274,8 @@ class AvatarPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         Raises:
             InputError, SamplingError: see `stream`; or speech that is still arriving."""
         given = generate_options(options)
-        if isinstance(as_live(speech, given), LiveRecording):
+        speech = as_live(speech, given)
+        if isinstance(speech, LiveRecording):
             raise InputError("latents of a whole video need speech that is there as a whole: use stream")
         run = self._open(portrait, speech, given, latents, progress, None)
         assert run.frame_count is not None
@@ -293,7 +291,8 @@ class AvatarPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         """
         device = decoder_device(self.vae, made.options.decoder_device) or self._execution_device
         bring_autoencoder(self.vae, device)
-        decoder = StreamDecoder(self.vae, device, tiling=made.options.decoder_tiling)
+        tiling = made.options.decoder_tiling or self.vae.use_tiling
+        decoder = StreamDecoder(self.vae, device, tiling=tiling)
         frames = (frame for latent in made.latents.unbind(1) for frame in decoder.decode(latent))
         try:
             for number, frame in enumerate(islice(frames, made.frame_count), 1):
@@ -312,7 +311,7 @@ class AvatarPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         """
         told: tuple[GenerateOptions, torch.Tensor | None] = processes.broadcast()
         given, latents = told
-        for _ in self._open(portrait, speech, given, latents, None, processes).frames():
+        for _ in self._open(portrait, as_live(speech, given), given, latents, None, processes).frames():
             raise AssertionError("only the first process has frames")
 
     def _open(
@@ -348,7 +347,10 @@ class AvatarPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         height, width = picture.shape[:2]
         seed = secrets.randbelow(2**32)
         options = Settings.resolve(given, self.defaults, picture=(width, height), seed=seed)
+        if self.vae.use_tiling:  # set in diffusers' way
+            options = replace(options, decoder_tiling=True)
         decoder_device(self.vae, options.decoder_device)  # refused now, not after the sampling
+        Schedule.from_scheduler(self.scheduler, options.steps)
         if processes is not None:
             check_sharing(recording, options, processes.size)
             if processes.leads:
@@ -413,18 +415,16 @@ class AvatarPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         if encoding.frames is not None:  # before an earlier run's state gives way
             check_frames_folder(encoding.frames)
         speech = as_live(speech, given)
-        if (
-            not isinstance(output, str | Path)
-            or str(output) == STANDARD_OUTPUT
-            or encoding.live
-            or isinstance(speech, LiveRecording)
-        ):
+        path = None
+        if isinstance(output, str | Path) and str(output) != STANDARD_OUTPUT:
+            path = check_output(output)
+            refuse_inputs(path, portrait, speech)
+        if path is None or encoding.live or isinstance(speech, LiveRecording):
             if resume:
                 raise InputError("what is written or spoken live cannot be resumed: leave out --resume")
             with contextlib.ExitStack() as stack:
                 journal = None
-                if isinstance(output, str | Path) and str(output) != STANDARD_OUTPUT:
-                    path = check_output(output)
+                if path is not None:
                     if resume is None:
                         refuse_unfinished(path)
                     journal = stack.enter_context(contextlib.closing(Journal(path, anew=True)))
@@ -433,7 +433,6 @@ class AvatarPipeline(DiffusionPipeline, WanLoraLoaderMixin):
                 if journal is not None:  # of a run before, which this video has replaced
                     journal.finish()
                 return made
-        path = check_output(output)
         if resume is None:
             refuse_unfinished(path)
         with contextlib.closing(Journal(path, anew=resume is False)) as journal:
@@ -462,11 +461,13 @@ def load(
         dtype: "auto" (bfloat16 on CUDA, float32 elsewhere), "float32", "bfloat16" or "float16".
 
     Raises:
-        InputError: an unknown device or dtype, or a device that is not there.
+        InputError: an unknown argument, device or dtype, or a device that is not there.
         CheckpointError: see `from_pretrained`.
     """
     chosen = choose_device(device)
-    return AvatarPipeline.from_pretrained(source, dtype=choose_dtype(dtype, chosen), **kwargs).to(chosen)
+    if dtype != "auto" or "torch_dtype" not in kwargs:
+        kwargs["dtype"] = choose_dtype(dtype, chosen)
+    return AvatarPipeline.from_pretrained(source, **kwargs).to(chosen)
 
 
 def generate(
@@ -478,23 +479,18 @@ def generate(
     device: str = "auto",
     dtype: str = "auto",
     variant: str | None = None,
+    size: str | None = None,
     lora: LoraChoice | Sequence[LoraChoice] = (),
     **options: Any,
 ) -> GeneratedVideo:
     """Write the portrait saying the speech as an MP4 with sound: `load`, whose are model, device, dtype,
-    variant and lora, then `AvatarPipeline.generate`. For several videos load once: each call here loads the
-    model."""
-    pipeline = load(model, device=device, dtype=dtype, variant=variant, lora=lora)
+    variant, size and lora, then `AvatarPipeline.generate`. For several videos load once: each call here loads
+    the model."""
+    others = inspect.signature(AvatarPipeline.generate).parameters
+    generate_options({name: value for name, value in options.items() if name not in others})
+    pipeline = load(model, device=device, dtype=dtype, variant=variant, size=size, lora=lora)
     return pipeline.generate(portrait, speech, output, **options)
 
 
-def _chosen_loras(lora: LoraChoice | Sequence[LoraChoice]) -> list[tuple[str | Path, float]]:
-    """Files that are there, and their scales."""
-    alone = isinstance(lora, str | Path) or (len(lora) == 2 and isinstance(lora[1], int | float))
-    several: Any = [lora] if alone else lora
-    chosen = [
-        parse_lora(it) if isinstance(it, str) else (it, 1.0) if isinstance(it, Path) else it for it in several
-    ]
-    for file, _ in chosen:
-        lora_file(file)
-    return chosen
+def _unusable(names: Iterable[str], source: str | Path) -> InputError:
+    return InputError(f"{', '.join(names)} cannot be used with the published checkpoints in {source}")

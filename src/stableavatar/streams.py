@@ -1,10 +1,12 @@
-"""What a pipeline gives where no file is written: frames as they are made, or latents as a whole."""
+"""What a pipeline gives where no file is written: frames as they are made or all at once, or latents."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 
 import torch
+from diffusers.utils import BaseOutput
+from PIL import Image
 
 from stableavatar.generation import Run
 from stableavatar.media.reading import Frame
@@ -39,6 +41,21 @@ class AvatarStream(Iterator[Frame]):
         """Stop, and give up the decoded recording; needed only where the frames are not taken to the end."""
         self._frames.close()
         self._run.close()
+
+
+@dataclass
+class AvatarVideo(BaseOutput):
+    """All frames of a video.
+
+    Attributes:
+        frames: one video, as diffusers counts them: `frames[0]` is the list of its pictures.
+        frame_rate: frames a second.
+        options: with every default filled in; with them the video can be repeated.
+    """
+
+    frames: list[list[Image.Image]]
+    frame_rate: Fraction
+    options: Settings
 
 
 @dataclass(frozen=True)

@@ -223,6 +223,7 @@ def generate(
         return
     with together(device) as (processes, device), stop_between_cells() as stop, display() as show:
         # What is wrong with the files should be said before a large model is loaded.
+        from stableavatar.inputs import refuse_inputs
         from stableavatar.journal import refuse_unfinished
         from stableavatar.media.audio import Sound
         from stableavatar.media.files import check_frames_folder, check_output
@@ -238,6 +239,8 @@ def generate(
             raise InputError(f"output {output}: exists already. Choose another name, or add --overwrite.")
         if not to_stdout and not (overwrite or resume):
             refuse_unfinished(check_output(output))
+        if not to_stdout:
+            refuse_inputs(check_output(output), portrait, None if str(speech) == STANDARD_INPUT else speech)
         if encoding.frames is not None:
             check_frames_folder(encoding.frames)
         if processes is not None and str(speech) == STANDARD_INPUT:

@@ -7,33 +7,29 @@ free space is checked before, and the SHA-256 of large files after.
 
 from __future__ import annotations
 
-import hashlib
 import logging
-import os
 import re
-import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
-from fnmatch import fnmatchcase
-from pathlib import Path
-from typing import NamedTuple
+from pathlib import Path, PurePosixPath
+from typing import Any, NamedTuple
 
-from huggingface_hub import HfApi, hf_hub_download, snapshot_download
-from huggingface_hub.errors import (
-    EntryNotFoundError,
-    GatedRepoError,
-    HfHubHTTPError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-    OfflineModeIsEnabled,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
+from huggingface_hub import hf_hub_download, snapshot_download
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
+
+from stableavatar.checkpoints.hub_cache import fetch
+from stableavatar.checkpoints.hub_files import (
+    HubFile,
+    check_space,
+    endpoint_of_hub,
+    list_files,
+    literal,
+    readable,
+    sha256_of,
+    translated,
 )
-from huggingface_hub.hf_api import RepoFile
-
 from stableavatar.checkpoints.layout import MODEL_INDEX, OWN_PARTS, VARIANTS, VOCAL_SEPARATOR
 from stableavatar.errors import CheckpointError, InputError
 
@@ -62,23 +58,11 @@ _TRANSFORMER_14B = ("config.json", "diffusion_pytorch_model*")
 _OWN_PATTERNS = (MODEL_INDEX, *(f"{part}/*" for part in OWN_PARTS))
 
 _REPOSITORY_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-# The HTTP client's own base error: of httpx, under whichever name the hub's library brings it.
-_HTTP_ERROR: type[Exception] = HfHubHTTPError.__mro__[1]
-_HASHED_AT_ONCE = 1 << 22
 # How the hub's library ends the names of files that are not whole.
 # Where the hub's library has files of a folder that are on their way.
 _DOWNLOADING, _ON_ITS_WAY = Path(".cache", "huggingface", "download"), ".incomplete"
 _ABANDONED_SECONDS = 600.0  # without a byte; another download may be under way
 _TELL_SECONDS = 0.5
-
-
-@dataclass(frozen=True)
-class HubFile:
-    """A file of a repository: path, size in bytes, SHA-256 where the hub states one (large files)."""
-
-    path: str
-    size: int
-    sha256: str | None
 
 
 def published_patterns(variant: str, size: str = "1.3b") -> list[str]:
@@ -168,41 +152,13 @@ def _get(target: Path, jobs: Sequence[_Wanted], progress: Progress | None) -> No
     for repository, wanted_revision, folder, patterns in jobs:
         commit, files = list_files(repository, patterns, revision=wanted_revision)
         planned.append((repository, commit, folder, files))
-    _check_space(target, sum(file.size for _, _, folder, files in planned for file in _absent(folder, files)))
+    check_space(target, sum(file.size for _, _, folder, files in planned for file in _absent(folder, files)))
     wanted = {folder / file.path: file.size for _, _, folder, files in planned for file in files}
     on_their_way = [folder / _DOWNLOADING for _, _, folder, _ in planned]
     _sweep(on_their_way)
     with _watched(on_their_way, wanted, progress):
         for repository, commit, folder, files in planned:
             _fetch(repository, commit, folder, files)
-
-
-def list_files(
-    repo_id: str, patterns: list[str], *, revision: str | None = None
-) -> tuple[str, list[HubFile]]:
-    """The commit that a revision stands for, and the files of a repository that match patterns.
-
-    Raises:
-        CheckpointError: no connection, no such repository or revision, no permission, or no file matches.
-    """
-    api = HfApi(endpoint=_endpoint())
-    with _translated(repo_id, revision):
-        commit = api.repo_info(repo_id, revision=revision).sha or revision or "main"
-        entries = [
-            entry
-            for entry in api.list_repo_tree(repo_id, recursive=True, revision=commit)
-            if isinstance(entry, RepoFile)
-        ]
-    files = [
-        HubFile(entry.path, entry.size, entry.lfs.sha256 if entry.lfs is not None else None)
-        for entry in entries
-    ]
-    wanted = [file for file in files if any(fnmatchcase(file.path, pattern) for pattern in patterns)]
-    if not wanted:
-        raise CheckpointError(
-            f"{repo_id}: holds none of the files looked for ({', '.join(patterns[:3])}, ...)"
-        )
-    return commit, wanted
 
 
 def resolve(
@@ -213,6 +169,7 @@ def resolve(
     revision: str | None = None,
     token: str | bool | None = None,
     cache_dir: Path | str | None = None,
+    local_files_only: bool = False,
 ) -> Path:
     """A folder of weights by its path or by the id of a hub repository.
 
@@ -226,35 +183,76 @@ def resolve(
         revision: branch, tag or commit.
         token: of the hub; None for that of the environment, False for none.
         cache_dir: in place of the cache of the hub's library.
+        local_files_only: ask nobody; a cached copy is used.
 
     Raises:
-        InputError: neither an existing path nor an id; unknown variant or size.
-        CheckpointError: the repository cannot be had, or holds no model.
+        InputError: neither an existing path nor an id; unknown variant or size; too little free space.
+        CheckpointError: the repository cannot be had, or holds no model; a damaged file.
     """
     path = Path(name).expanduser()
     if path.exists():
         return path
     repo_id = str(name)
-    if not _REPOSITORY_ID.fullmatch(repo_id):
+    if not is_id(name):
         raise InputError(f"{name}: no such file or folder, nor the id of a hub repository (owner/name)")
     patterns = [*_OWN_PATTERNS, *published_patterns(variant, size)]
     if size == "14b":
         patterns += [f"{_BASE_14B}/{pattern}" for pattern in _TRANSFORMER_14B]
         patterns.append(f"StableAvatar-14B/transformer3d-{variant}.*")
-    with _translated(repo_id, revision):
-        folder = Path(
-            snapshot_download(
-                repo_id,
-                revision=revision,
-                allow_patterns=patterns,
-                endpoint=_endpoint(),
-                token=token,
-                cache_dir=cache_dir,
-            )
-        )
+    folder = fetch(
+        repo_id,
+        patterns,
+        revision=revision,
+        token=token,
+        cache_dir=cache_dir,
+        local_files_only=local_files_only,
+    )
     if not folder.is_dir() or not any(folder.iterdir()):
         raise CheckpointError(f"{repo_id}: holds no model in this project's or in the published layout")
     return folder
+
+
+def is_id(name: Path | str) -> bool:
+    """Whether this can be the id of a repository, and is no path."""
+    return not Path(name).expanduser().exists() and bool(_REPOSITORY_ID.fullmatch(str(name)))
+
+
+def fetch_lora(repo_id: str, file: str, **places: Any) -> Path:
+    """A file of a repository, in the cache of the hub's library, beside it what PEFT tells of it.
+
+    Args:
+        places: `revision`, `token`, `cache_dir` and `local_files_only`, see `resolve`.
+
+    Raises:
+        CheckpointError: the repository cannot be had, or has no such file; a damaged one.
+    """
+    beside = (PurePosixPath(file).parent / "adapter_config.json").as_posix()
+    path = fetch(repo_id, [literal(file), literal(beside)], **places) / file
+    if not path.is_file():
+        raise CheckpointError(f"{repo_id}: has no file {file}; check the name")
+    return path
+
+
+def is_published(repo_id: str, **places: Any) -> bool:
+    """Whether a repository is known not to be in this project's layout, so that it can only be in the
+    published one; nothing but `model_index.json` is fetched.
+
+    Args:
+        places: `revision`, `token`, `cache_dir` and `local_files_only`, see `resolve`.
+
+    Raises:
+        CheckpointError: the repository cannot be had.
+    """
+    if not _REPOSITORY_ID.fullmatch(repo_id):
+        return False
+    with translated(repo_id, places.get("revision")):
+        try:
+            hf_hub_download(repo_id, MODEL_INDEX, endpoint=endpoint_of_hub(), **places)
+        except LocalEntryNotFoundError:  # not known without a connection
+            return False
+        except EntryNotFoundError:
+            return True
+    return False
 
 
 def model_index(repo_id: str) -> Path | None:
@@ -263,25 +261,20 @@ def model_index(repo_id: str) -> Path | None:
     if not _REPOSITORY_ID.fullmatch(repo_id):
         return None
     try:
-        return Path(hf_hub_download(repo_id, MODEL_INDEX, endpoint=_endpoint()))
+        return Path(hf_hub_download(repo_id, MODEL_INDEX, endpoint=endpoint_of_hub()))
     except (HfHubHTTPError, OSError, ValueError):
         return None
 
 
-def _endpoint() -> str | None:
-    """The mirror, read at every call: the hub's library reads it once, when it is imported."""
-    return os.environ.get("HF_ENDPOINT") or None
-
-
 def _fetch(repo_id: str, commit: str, folder: Path, files: list[HubFile]) -> None:
     before = {file.path: _stamp(folder / file.path) for file in files}
-    with _translated(repo_id, commit):
+    with translated(repo_id, commit):
         snapshot_download(
             repo_id,
             revision=commit,
             local_dir=folder,
-            allow_patterns=[_literal(file.path) for file in files],
-            endpoint=_endpoint(),
+            allow_patterns=[literal(file.path) for file in files],
+            endpoint=endpoint_of_hub(),
         )
     for file in files:
         path = folder / file.path
@@ -289,13 +282,13 @@ def _fetch(repo_id: str, commit: str, folder: Path, files: list[HubFile]) -> Non
             continue
         if not path.is_file():
             raise CheckpointError(f"{path}: was not downloaded; run the download again")
-        if file.sha256 is not None and (found := _sha256(path)) != file.sha256:
+        if file.sha256 is not None and (found := sha256_of(path)) != file.sha256:
             path.unlink()
             raise CheckpointError(
                 f"{path}: damaged on the way (SHA-256 {found[:12]}, should be {file.sha256[:12]}), removed;"
                 " run the download again"
             )
-        logger.info("%s: downloaded, %s", path, _readable(file.size))
+        logger.info("%s: downloaded, %s", path, readable(file.size))
 
 
 def _sweep(folders: Sequence[Path]) -> None:
@@ -345,11 +338,6 @@ def _size(path: Path) -> int:
         return 0
 
 
-def _literal(path: str) -> str:
-    """A pattern that matches this path alone."""
-    return re.sub(r"([*?\[])", r"[\1]", path)
-
-
 def _stamp(path: Path) -> tuple[int, int] | None:
     if not path.is_file():
         return None
@@ -359,69 +347,3 @@ def _stamp(path: Path) -> tuple[int, int] | None:
 
 def _absent(folder: Path, files: list[HubFile]) -> list[HubFile]:
     return [f for f in files if not (folder / f.path).is_file() or (folder / f.path).stat().st_size != f.size]
-
-
-def _check_space(target: Path, needed: int) -> None:
-    place = target.absolute()
-    while not place.exists():
-        place = place.parent
-    free = shutil.disk_usage(place).free
-    if needed > free:
-        raise InputError(
-            f"{target}: {_readable(needed)} are needed, {_readable(free)} are free; choose another folder or"
-            " make room"
-        )
-
-
-def _readable(size: int) -> str:
-    return f"{size / 1e9:.1f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(_HASHED_AT_ONCE):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-@contextmanager
-def _translated(repo_id: str, revision: str | None) -> Iterator[None]:
-    """Errors of the hub's library as ours, in words that say what to do."""
-    endpoint = _endpoint() or "https://huggingface.co"
-    unreachable = (
-        f"{repo_id}: {endpoint} cannot be reached, and there is no complete copy here; check the connection,"
-        " or name a mirror in HF_ENDPOINT"
-    )
-    try:
-        yield
-    except GatedRepoError as error:
-        raise CheckpointError(
-            f"{repo_id}: access must be asked for at {endpoint}/{repo_id}; then set HF_TOKEN to your token"
-        ) from error
-    except RepositoryNotFoundError as error:
-        raise CheckpointError(
-            f"{repo_id}: no such repository at {endpoint}, or a private one; check the name, or set HF_TOKEN"
-        ) from error
-    except RevisionNotFoundError as error:
-        raise CheckpointError(f"{repo_id}: has no revision {revision!r}") from error
-    except OfflineModeIsEnabled as error:
-        raise CheckpointError(
-            f"{repo_id}: HF_HUB_OFFLINE forbids the network, and there is no copy here"
-        ) from error
-    except LocalEntryNotFoundError as error:
-        raise CheckpointError(unreachable) from error
-    except EntryNotFoundError as error:
-        raise CheckpointError(f"{repo_id}: a file is missing at {endpoint}; try again later") from error
-    except HfHubHTTPError as error:
-        raise CheckpointError(
-            f"{repo_id}: {endpoint} answered {error.response.status_code}; try again later, or set HF_TOKEN"
-        ) from error
-    except HFValidationError as error:
-        raise InputError(f"{repo_id}: is not the id of a hub repository (owner/name)") from error
-    except _HTTP_ERROR as error:
-        raise CheckpointError(unreachable) from error
-    except OSError as error:
-        raise InputError(
-            f"{error.filename or repo_id}: cannot be written ({error.strerror or error})"
-        ) from error

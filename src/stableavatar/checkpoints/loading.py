@@ -348,7 +348,7 @@ def _place(model: ModelT, tensors: _Tensors, dtype: torch.dtype | None, device: 
     """Check names and shapes, then hand the tensors to the model in their dtype and on their device."""
     _check(model.state_dict(), tensors)
     dtype = dtype or _stored_dtype(tensors.state)
-    keeps = _float32_names(model, dtype)
+    keeps = float32_names(model, dtype)
     moved: dict[int, torch.Tensor] = {}  # one copy of a tensor that has two names
     state: StateDict = {}
     for name, tensor in tensors.state.items():
@@ -377,7 +377,7 @@ def _stored_dtype(state: StateDict) -> torch.dtype:
     return _EXPANDED_DTYPE if stored in FLOAT8_DTYPES else stored
 
 
-def _float32_names(model: nn.Module, dtype: torch.dtype) -> set[str]:
+def float32_names(model: nn.Module, dtype: torch.dtype) -> set[str]:
     """Parts of names whose parameters the model's class wants in float32 whatever the dtype."""
     if isinstance(model, PreTrainedModel):
         # transformers means float16 alone, whose range these weights leave, unless it says strict.

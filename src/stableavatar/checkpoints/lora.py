@@ -50,6 +50,9 @@ _OFFSETS = {"diff": "weight", "diff_b": "bias"}
 _OTHERS = {"dora_scale": "DoRA", "lora_magnitude_vector": "DoRA", "hada_w": "LoHa", "lokr_w": "LoKr"}
 _NAMED_IN_ERRORS = 3
 
+LoraChoice = str | Path | tuple[str | Path, float]
+"""A file, "FILE:SCALE", or a file and its scale."""
+
 
 @dataclass(frozen=True)
 class LowRank:
@@ -362,3 +365,19 @@ def _widened(tensor: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
     if missing <= 0 or tensor.ndim != len(shape):
         return tensor
     return nn.functional.pad(tensor, (*(0, 0) * (tensor.ndim - 2), 0, missing))
+
+
+def chosen_loras(lora: LoraChoice | Sequence[LoraChoice]) -> list[tuple[str | Path, float]]:
+    """Files that are there, and their scales.
+
+    Args:
+        lora: one or several, each "FILE", "FILE:0.8", or a file and its scale.
+    """
+    alone = isinstance(lora, str | Path) or (len(lora) == 2 and isinstance(lora[1], int | float))
+    several: Any = [lora] if alone else lora
+    chosen = [
+        parse_lora(it) if isinstance(it, str) else (it, 1.0) if isinstance(it, Path) else it for it in several
+    ]
+    for file, _ in chosen:
+        lora_file(file)
+    return chosen

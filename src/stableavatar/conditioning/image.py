@@ -72,8 +72,13 @@ def reference_clips(pictures: torch.Tensor, frames: int) -> torch.Tensor:
 @torch.no_grad()
 def encode_clips(vae: AutoencoderKLWan, clips: torch.Tensor) -> torch.Tensor:
     """Normalised latents, float32 `[B, C, F, H/8, W/8]`, of clips float32 `[B, 3, T, H, W]` in [-1, 1], all
-    on the autoencoder's device: the mode of what it gives."""
-    raw = vae.encode(clips.to(vae.dtype)).latent_dist.mode()
+    on the autoencoder's device: the mode of what it gives. They are encoded as a whole, also where the
+    autoencoder is set to tiles: the model was trained with no others."""
+    tiling, vae.use_tiling = vae.use_tiling, False
+    try:
+        raw = vae.encode(clips.to(vae.dtype)).latent_dist.mode()
+    finally:
+        vae.use_tiling = tiling
     return normalise_latents(vae, raw.float())
 
 

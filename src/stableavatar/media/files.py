@@ -149,10 +149,14 @@ def shortened(stem: str, ending: str) -> str:
     return stem + ending
 
 
-def refuse_source(output: Path, source: Path) -> None:
-    """Raise InputError where an output is the very file that it is made of."""
-    if output.exists() and source.exists() and output.samefile(source):
-        raise InputError(f"output {output}: is the recording itself. Choose another name.")
+def refuse_source(output: Path, source: Path, role: str = "recording") -> None:
+    """Raise InputError where an output is the very file that it is made of, whose `role` the text names."""
+    try:
+        same = output.samefile(source)
+    except (OSError, ValueError):  # one of them is not there
+        return
+    if same:
+        raise InputError(f"output {output}: is the {role} itself. Choose another name.")
 
 
 def file_fingerprint(path: Path) -> str:
@@ -269,6 +273,8 @@ def write_file(path: Path, content: bytes) -> None:
 
 def cannot_write(path: Path, error: BaseException) -> StorageError:
     """What to say of an output that could not be written."""
+    if getattr(error, "errno", None) == errno.EPIPE:
+        return StorageError(f"output {path}: cannot be written on, its reader has ended.")
     return StorageError(
         f"output {path}: cannot be written ({reason_of(error)}). Make room, or choose another folder."
     )

@@ -14,7 +14,6 @@ import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.loaders import PeftAdapterMixin
 from diffusers.models.attention import AttentionMixin, FeedForward
-from diffusers.models.cache_utils import CacheMixin
 from diffusers.models.embeddings import PixArtAlphaTextProjection, TimestepEmbedding
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.modeling_utils import ModelMixin
@@ -133,11 +132,13 @@ class StableAvatarTransformerBlock(nn.Module):
         return (x.float() + m5 * out.float()).to(dtype)
 
 
-class StableAvatarTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin, AttentionMixin):
+class StableAvatarTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, AttentionMixin):
     """Predicts the flow-matching velocity of a window of video latents from prompt, portrait and speech.
 
     The defaults are the released 1.3B model. diffusers' context parallelism is not supported: it splits the
-    sequence between tokens, and the audio attention goes by whole latent frames.
+    sequence between tokens, and the audio attention goes by whole latent frames. Nor are diffusers' caches
+    (`enable_cache`): their state lies on the model, where one window would get another's; the option
+    `step_cache` keeps a window's with the window (spec 2, "Step caches").
 
     Args:
         patch_size: latent frames, rows and columns of a patch.

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
+from stableavatar.errors import InputError
 from stableavatar.models.attention import ContextCache
 from stableavatar.models.transformer import StableAvatarTransformer3DModel
 from stableavatar.sampling.guidance import Guidance
@@ -23,7 +24,19 @@ class Schedule:
 
     @classmethod
     def from_scheduler(cls, scheduler: FlowMatchEulerDiscreteScheduler, steps: int) -> "Schedule":
-        """The scheduler's own `set_timesteps(steps)`, its double shift of the last sigma included."""
+        """The scheduler's own `set_timesteps(steps)`, its double shift of the last sigma included.
+
+        Raises:
+            InputError: a scheduler whose steps are not Euler's, or that is told more than the steps.
+        """
+        if not isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
+            raise InputError(
+                f"the scheduler {type(scheduler).__name__} is not followed here, where steps are Euler's: "
+                "give a FlowMatchEulerDiscreteScheduler"
+            )
+        for name in ("stochastic_sampling", "use_dynamic_shifting"):
+            if scheduler.config.get(name):
+                raise InputError(f"the scheduler's {name} is not followed here: set it to False")
         scheduler = type(scheduler).from_config(scheduler.config)
         scheduler.set_timesteps(steps)
         return cls(scheduler.timesteps, scheduler.sigmas)

@@ -45,6 +45,7 @@ class StepCache:
     Args:
         transformer: whose timestep embeddings decide. timesteps: of all steps `[steps]`.
         threshold, coefficients: see `steps_to_run`; at a threshold of 0 every step runs.
+        device: where the transformer computes, by default where its weights lie.
     """
 
     def __init__(
@@ -53,10 +54,12 @@ class StepCache:
         timesteps: torch.Tensor,
         threshold: float,
         coefficients: Sequence[float],
+        device: torch.device | None = None,
     ) -> None:
-        embedder = transformer.condition_embedder
         with torch.no_grad():
-            _, modulation = embedder.embed_timestep(timesteps.to(embedder.time_proj.weight.device))
+            _, modulation = transformer.condition_embedder.embed_timestep(
+                timesteps.to(device or transformer.device)
+            )
         self.runs = steps_to_run(modulation, threshold, coefficients)
         self._residuals: dict[int, torch.Tensor] = {}
 

@@ -96,6 +96,8 @@ class Trajectory:
         """
         parts, reached = [], start
         for piece in self.videos[step]:
+            if piece.start >= stop:
+                break
             if piece.start <= reached < min(piece.stop, stop):
                 parts.append(piece.part(reached, stop))
                 reached = min(piece.stop, stop)
@@ -126,14 +128,20 @@ class Trajectory:
         self.put(cell.step, Piece(window.index, window.write_start, written))
 
     def put(self, step: int, piece: Piece) -> None:
-        """Lay a piece over a step's video: of what begins earlier, the rest is let go from its start on."""
-        earlier = [
-            replace(old, latents=old.part(old.start, piece.start)) if old.stop > piece.start else old
-            for old in self.videos[step]
-            if old.start < piece.start
-        ]
-        later = [old for old in self.videos[step] if old.start >= piece.stop]
-        self.videos[step] = [*earlier, piece, *later]
+        """Lay a piece over a step's video: of what begins earlier, the rest is let go from its start on.
+
+        Pieces lie in order and do not overlap, so what changes is at the end; in lockstep a video has as many
+        as there are windows."""
+        video = self.videos[step]
+        later = []
+        while video and video[-1].start >= piece.start:
+            old = video.pop()
+            if old.start >= piece.stop:
+                later.append(old)
+        if video and video[-1].stop > piece.start:
+            old = video.pop()
+            video.append(replace(old, latents=old.part(old.start, piece.start)))
+        video.extend([piece, *reversed(later)])
 
     def mark(self, cell: Cell) -> None:
         """The cell has run, here or in another process.
@@ -212,7 +220,9 @@ class Trajectory:
         """What the predecessor of the cell's window has written of the latents that both write."""
         start = cell.window.write_start
         stop = start + self.plan.overlap
-        for piece in self.videos[cell.step]:
+        for piece in reversed(self.videos[cell.step]):
+            if piece.stop < stop:
+                break
             if piece.window == cell.window.index - 1 and piece.start <= start and piece.stop >= stop:
                 return piece.part(start, stop)
         raise LookupError(f"window {cell.window.index} is written before its predecessor")
