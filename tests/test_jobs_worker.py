@@ -27,7 +27,7 @@ from stableavatar.jobs.job import Job
 from stableavatar.jobs.quotas import LEAST_ROOM, NoRoomError, Quotas
 from stableavatar.jobs.store import JobStore
 from stableavatar.jobs.worker import FAULT, NO_MODEL, TOO_LITTLE_MEMORY, ModelChoice, make, run_worker
-from stableavatar.journal import Journal, SavedState
+from stableavatar.journal import HeldError, Journal, SavedState
 from stableavatar.media.audio import Sound
 from stableavatar.media.files import locked
 from stableavatar.media.following import follow
@@ -68,16 +68,14 @@ def test_a_worker_makes_the_video_that_generate_makes(
     assert jobs.totals()["video_seconds"] == pytest.approx(0.6)
 
 
-def test_a_video_that_another_process_holds_waits_for_it(
-    jobs: JobStore, pipeline: AvatarPipeline, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_video_that_another_process_holds_waits_for_it(jobs: JobStore, pipeline: AvatarPipeline) -> None:
     """One that could not even be killed: nothing of what it saved is lost."""
-    monkeypatch.setattr(worker_module, "_HELD_SECONDS", 0)
     job = interrupted(jobs, pipeline)
     with contextlib.closing(locked(journal_folder(job.output) / "lock")):
         taken = jobs.take("worker-1")
         assert taken is not None
-        make(jobs, taken, pipeline, MODEL)
+        with pytest.raises(HeldError):
+            make(jobs, taken, pipeline, MODEL)
         assert found(jobs, job).state == "queued"
         assert journal_index(job.output).exists()
     taken = jobs.take("worker-1")
@@ -294,6 +292,7 @@ def test_a_full_disk_loses_no_job(
     assert jobs.take("worker-0", stopped_alone=True) is None
     jobs.take("worker-0")
     jobs.give_back(other.id)
+    journal_folder(other.output).mkdir()
     jobs.cancel("ann", other.id)
     assert found(jobs, other).state == "queued"
     assert jobs.take("worker-0", stopped_alone=True) is not None
@@ -413,6 +412,26 @@ def test_a_table_that_cannot_be_read_for_a_moment_fails_no_video(
         make(jobs, taken, pipeline, MODEL, locked)
     assert len(asked) >= 3
     assert found(jobs, job).state == "completed"
+
+
+@pytest.mark.usefixtures("in_this_process")
+def test_a_table_that_cannot_be_used_for_a_moment_ends_no_worker(
+    jobs: JobStore, pipeline: AvatarPipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    take, tried = JobStore.take, list[str]()
+
+    def full(store: JobStore, name: str, **how: Any) -> Job | None:
+        tried.append(name)
+        if len(tried) < 3:
+            raise sqlite3.OperationalError("database or disk is full")
+        os.kill(os.getpid(), signal.SIGTERM)
+        return take(store, name, **how)
+
+    monkeypatch.setattr(ModelChoice, "load", lambda _: pipeline)
+    monkeypatch.setattr(worker_module, "_RETRY_SECONDS", 0.0)
+    monkeypatch.setattr(JobStore, "take", full)
+    run_worker("worker-0", jobs.folder, MODEL, ctypes.c_ulonglong())
+    assert len(tried) == 3
 
 
 @pytest.mark.usefixtures("in_this_process")

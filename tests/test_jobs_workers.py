@@ -126,13 +126,19 @@ def test_a_worker_that_cannot_even_be_killed_is_replaced(jobs: JobStore) -> None
     assert undying.killed
 
 
-def test_a_server_ends_though_a_worker_does_not(jobs: JobStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    """multiprocessing would wait for it."""
+@pytest.mark.parametrize("replaced", [False, True])
+def test_a_server_ends_though_a_worker_does_not(
+    jobs: JobStore, monkeypatch: pytest.MonkeyPatch, replaced: bool
+) -> None:
+    """multiprocessing would wait for it, also where another one has taken its place."""
     at_exit: list[tuple[object, ...]] = []
     monkeypatch.setattr(atexit, "register", lambda *what: at_exit.append(what))
-    workers = Workers(jobs, [MODEL])
+    workers = Workers(jobs, [MODEL], hung_seconds=5.0)
     keeper, undying = workers._keepers[0], Undying()
-    keeper.process = undying  # type: ignore[assignment]
+    if replaced:
+        keeper._watch(undying, ctypes.c_ulonglong(1))  # type: ignore[arg-type]
+    else:
+        keeper.process = undying  # type: ignore[assignment]
     keeper.thread = threading.Thread(target=lambda: None)
     keeper.thread.start()
     workers.stop(0.1)

@@ -6,6 +6,7 @@ import os
 import shutil
 import threading
 from collections.abc import AsyncIterator
+from contextlib import ExitStack
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
@@ -17,9 +18,10 @@ from gradio.utils import get_upload_folder
 from starlette.testclient import TestClient
 
 from serving import until
-from stableavatar.apps.web import gallery, talk
+from stableavatar.apps.web import gallery
 from stableavatar.apps.web.downloads import Downloads
-from stableavatar.apps.web.guard import Guard
+from stableavatar.apps.web.filling import FIELDS
+from stableavatar.apps.web.guard import _MOST_ARRIVING, Guard
 from stableavatar.apps.web.studio import Scratch, cookies_of, guarded, sent
 from stableavatar.apps.web.texts import TEXTS, Texts, preferred
 from stableavatar.errors import InputError
@@ -60,7 +62,7 @@ def test_every_text_is_in_both_languages() -> None:
 
 
 def test_the_form_has_every_option_that_a_request_may_choose() -> None:
-    assert set(OPTIONS) - {"order"} <= set(talk._FIELDS)  # the order is *First frames at once*
+    assert set(OPTIONS) - {"order"} <= set(FIELDS)  # the order is *First frames at once*
     for name in ("guidance", "overlap_weights", "speech_normalisation", "fit"):
         kind = get_type_hints(GenerateOptions)[name]
         assert all(f"{name}_{choice}" in TEXTS for choice in get_args(kind)), name
@@ -122,6 +124,7 @@ def test_the_gallery_names_every_setting_in_both_languages() -> None:
         for name in ("order", "aspect", "fit", "guidance", "overlap_weights", "speech_normalisation"):
             choices = get_args(get_type_hints(GenerateOptions)[name])
             assert not [it for it in choices if gallery._valued(name, it, language) not in said]
+        assert gallery._valued("model", "tiny", language) == "tiny"
 
 
 async def _application(scope: Any, receive: Any, send: Any) -> None:
@@ -168,12 +171,19 @@ def test_files_for_which_there_is_no_room_are_refused_before_they_are_read(
     client = TestClient(guard, base_url="http://127.0.0.1")
     upload = functools.partial(client.post, "/zh/gradio_api/upload")
     assert upload(content=bytes(1000)).status_code == 200
-    assert upload(content=bytes(1001)).status_code == 507
+    refused = upload(content=bytes(1001))
+    assert (refused.status_code, refused.text) == (507, Texts("zh")["no_room_for_file"])
+    assert int(refused.headers["retry-after"]) > 0
     assert upload(content=iter([b"of a length that is not said"])).status_code == 507
     assert client.post("/zh/gradio_api/queue/join", content=bytes(2000)).status_code == 200
-    assert upload(content=b"...", headers={"content-length": "9" * 5000}).status_code == 507
+    assert upload(content=b"...", headers={"content-length": "9" * 5000}).status_code == 413
     assert guard.arriving._bytes == 0
-    for unused in ("component_server", "process_recording"):
+    with ExitStack() as others:
+        for _ in range(_MOST_ARRIVING):
+            others.enter_context(guard.arriving.kept(0))
+        assert upload(content=bytes(1000)).status_code == 507
+    assert upload(content=bytes(1000)).status_code == 200
+    for unused in ("component_server", "process_recording", "deep_link"):
         assert client.post(f"/en/gradio_api/{unused}", content=b"...").status_code == 404
 
 

@@ -1,23 +1,37 @@
 """What a server does not take: too much at a time, what its model or its disk cannot hold, and anything at its end."""
 
 import asyncio
+import errno
+import gc
+import resource
+import sqlite3
+import time
 from collections.abc import Iterator
+from multiprocessing.connection import Client, Connection
 from pathlib import Path
 
 import pytest
-from fastapi import FastAPI
-from fastapi.responses import Response, StreamingResponse
+from fastapi import FastAPI, Request
+from fastapi.responses import Response
 from fastapi.testclient import TestClient
+from starlette.exceptions import HTTPException
 from starlette.types import Message, Receive, Scope, Send
 
 from served import QUICK, ask, asked, files_to_send, served, store_of
+from serving import until
+from stableavatar.apps import arriving
+from stableavatar.apps.arriving import counted
+from stableavatar.apps.running import _open_many_files
+from stableavatar.apps.server import videos
 from stableavatar.apps.server.access import Gate, Keys
 from stableavatar.apps.server.app import Service, create_app
+from stableavatar.apps.server.schemas import Video
 from stableavatar.apps.watching import ManyWatchError, Viewers
 from stableavatar.errors import InputError
 from stableavatar.jobs.intake import EndingError, FileChecker, Found, Limits
 from stableavatar.jobs.job import Job
 from stableavatar.jobs.quotas import LEAST_ROOM, Quotas
+from stableavatar.jobs.sessions import SessionLine
 from stableavatar.jobs.store import JobStore
 from stableavatar.options import GenerateOptions, SamplingDefaults
 from stored_jobs import add
@@ -148,24 +162,138 @@ async def _watch(store: JobStore) -> None:
     of_ann, of_bob, of_eve = (add(store, owner) for owner in ("ann", "bob", "eve"))
 
     async def watch(job: Job) -> None:
-        answer = viewers.live_response(store, job, gone)
-        assert isinstance(answer, StreamingResponse)
-        async for _ in answer.body_iterator:
-            pass
+        await viewers.live_response(store, job, gone)({"type": "http"}, _until_the_end, _take)
 
     watching = [asyncio.create_task(watch(of_ann))]
     await asyncio.sleep(0)
     with pytest.raises(ManyWatchError):
         viewers.live_response(store, of_ann, gone)
-    viewers.live_response(store, of_eve, gone)
+    asked = viewers.live_response(store, of_eve, gone)  # of which nothing was sent yet
+    with pytest.raises(ManyWatchError):
+        viewers.live_response(store, of_eve, gone)
+    with pytest.raises(ManyWatchError):
+        viewers.live_response(store, of_bob, gone)
+    del asked  # nor ever is
+    gc.collect()
     watching.append(asyncio.create_task(watch(of_bob)))
     await asyncio.sleep(0)
     with pytest.raises(ManyWatchError):
         viewers.live_response(store, of_eve, gone)
     watching[0].cancel()
     await asyncio.wait(watching[:1])
-    viewers.live_response(store, of_ann, gone)
-    watching[1].cancel()
+    watching.append(asyncio.create_task(watch(of_ann)))
+    await asyncio.sleep(0)
+    for it in watching:
+        it.cancel()
+    await asyncio.wait(watching)
+    assert not viewers._watching
+
+
+async def _until_the_end() -> Message:
+    await asyncio.Event().wait()
+    raise AssertionError
+
+
+async def _take(_message: Message) -> None:
+    """Who watches."""
+
+
+def test_few_listen_to_videos_at_a_time(
+    client: TestClient, files: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    video = asked(client, files)
+    client.post(f"/v1/videos/{video}/cancel")
+    listeners = client.app.state.listeners  # type: ignore[attr-defined]
+    answered, counts = videos._answer, list[int]()
+
+    def answer_and_count(request: Request, job: Job) -> Video:
+        counts.append(len(listeners._watching))
+        return answered(request, job)
+
+    monkeypatch.setattr(videos, "_answer", answer_and_count)
+    for _ in range(20):  # one after the other
+        answer = client.get(f"/v1/videos/{video}/events")
+        assert "event: cancelled" in answer.text
+    assert counts == [1] * 20
+    assert not listeners._watching
+    for _ in range(8):
+        listeners.come("ann")
+    answer = client.get(f"/v1/videos/{video}/events")
+    assert (answer.status_code, answer.json()["error"]["code"]) == (429, "busy")
+    assert int(answer.headers["retry-after"]) > 0
+    assert len(listeners._watching) == 8
+
+
+def test_a_request_of_which_nothing_comes_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not one that has come, and waits for its answer."""
+    monkeypatch.setattr(arriving, "_SILENT_SECONDS", 0.1)
+    asyncio.run(_stall())
+
+
+async def _stall() -> None:
+    pieces = [{"type": "http.request", "body": b"ab", "more_body": True}]
+
+    async def receive() -> Message:
+        if not pieces:
+            await asyncio.sleep(0.5)
+            return {"type": "http.disconnect"}
+        return pieces.pop(0)
+
+    stalled = counted(receive, 10, AssertionError)
+    assert (await stalled())["body"] == b"ab"
+    with pytest.raises(HTTPException) as given_up:
+        await stalled()
+    assert given_up.value.status_code == 408
+    pieces.append({"type": "http.request", "body": b"ab", "more_body": False})
+    complete = counted(receive, 10, AssertionError)
+    await complete()
+    assert (await complete())["type"] == "http.disconnect"
+
+
+def test_a_table_that_cannot_be_used_is_a_fault_of_the_server(
+    client: TestClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise sqlite3.OperationalError("database or disk is full")
+
+    monkeypatch.setattr(JobStore, "list", full)
+    answer = client.get("/v1/videos")
+    error = answer.json()["error"]
+    assert (answer.status_code, error["type"], error["code"]) == (503, "server_error", "no_table")
+    assert int(answer.headers["retry-after"]) > 0
+    described = client.get("/openapi.json").json()["paths"]["/v1/videos"]["post"]["responses"]
+    waits = {it for it in described if "Retry-After" in described[it].get("headers", {})}
+    assert waits == {"429", "503", "507"}
+    assert "retry-after" not in client.get("/v1/videos/video_").headers
+
+
+def test_a_server_may_have_as_many_files_open_as_its_system_lets_it() -> None:
+    before = soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (min(soft, 512), hard))
+        _open_many_files()
+        most = 65_536 if hard == resource.RLIM_INFINITY else min(hard, 65_536)
+        assert resource.getrlimit(resource.RLIMIT_NOFILE) == (most, hard)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+def test_where_no_more_files_can_be_open_sessions_are_waited_for_in_peace(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried: list[float] = []
+
+    def full() -> Connection:
+        tried.append(time.monotonic())
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    line = SessionLine(JobStore(tmp_path / "jobs"))
+    with monkeypatch.context() as patch:
+        patch.setattr(line._listener, "accept", full)
+        Client(line._listener.address, authkey=line._key).close()  # ends the waiting for the last one
+        until(lambda: len(tried) >= 3)
+    assert tried[2] - tried[0] >= 0.2
+    line.close()
 
 
 def test_at_its_end_a_server_says_that_it_ends(client: TestClient, files: dict[str, bytes]) -> None:

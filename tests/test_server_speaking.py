@@ -23,6 +23,7 @@ from websockets.sync.client import connect
 import stableavatar
 from media_files import write_wav
 from serving import QUICK, Server, files_to_send, servers_of, states, until
+from spoken import StalledSession, spoken
 from stableavatar.apps.server import speaking
 from stableavatar.apps.server.access import Keys
 from stableavatar.apps.server.app import Service, create_app
@@ -172,12 +173,6 @@ def test_a_session_that_cannot_be_is_refused(tmp_path: Path, first: Any, words: 
     assert list((tmp_path / "jobs" / "incoming").iterdir()) == []
 
 
-def spoken(files: dict[str, bytes]) -> dict[str, Any]:
-    """How a session of the toy model begins."""
-    options = {"steps": 1, "text_scale": 1.0, "audio_scale": 1.0, "size": "48x48"}
-    return {"type": "start", "portrait": base64.b64encode(files["portrait"]).decode(), "options": options}
-
-
 def articulated_speech(seconds: float, rate: int = 16_000) -> Any:
     """The demo's sentence, 16-bit samples."""
     demo = Path(stableavatar.__file__).parent / "assets" / "demo" / "speech.flac"
@@ -204,30 +199,6 @@ def test_a_session_that_lasts_too_long_is_told_so(
         assert "too long" in answer["error"]["message"]
         with pytest.raises(WebSocketDisconnect):
             line.receive_json()
-
-
-class StalledSession:
-    """Whose worker says nothing."""
-
-    answered = True
-
-    def __init__(self) -> None:
-        self.closed = threading.Event()
-
-    def say(self, _samples: bytes) -> None:
-        pass
-
-    def end_speech(self) -> None:
-        pass
-
-    def wait(self, _patience: float) -> bool:
-        return True
-
-    def receive(self) -> None:
-        self.closed.wait(60)
-
-    def close(self) -> None:
-        self.closed.set()
 
 
 ANN = "a-key-of-ann-that-is-long"
@@ -386,27 +357,6 @@ def test_a_lone_byte_at_the_end_is_no_sample(tmp_path: Path) -> None:
     session.end_speech()
     assert (worker.recv_bytes(), worker.recv_bytes()) == (SPEECH + b"ab", END)
     session.close()
-
-
-@pytest.mark.parametrize("text", ["", "no JSON", '{"type": "ping"}', '["end"]'])
-def test_texts_other_than_the_end_are_refused(
-    files: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str
-) -> None:
-    service = Service(tmp_path / "jobs", [ModelChoice("toy")])
-    app = create_app(service, service.store())
-    monkeypatch.setattr(app.state.line, "open", lambda *_: StalledSession())
-    with (
-        TestClient(app, base_url="http://127.0.0.1") as client,
-        client.websocket_connect("ws://127.0.0.1/v1/sessions") as line,
-    ):
-        line.send_json(spoken(files))
-        assert line.receive_json()["type"] == "ready"
-        line.send_text(text)
-        error = line.receive_json()["error"]
-        assert (error["code"], error["type"]) == ("bad_message", "invalid_request_error")
-        with pytest.raises(WebSocketDisconnect) as ended:
-            line.receive_json()
-        assert ended.value.code == 1008
 
 
 def test_speech_that_the_disk_has_no_room_for_is_told() -> None:

@@ -13,7 +13,9 @@ from pathlib import Path
 import uvicorn
 from starlette.types import ASGIApp
 
+from stableavatar.apps.arriving import upload_folder
 from stableavatar.errors import CheckpointError, InputError
+from stableavatar.jobs.apart import ENDING
 from stableavatar.jobs.store import JobStore
 from stableavatar.jobs.workers import Workers
 from stableavatar.media.files import reason_of
@@ -28,6 +30,7 @@ _CLOSE_SECONDS = 5  # that answers that go on may take after the server is told 
 _EXPIRE_SECONDS = 60.0
 _LOOK_SECONDS = 0.1
 _UPLOAD_SECONDS = 86_400.0
+_MOST_FILES = 65_536
 
 
 def listen(host: str, port: int) -> tuple[socket.socket, str]:
@@ -114,14 +117,17 @@ def run_with_workers(
                     workers.store.expire_without_video(forget_seconds)
             except sqlite3.Error as error:
                 logger.error("videos cannot be removed (%s)", error)
-            _remove_broken_uploads(workers.store.temporary / "gradio")
+            _remove_broken_uploads(upload_folder())
 
     def end_workers_too() -> None:
         while not ended.wait(_LOOK_SECONDS):
             if server.should_exit:  # answers may go on for a while; workers need not wait for them
+                ENDING.set()
                 workers.tell_to_end()
                 return
 
+    _open_many_files()
+    ENDING.clear()
     try:
         workers.start()
         for task in (wait_for_model, expire, end_workers_too):
@@ -130,9 +136,22 @@ def run_with_workers(
     finally:
         listener.close()
         ended.set()
+        ENDING.set()
         workers.stop(save_seconds)
     if failed:
         raise failed[0]
+
+
+def _open_many_files() -> None:
+    """Let this process, and its workers, have as many open as they may: every connection is one, and shells
+    give few to who does not ask."""
+    with contextlib.suppress(ImportError, OSError, ValueError):  # Windows has no such limit
+        import resource
+
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        most = _MOST_FILES if hard == resource.RLIM_INFINITY else min(hard, _MOST_FILES)
+        if soft != resource.RLIM_INFINITY and soft < most:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
 
 def _remove_broken_uploads(folder: Path) -> None:

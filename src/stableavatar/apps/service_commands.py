@@ -201,7 +201,10 @@ def app(
     ] = Path("checkpoints"),
     downloads: Annotated[
         bool,
-        typer.Option("--downloads", help="With another --host, or --allow-host, too: visitors may have it download weights."),
+        typer.Option(
+            "--downloads",
+            help="With another --host, or --allow-host, too: visitors may have it download weights.",
+        ),
     ] = False,
     vocals: Annotated[
         Path | None,

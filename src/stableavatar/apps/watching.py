@@ -3,8 +3,10 @@
 import asyncio
 import contextlib
 import io
+import threading
+import weakref
 from collections import Counter
-from collections.abc import AsyncGenerator, AsyncIterator, Generator, Iterator
+from collections.abc import AsyncGenerator, Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +43,22 @@ class Viewers:
 
     def __init__(self, most: int = 48, most_each: int = 8) -> None:
         self._most, self._most_each = most, most_each
-        self._watching: Counter[str] = Counter()
+        self._watching: dict[object, str] = {}  # owners
+        self._lock = threading.Lock()
+
+    def come(self, owner: str) -> Callable[[], None]:
+        """One more watches, until what is returned is called. Raises ManyWatchError: too many do already."""
+        place = object()
+        with self._lock:
+            watching = Counter(self._watching.copy().values())
+            if watching[owner] >= self._most_each or watching.total() >= self._most:
+                raise ManyWatchError("Too many watch videos in the making. Ask again in a moment.")
+            self._watching[place] = owner
+
+        def go() -> None:  # without the lock: what nobody has any more may be found out while it is held
+            self._watching.pop(place, None)
+
+        return go
 
     def live_response(self, store: JobStore, job: Job, gone: Response) -> Response:
         """The video while it is made, from its beginning on, as fragmented MP4; once it is complete, its
@@ -55,21 +72,23 @@ class Viewers:
         """
         if job.is_finished and job.video is not None:
             return video_response(job, job.video, gone, live=True)
-        if self._watching[job.owner] >= self._most_each or self._watching.total() >= self._most:
-            raise ManyWatchError("Too many watch videos in the making. Ask again in a moment.")
-        return StreamingResponse(
-            self._counted(store, job), media_type="video/mp4", headers={"Cache-Control": "no-store"}
-        )
+        return _LiveVideo(_live_bytes(store, job), self.come(job.owner))
 
-    async def _counted(self, store: JobStore, job: Job) -> AsyncIterator[bytes]:
-        self._watching[job.owner] += 1
+
+class _LiveVideo(StreamingResponse):
+    """A video in the making; `ended` is called once, also where nothing of it is ever sent."""
+
+    def __init__(self, pieces: AsyncGenerator[bytes], ended: Callable[[], None]) -> None:
+        super().__init__(pieces, media_type="video/mp4", headers={"Cache-Control": "no-store"})
+        self._pieces = pieces
+        self._ended = weakref.finalize(self, ended)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            async with contextlib.aclosing(_live_bytes(store, job)) as pieces:
-                async for piece in pieces:
-                    yield piece
+            async with contextlib.aclosing(self._pieces):
+                await super().__call__(scope, receive, send)
         finally:
-            self._watching[job.owner] -= 1
-            self._watching += Counter()  # without those that have none
+            self._ended()
 
 
 def video_response(job: Job, path: Path, gone: Response, *, live: bool = False) -> Response:

@@ -2,6 +2,7 @@
 library, or keeps it busy for ever, takes nothing else along."""
 
 import contextlib
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, wait
@@ -15,6 +16,8 @@ from stableavatar.lifetimes import end_with_parent
 # Enough for the largest picture that is taken by default, and the libraries.
 _MEMORY = 6 * 2**30
 _LOOK_SECONDS = 0.2
+# Set when this process is told to end, which would wait for the threads that wait for such work.
+ENDING = threading.Event()
 
 
 class BrokenFileError(StableAvatarError):
@@ -44,14 +47,14 @@ def run_apart(
 
     Raises:
         BrokenFileError: it took more than so many seconds, or was lost.
-        StoppedError: `stop` said so.
+        StoppedError: `stop` said so, or this process ends.
     """
     pool = start_process()
     until = time.monotonic() + seconds
     try:
         made = pool.submit(work, *arguments)
         while not wait([made], min(_LOOK_SECONDS, max(until - time.monotonic(), 0.0))).done:
-            if stop():
+            if ENDING.is_set() or stop():
                 raise StoppedError("Stopped.")
             if time.monotonic() >= until:
                 raise BrokenFileError(f"it took more than {seconds:g} s")

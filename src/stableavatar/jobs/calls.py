@@ -32,7 +32,7 @@ class Calls:
 
     def claim(self, worker: str) -> bool:
         """Whether this worker, which makes a video, is to put it aside for a session: of several workers one
-        is, and none where another has been free for it."""
+        is, and none where another has been free for it. One that becomes free meanwhile may still answer."""
         late = time.time() - _GRACE_SECONDS
         open_to = "worker IS NULL AND (claimed IS NULL OR claimed = ?) AND called < ?"
         with self._database.reading() as database:
@@ -59,8 +59,8 @@ class Calls:
             return None
         with self._database.transaction(durable=False) as database:
             row = database.execute(
-                "UPDATE sessions SET worker = ? WHERE number = (SELECT MIN(number) FROM sessions "
-                "WHERE worker IS NULL AND (claimed IS NULL OR claimed = ?)) RETURNING id, request",
-                (worker, worker),
+                "UPDATE sessions SET worker = ? WHERE number = "
+                "(SELECT MIN(number) FROM sessions WHERE worker IS NULL) RETURNING id, request",
+                (worker,),
             ).fetchone()
         return None if row is None else {"id": row["id"], **json.loads(row["request"])}

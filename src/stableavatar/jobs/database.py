@@ -5,6 +5,7 @@ answered survives a kill.
 """
 
 import json
+import os
 import sqlite3
 import threading
 from collections.abc import Iterator, Mapping
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from stableavatar.errors import InputError
+from stableavatar.media.files import reason_of
 
 _BUSY_SECONDS = 30.0
 _SCHEMA_VERSION = 2
@@ -73,6 +75,7 @@ class Database:
         self.file = file
         self._local = threading.local()
         try:
+            self._keep_private()
             with self.transaction() as database:
                 version = database.execute("PRAGMA user_version").fetchone()[0]
                 if version > _SCHEMA_VERSION:
@@ -83,9 +86,20 @@ class Database:
                     for statement in _SCHEMA.split(";"):
                         database.execute(statement)
                     database.execute(f"PRAGMA user_version = {_SCHEMA_VERSION}")
-            file.chmod(0o600)
         except sqlite3.Error as error:
             raise InputError(f"{file}: cannot be used ({error})") from error
+        except OSError as error:
+            raise InputError(f"{file}: cannot be used ({reason_of(error)})") from error
+
+    def _keep_private(self) -> None:
+        """Other accounts of this machine have no business in the file, nor in those that SQLite has beside
+        it, which are made as it is."""
+        # Not opened where it is there: to close a file ends the locks that this process has on it.
+        with suppress(FileExistsError):
+            os.close(os.open(self.file, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
+        for ending in ("", "-wal", "-shm"):
+            with suppress(FileNotFoundError):
+                self.file.with_name(self.file.name + ending).chmod(0o600)
 
     def migrate(self) -> None:
         """Bring a file of an earlier release up to this one; nobody else uses it."""

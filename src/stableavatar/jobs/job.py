@@ -29,7 +29,6 @@ class Job:
         result: of a completed one, the settings that repeat it, and its `frame_count`.
         error: a sentence, of a failed one.
         stopping: it was asked to stop.
-        crashes: how many workers were lost at it since one saved more of it.
     """
 
     number: int
@@ -45,7 +44,6 @@ class Job:
     result: Mapping[str, Any] | None = None
     error: str | None = None
     stopping: bool = False
-    crashes: int = 0
     folder: Path = field(default=Path(), compare=False)
 
     @property

@@ -16,6 +16,7 @@ import socket
 import sqlite3
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from multiprocessing import AuthenticationError
 from multiprocessing.connection import Client, Connection, Listener
@@ -43,6 +44,8 @@ SPEECH, END = b"s", b"e"
 VIDEO, PROGRESS, ERROR, DONE = b"v", b"p", b"x", b"d"
 
 _FULL_SCALE = 32768.0
+_RETRY_SECONDS = 0.1
+_WAKE_SECONDS = 1.0
 _PASSED_ON = 2**16  # bytes of speech in a message, an even number
 # Time for pictures is short.
 _PRESET: Preset = "veryfast"
@@ -211,16 +214,25 @@ class SessionLine:
     def close(self) -> None:
         """Take no more."""
         self._closing = True
-        with contextlib.suppress(OSError):  # wakes `accept`
-            Client(self._listener.address, authkey=self._key).close()
+        waking = threading.Thread(target=self._wake, daemon=True)
+        waking.start()
+        waking.join(_WAKE_SECONDS)  # nobody may accept it any more: then closing ends it
         self._listener.close()
+
+    def _wake(self) -> None:
+        """What waits in `accept`."""
+        with contextlib.suppress(OSError, EOFError, AuthenticationError):
+            Client(self._listener.address, authkey=self._key).close()
 
     def _accept(self) -> None:
         while not self._closing:
             try:
                 connection = self._listener.accept()
                 session_id = connection.recv_bytes().decode()
-            except (AuthenticationError, EOFError, OSError, ValueError):
+            except (AuthenticationError, EOFError, ValueError):
+                continue
+            except OSError:  # such as too many open files, until some are closed
+                time.sleep(_RETRY_SECONDS)
                 continue
             session = self._waiting.pop(session_id, None)
             if session is None:

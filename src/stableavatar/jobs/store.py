@@ -12,7 +12,7 @@ import secrets
 import shutil
 import sqlite3
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -162,14 +162,18 @@ class JobStore:
     def cancel(self, owner: str, job_id: str) -> Job | None:
         """Stop a job: one that waits is cancelled at once, one that is made within a step, and what is there
         of its video is kept. A finished one is left as it is."""
+        if not _ID.fullmatch(job_id):
+            return None
+        output = self._folder(job_id) / VIDEO
         with self._database.transaction() as database:
+            # One that was begun may have frames: a worker that is free puts them into a file.
+            nothing = not output.exists() and not journal_folder(output).exists()
             waited = database.execute(
                 "UPDATE jobs SET state = 'cancelled', finished = ? "
-                "WHERE id = ? AND owner = ? AND state = 'queued' AND started IS NULL",
-                (time.time(), job_id, owner),
+                "WHERE id = ? AND owner = ? AND state = 'queued' AND (started IS NULL OR ?)",
+                (time.time(), job_id, owner, nothing),
             )
             _add_totals(database, {"videos_cancelled": float(waited.rowcount)})
-            # One that was begun may have frames: a worker puts them into a file.
             database.execute(
                 "UPDATE jobs SET stop = 1 WHERE id = ? AND owner = ? AND state IN ('queued', 'in_progress')",
                 (job_id, owner),
@@ -246,26 +250,30 @@ class JobStore:
 
     # Who makes them.
 
-    def take(self, worker: str, *, stopped_alone: bool = False) -> Job | None:
+    def take(self, worker: str, *, stopped_alone: bool = False, without: Collection[str] = ()) -> Job | None:
         """The next job, which is this worker's from now on; None where none waits.
 
         Args:
             stopped_alone: only one that was asked to stop, for which there is nothing to do but to say so.
+            without: ids of jobs that it is not to be.
 
         Owners take turns: the one whose last job was begun longest ago is next, with his oldest job. Jobs
         that were interrupted come first.
         """
+        kind = "AND jobs.stop" if stopped_alone else ""
+        others = f"AND jobs.id NOT IN ({', '.join('?' * len(without))})"
+        open_to = f"jobs.state = 'queued' AND NOT jobs.deleted {kind} {others}"
         with self._database.reading() as database:
-            kind = "AND jobs.stop" if stopped_alone else ""
-            waiting = f"SELECT 1 FROM jobs WHERE state = 'queued' AND NOT deleted {kind} LIMIT 1"
-            if database.execute(waiting).fetchone() is None:
+            waiting = f"SELECT 1 FROM jobs WHERE {open_to} LIMIT 1"
+            if database.execute(waiting, (*without,)).fetchone() is None:
                 return None
         now = time.time()
         with self._database.transaction() as database:
             row = database.execute(
                 "SELECT jobs.id, jobs.owner FROM jobs LEFT JOIN turns USING (owner) "
-                f"WHERE jobs.state = 'queued' AND NOT jobs.deleted {kind} "
-                "ORDER BY jobs.started IS NULL, turns.started NULLS FIRST, jobs.number LIMIT 1"
+                f"WHERE {open_to} "
+                "ORDER BY jobs.started IS NULL, turns.started NULLS FIRST, jobs.number LIMIT 1",
+                (*without,),
             ).fetchone()
             if row is None:
                 return None
@@ -343,7 +351,13 @@ class JobStore:
         had loaded its model."""
         with self._database.transaction() as database:
             ready = database.execute("DELETE FROM workers WHERE name = ?", (name,)).rowcount > 0
-            database.execute("UPDATE sessions SET claimed = NULL WHERE claimed = ?", (name,))
+            # A session that was answered, and is there still, is about to be removed, or was never heard of
+            # that worker: it calls anew.
+            database.execute(
+                "UPDATE sessions SET claimed = NULL, worker = NULLIF(worker, ?1), called = ?2 "
+                "WHERE worker = ?1 OR (worker IS NULL AND claimed = ?1)",
+                (name, time.time()),
+            )
             database.execute(
                 "UPDATE jobs SET state = 'queued', worker = NULL, crashes = crashes + ? "
                 "WHERE worker = ? AND state = 'in_progress'",
@@ -433,7 +447,6 @@ class JobStore:
             result=_parsed(row["result"]),
             error=row["error"],
             stopping=bool(row["stop"]),
-            crashes=row["crashes"],
             folder=self._folder(row["id"]),
         )
 

@@ -46,6 +46,8 @@ _TURN_SECONDS = 20.0
 _REPORT_SECONDS = 0.25
 # Until a video is tried again that another process holds.
 _HELD_SECONDS = 5.0
+# Until the store is tried again where it cannot be used.
+_RETRY_SECONDS = 5.0
 # Below the server, which has to answer while videos are made.
 _NICENESS = 5
 TOO_LITTLE_MEMORY = "there is too little memory for this. Choose fewer pixels, or a shorter video."
@@ -71,7 +73,6 @@ class ModelChoice:
     lora: tuple[str, ...] = ()
     name: str = ""
     checkpoint_every: float = 10.0
-    threads: int | None = None
     sampling: Mapping[str, Any] = field(default_factory=dict)
 
     def told(self) -> dict[str, Any]:
@@ -146,10 +147,6 @@ def run_worker(
     log_to_stderr(verbosity)
     quieten_libraries(verbosity)
     try:
-        if model.threads is not None:
-            import torch
-
-            torch.set_num_threads(model.threads)
         pipeline = model.load()
     except Exception as error:
         if not isinstance(error, StableAvatarError) and not is_out_of_memory(error):
@@ -160,27 +157,91 @@ def run_worker(
     store = JobStore(folder)
     store.worker_ready(name)
     pipeline.origin = model.told()
-    turn_ends = float("-inf")  # of the videos, after a session
-
-    def put_aside() -> bool:
-        return ending() or (time.monotonic() > turn_ends and store.calls.claim(name))
-
-    def take() -> Job | None:
-        """The next job, none while the disk is full: it would break off at once."""
-        return store.take(name, stopped_alone=store.free_bytes() < LEAST_ROOM)
-
+    rounds = _Rounds(name, store, pipeline, model, ending)
     while not ending():
+        try:
+            if not rounds.next():
+                told_to_end.wait(_LOOK_SECONDS)
+        except sqlite3.Error as error:  # such as of a full disk
+            logger.error("%s: the jobs cannot be read or written (%s)", name, error)
+            told_to_end.wait(_RETRY_SECONDS)
+
+
+class _Rounds:
+    """What a worker does, one thing after the other: sessions before videos, and a turn for those between."""
+
+    def __init__(
+        self,
+        name: str,
+        store: JobStore,
+        pipeline: "AvatarPipeline",
+        model: ModelChoice,
+        ending: Callable[[], bool],
+    ) -> None:
+        self._name, self._store, self._pipeline, self._model = name, store, pipeline, model
+        self._ending = ending
+        self._turn_ends = float("-inf")  # of the videos, after a session
+        self._claimed = False  # a session, for which a video was put aside
+        self._making: str | None = None  # a job of which the store has not heard what came of it
+        self._held: dict[str, float] = {}  # jobs of other processes, and until when they are left to those
+
+    def next(self) -> bool:
+        """Do one thing. False: there is nothing to do.
+
+        Raises:
+            sqlite3.Error: the store cannot be used.
+            SystemExit: this process cannot be trusted with another video.
+        """
+        if self._making is not None:
+            self._store.give_back(self._making)  # and made again of what is there, which is soon
+            self._making = None
         # Who speaks one time after the other leaves time for videos between.
-        job = take() if time.monotonic() <= turn_ends else None
-        if job is None and (request := store.calls.answer(name)) is not None:
-            began = time.monotonic()
-            speak({**request, "options": model.for_sessions(request["options"])}, pipeline, ending)
-            ended = time.monotonic()
-            turn_ends = ended + max(_TURN_SECONDS, ended - began)
-        elif (job := job or take()) is None:
-            told_to_end.wait(_LOOK_SECONDS)
-        elif not make(store, job, pipeline, model, put_aside):
+        job = self._take() if time.monotonic() <= self._turn_ends else None
+        if job is None and (request := self._store.calls.answer(self._name)) is not None:
+            self._speak(request)
+            return True
+        if self._claimed:  # by somebody who has hung up, or was answered by another worker
+            self._claimed = False
+            self._turn_ends = time.monotonic() + _TURN_SECONDS
+        job = job or self._take()
+        if job is not None:
+            self._make(job)
+        return job is not None
+
+    def _take(self) -> Job | None:
+        """The next job, none while the disk is full: it would break off at once."""
+        now = time.monotonic()
+        self._held = {job_id: until for job_id, until in self._held.items() if until > now}
+        full = self._store.free_bytes() < LEAST_ROOM
+        return self._store.take(self._name, stopped_alone=full, without=self._held)
+
+    def _speak(self, request: dict[str, Any]) -> None:
+        self._claimed = False
+        began = time.monotonic()
+        options = self._model.for_sessions(request["options"])
+        speak({**request, "options": options}, self._pipeline, self._ending)
+        ended = time.monotonic()
+        self._turn_ends = ended + max(_TURN_SECONDS, ended - began)
+
+    def _make(self, job: Job) -> None:
+        self._making = job.id
+        try:
+            trusted = make(self._store, job, self._pipeline, self._model, self._put_aside)
+        except HeldError as error:  # by a process that was given up and has not ended
+            logger.warning("%s of %s: %s", job.id, job.owner, error)
+            self._held[job.id] = time.monotonic() + _HELD_SECONDS
+            trusted = True
+        self._making = None
+        if not trusted:
             sys.exit(FAULTY)
+
+    def _put_aside(self) -> bool:
+        """Whether a video is to wait: the worker ends, or somebody wants to speak."""
+        if self._ending():
+            return True
+        if time.monotonic() > self._turn_ends and self._store.calls.claim(self._name):
+            self._claimed = True
+        return self._claimed
 
 
 def make(
@@ -194,6 +255,10 @@ def make(
 
     Returns:
         Whether this process can be trusted with another one: after a fault of a device it cannot.
+
+    Raises:
+        HeldError: another process has it; it was given back.
+        sqlite3.Error: what came of it cannot be said in the store.
     """
     logger.info("%s of %s: begun", job.id, job.owner)
     began = time.monotonic()
@@ -201,26 +266,25 @@ def make(
         result = _generate(store, job, pipeline, model, ending)
     except StoppedError:
         if store.should_stop(job.id):
-            _forget_state(job)
             store.finish(job.id, "cancelled")
+            _forget_state(job)
         else:
             store.give_back(job.id)
-    except HeldError as error:  # by a process that was given up and has not ended
-        logger.warning("%s of %s: %s", job.id, job.owner, error)
-        time.sleep(_HELD_SECONDS)
+    except HeldError:
         store.give_back(job.id)
+        raise
     except StableAvatarError as error:
         logger.warning("%s of %s: %s", job.id, job.owner, error)
         if isinstance(error, StorageError) and _lacks_room(store, job):
             store.give_back(job.id)  # it goes on where it was once there is room
             return True
-        _forget_state(job)
         store.finish(job.id, "failed", error=without_folder(str(error).removesuffix(GO_ON), job.folder))
+        _forget_state(job)
     except Exception as error:
         logger.exception("%s of %s", job.id, job.owner)
-        _forget_state(job)
         little = is_out_of_memory(error)
         store.finish(job.id, "failed", error=TOO_LITTLE_MEMORY if little else FAULT)
+        _forget_state(job)
         return little
     else:
         logger.info("%s of %s: made in %.1f s", job.id, job.owner, time.monotonic() - began)

@@ -95,7 +95,8 @@ class Workers:
             process.kill()
         for keeper in self._keepers:
             keeper.thread.join(2 * _DYING_SECONDS)
-        if stuck := self.processes():
+        given_up = [process for keeper in self._keepers for process in keeper.given_up]
+        if stuck := {it for it in given_up if it.is_alive()}.union(self.processes()):
             logger.error("%s do not end", ", ".join(f"{it.name} (process {it.pid})" for it in stuck))
             atexit.register(os._exit, 1)  # else this process would wait for them at its end
 
@@ -118,6 +119,7 @@ class _Keeper:
         self._name = name
         self._model = model
         self.process: SpawnProcess | None = None
+        self.given_up: list[SpawnProcess] = []  # that did not end when they were killed
         self.no_model = threading.Event()
         self.thread = threading.Thread(target=self._keep, name=name, daemon=True)
 
@@ -172,6 +174,7 @@ class _Keeper:
                 process.join(_DYING_SECONDS)
                 if process.is_alive():
                     logger.error("%s does not end; another one takes its place", self._name)
+                    self.given_up.append(process)
                 return
 
     def _settle(self, *, crashed: bool) -> bool:

@@ -10,9 +10,9 @@ from typing import Annotated
 from fastapi import Depends, HTTPException, Request, Security
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from starlette.requests import HTTPConnection
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
-from stableavatar.apps.arriving import Arriving, announced_bytes
+from stableavatar.apps.arriving import Arriving, announced_bytes, counted
 from stableavatar.apps.origins import host_of, is_local, origin_of
 from stableavatar.apps.server.schemas import ApiError, answer_error, no_room
 from stableavatar.errors import InputError
@@ -168,23 +168,14 @@ class Gate:
         except ApiError as error:
             await answer_error(error)(scope, receive, send)
             return
-        taken = 0
-
-        async def counted() -> Message:
-            nonlocal taken
-            message = await receive()
-            taken += len(message.get("body", b""))
-            if taken > self.most:
-                raise HTTPException(413, str(self._too_much()))
-            return message
-
+        receive = counted(receive, self.most, lambda: HTTPException(413, str(self._too_much())))
         if not brings_files:
-            await self.app(scope, counted, send)
+            await self.app(scope, receive, send)
             return
         self._arriving[owner] += 1
         try:
             with self._room.kept(comes):
-                await self.app(scope, counted, send)
+                await self.app(scope, receive, send)
         finally:
             self._arriving[owner] -= 1
             self._arriving += Counter()  # without those that have none

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import anyio
 import anyio.to_thread
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -21,7 +22,7 @@ from stableavatar.apps.running import THREADS, keep_temporary_files, listen, run
 from stableavatar.apps.server import health, speaking, videos
 from stableavatar.apps.server.access import Gate, Keys, check_host
 from stableavatar.apps.server.health import Counted, Metrics
-from stableavatar.apps.server.schemas import ApiError, ErrorBody, ErrorDetail, answer_error
+from stableavatar.apps.server.schemas import RETRY_AFTER, ApiError, ErrorBody, answer_error, fault
 from stableavatar.apps.watching import Viewers
 from stableavatar.jobs.intake import FileChecker, Limits
 from stableavatar.jobs.sessions import SessionLine
@@ -101,7 +102,9 @@ def create_app(service: Service, store: JobStore) -> FastAPI:
     app.state.checker = checker
     app.state.line = line
     app.state.speaking = set()
+    app.state.session_threads = anyio.CapacityLimiter(speaking.MOST_SESSIONS)
     app.state.viewers = Viewers()
+    app.state.listeners = Viewers()
     app.state.beginning = Counter()
     app.state.metrics = Metrics(store)
     app.include_router(videos.router)
@@ -155,9 +158,7 @@ async def _api_error(_request: Request, error: Exception) -> JSONResponse:
 
 async def _fault(_request: Request, error: Exception) -> JSONResponse:
     """What nobody foresaw; the log has its traceback."""
-    if isinstance(error, sqlite3.Error):
-        return _error(503, "the server's table of videos cannot be used now", code="no_table")
-    return _error(500, "the server has met a fault of its own; its log says more", code="fault")
+    return answer_error(fault(error))
 
 
 async def _invalid(_request: Request, error: Exception) -> JSONResponse:
@@ -178,17 +179,28 @@ async def _http_error(_request: Request, error: Exception) -> JSONResponse:
 
 
 def _error(status: int, message: str, *, code: str, param: str | None = None) -> JSONResponse:
-    detail = ErrorDetail(message=message, type="invalid_request_error", param=param, code=code)
-    return JSONResponse(ErrorBody(error=detail).model_dump(), status)
+    kind = "server_error" if status >= 500 else "invalid_request_error"
+    return answer_error(ApiError(status, message, code=code, param=param, kind=kind))
+
+
+_RETRY_HEADER = {
+    "description": "Seconds until another try may be taken.",
+    "schema": {"type": "integer"},
+}
 
 
 def _openapi(app: FastAPI) -> dict[str, Any]:
-    """The description, without the answer 422 that FastAPI adds: what it stands for is 400 here."""
+    """The description, without the answer 422 that FastAPI adds: what it stands for is 400 here; and with
+    the headers of errors."""
     if app.openapi_schema is None:
         schema = FastAPI.openapi(app)
         for path in schema["paths"].values():
             for operation in path.values():
                 operation["responses"].pop("422", None)
+                for status in RETRY_AFTER:
+                    answer = operation["responses"].get(str(status), {})
+                    if "ErrorBody" in str(answer.get("content")):
+                        answer["headers"] = {"Retry-After": _RETRY_HEADER}
         for name in ("HTTPValidationError", "ValidationError"):
             schema["components"]["schemas"].pop(name, None)
         errors = ErrorBody.model_json_schema(ref_template="#/components/schemas/{model}")

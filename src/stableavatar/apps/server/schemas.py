@@ -1,7 +1,8 @@
 """What is sent and what is answered, with the names that OpenAI's videos API has where it has any."""
 
+import sqlite3
 from dataclasses import fields
-from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, get_type_hints
 
 from fastapi import UploadFile
 from fastapi.responses import JSONResponse
@@ -44,9 +45,26 @@ def no_room(reason: str = "there is too little room left") -> ApiError:
     return ApiError(507, f"the server cannot keep this ({reason})", kind="server_error", code="no_room")
 
 
+def fault(error: BaseException) -> ApiError:
+    """What nobody foresaw, as it is answered."""
+    if isinstance(error, sqlite3.Error):
+        words, status, code = "the server's table of videos cannot be used now", 503, "no_table"
+    else:
+        words, status, code = "the server has met a fault of its own; its log says more", 500, "fault"
+    return ApiError(status, words, kind="server_error", code=code)
+
+
+# Seconds until another try may be taken.
+RETRY_AFTER = {429: "5", 503: "5", 507: "60"}
+
+
 def answer_error(error: ApiError) -> JSONResponse:
     """What is sent of an error."""
-    headers = {"WWW-Authenticate": "Bearer"} if error.status == 401 else None
+    headers = {}
+    if error.status == 401:
+        headers["WWW-Authenticate"] = "Bearer"
+    if error.status in RETRY_AFTER:
+        headers["Retry-After"] = RETRY_AFTER[error.status]
     return JSONResponse(error.body.model_dump(), error.status, headers=headers)
 
 
@@ -259,5 +277,3 @@ def as_video(job: Job, store: JobStore, model: str, keep_seconds: float | None) 
 
 # Of a result's settings: where the server has its files.
 _PRIVATE = ("model", "lora", "decoder_device")
-
-VideoId = Annotated[str, Field(pattern=VIDEO_ID, description="The video's id.")]

@@ -10,6 +10,7 @@ import base64
 import binascii
 import contextlib
 import json
+import logging
 import shutil
 from pathlib import Path
 from typing import Any, Literal
@@ -21,7 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from stableavatar.apps.server.access import bearer_of, owner_of_key, refuse_foreign_pages
 from stableavatar.apps.server.health import Metrics
-from stableavatar.apps.server.schemas import VIDEO_ID, ApiError, SessionOptions, no_room
+from stableavatar.apps.server.schemas import VIDEO_ID, ApiError, SessionOptions, fault, no_room
 from stableavatar.errors import InputError
 from stableavatar.jobs.intake import OPTIONS, BusyError, EndingError, Limits, check_options, check_quality
 from stableavatar.jobs.job import PORTRAIT
@@ -29,6 +30,8 @@ from stableavatar.jobs.sessions import DONE, ERROR, VIDEO, Session
 from stableavatar.jobs.store import JobStore
 from stableavatar.media.files import reason_of
 from stableavatar.options import GenerateOptions
+
+logger = logging.getLogger(__name__)
 
 # Without a word, or without taking what is sent, a session ends.
 _SILENT_SECONDS = 60.0
@@ -38,11 +41,20 @@ _PATIENCE_SECONDS = 60.0  # until a worker is free: one that makes a video has t
 MOST_MESSAGE = 16 * 2**20
 _MOST_BEGINNING, _MOST_UNKNOWN = 4, 16
 _UNKNOWN_SECONDS = 10.0
+# Of a start, which has some thirty fields, and two prompts of a few thousand characters: of a text that has
+# more, what is wrong with each would take seconds to say, and it comes before its key does.
+_MOST_PARTS = 10_000
+_MOST_FAULTS = 20
+_MOST_END = 200  # characters of the text that ends the speech
+# Of all owners, each of whom has one: their workers are waited for, and listened to, in threads of their own.
+MOST_SESSIONS = 50
 # Browsers cannot send a header, but name protocols: ["stableavatar", "key.KEY"].
 _PROTOCOL, _KEY_PROTOCOL = "stableavatar", "key."
 # Than the speech that is taken at most, a session may last, whether or not anything is said.
 _LONGER_SECONDS = 120.0
 _POLICY_VIOLATION, _SERVER_FAULT, _TRY_AGAIN = 1008, 1011, 1013
+# That the client went away, or takes nothing.
+_LEFT = (WebSocketDisconnect, TimeoutError)
 
 router = APIRouter(prefix="/v1")
 
@@ -71,15 +83,15 @@ async def speak(socket: WebSocket) -> None:
     await socket.accept(_PROTOCOL if _PROTOCOL in socket.scope["subprotocols"] else None)
     try:
         session, owner = await _begin(socket)
-    except ApiError as error:
-        metrics.sessions.labels("refused").inc()
-        await _refuse(socket, error)
-        return
-    except BaseException as error:  # servers cancel what a client has left
+    except (WebSocketDisconnect, asyncio.CancelledError) as error:  # servers cancel what a client has left
         metrics.sessions.labels("left").inc()
         if isinstance(error, WebSocketDisconnect):
             return
         raise
+    except Exception as error:
+        metrics.sessions.labels("refused" if isinstance(error, ApiError) else "failed").inc()
+        await _refuse(socket, error if isinstance(error, ApiError) else _fault(error))
+        return
     metrics.speaking.inc()
     # From now on: a client whose messages are not read cannot answer whether it is still there.
     hearing = asyncio.create_task(_hear(socket, session))
@@ -96,21 +108,27 @@ async def speak(socket: WebSocket) -> None:
             failed = failed or showing.exception()
         elif failed is None:
             failed = ApiError(400, "the session lasted too long, and is ended", code="too_long")
+        if failed is not None and not isinstance(failed, (ApiError, *_LEFT)):
+            failed = _fault(failed)
         outcome = "done" if failed is None else "failed" if isinstance(failed, ApiError) else "left"
     finally:
         hearing.cancel()
         showing.cancel()
         try:
             await anyio.to_thread.run_sync(session.close)
-            # What else they raise says that the client went away, or takes nothing.
             await asyncio.gather(hearing, showing, return_exceptions=True)
         finally:
             _sessions(socket).discard(owner)
             metrics.speaking.dec()
             metrics.sessions.labels(outcome).inc()
     if isinstance(failed, ApiError):
-        with contextlib.suppress(Exception):  # the client may take nothing
-            await asyncio.wait_for(_refuse(socket, failed), _SILENT_SECONDS)
+        await _refuse(socket, failed)
+
+
+def _fault(error: BaseException) -> ApiError:
+    """What nobody foresaw, as the client is told it."""
+    logger.error("a session has met a fault", exc_info=error)
+    return fault(error)
 
 
 def _left(until: float) -> float:
@@ -123,11 +141,11 @@ async def _begin(socket: WebSocket) -> tuple[Session, str]:
     refuse_foreign_pages(socket)
     try:
         text = await _first_message(socket)
-        start = await anyio.to_thread.run_sync(Start.model_validate_json, text)
-    except (ValidationError, KeyError) as error:
-        raise ApiError(400, _first(error), code="bad_start") from error
+    except KeyError:
+        raise ApiError(400, _NO_START, code="bad_start") from None
     except TimeoutError:
         raise ApiError(400, "the start was not sent in time", code="bad_start") from None
+    start = await anyio.to_thread.run_sync(_start, text)
     owner = owner_of_key(state.keys, start.api_key or _key_of(socket))
     options, quality = _options(start.options, state.limits)
     _check_silent(socket, owner)
@@ -164,7 +182,7 @@ async def _first_message(socket: WebSocket) -> str:
         _check_silent(socket, owner)
     most = _MOST_UNKNOWN if owner is None else _MOST_BEGINNING
     if state.beginning[owner] >= most:
-        raise ApiError(429, "many sessions are beginning: try again in a moment", code="busy")
+        raise _too_many("many sessions are beginning: try again in a moment")
     state.beginning[owner] += 1
     try:
         seconds = _UNKNOWN_SECONDS if owner is None else _SILENT_SECONDS
@@ -184,9 +202,16 @@ def _key_of(socket: WebSocket) -> str | None:
 
 
 def _check_silent(socket: WebSocket, owner: str) -> None:
-    """Raise ApiError where this owner speaks already."""
-    if owner in _sessions(socket):
-        raise ApiError(429, "you are speaking already: end that session first", code="one_session")
+    """Raise ApiError where this owner speaks already, or as many others as may."""
+    speaking = _sessions(socket)
+    if owner in speaking:
+        raise _too_many("you are speaking already: end that session first", code="one_session")
+    if len(speaking) >= MOST_SESSIONS:
+        raise _too_many("many are speaking: try again in a moment")
+
+
+def _too_many(words: str, *, code: str = "busy") -> ApiError:
+    return ApiError(429, words, kind="rate_limit_error", code=code)
 
 
 # Not to be chosen: speech begins when it comes, and in another order all of it would have to be waited for.
@@ -225,8 +250,8 @@ async def _hear(socket: WebSocket, session: Session) -> None:
 
 def _check_end(text: str) -> None:
     """Raises ApiError: a text that is not the end, such as speech in base64."""
-    with contextlib.suppress(ValueError):
-        if json.loads(text) == {"type": "end"}:
+    with contextlib.suppress(ValueError, RecursionError):
+        if len(text) <= _MOST_END and json.loads(text) == {"type": "end"}:
             return
     words = 'what follows the start are samples as binary messages, and {"type": "end"}'
     raise ApiError(400, words, code="bad_message")
@@ -235,11 +260,12 @@ def _check_end(text: str) -> None:
 async def _show(socket: WebSocket, session: Session) -> None:
     """The video from the worker to the client, to its end. Raises ApiError: no worker is free, or it does not
     come to its end."""
-    if not await anyio.to_thread.run_sync(session.wait, _PATIENCE_SECONDS):
+    threads: anyio.CapacityLimiter = socket.app.state.session_threads
+    if not await anyio.to_thread.run_sync(session.wait, _PATIENCE_SECONDS, limiter=threads):
         raise ApiError(503, "no worker is free: try again later", code="busy", kind="server_error")
     await socket.send_json({"type": "ready"})
     while True:
-        message = await anyio.to_thread.run_sync(session.receive)
+        message = await anyio.to_thread.run_sync(session.receive, limiter=threads)
         if message is None:
             raise ApiError(503, "the worker was lost: try again", code="lost", kind="server_error")
         letter, content = message
@@ -284,9 +310,13 @@ def _portrait(start: Start, store: JobStore, owner: str, folder: Path) -> None:
         return
     assert start.portrait_from is not None
     job = store.get(owner, start.portrait_from)
-    if job is None:
-        raise ApiError(404, "portrait_from: there is no such video", code="not_found", param="portrait_from")
-    shutil.copyfile(job.portrait, folder / PORTRAIT)
+    try:
+        if job is not None:
+            shutil.copyfile(job.portrait, folder / PORTRAIT)
+            return
+    except FileNotFoundError:  # removed meanwhile
+        pass
+    raise ApiError(404, "portrait_from: there is no such video", code="not_found", param="portrait_from")
 
 
 def _check(checker: Any, owner: str, folder: Path, options: GenerateOptions) -> None:
@@ -295,7 +325,7 @@ def _check(checker: Any, owner: str, folder: Path, options: GenerateOptions) -> 
     except InputError as error:
         raise ApiError(400, str(error), code="unusable", param="portrait") from error
     except BusyError as error:
-        raise ApiError(429, str(error), kind="rate_limit_error", code="busy") from error
+        raise _too_many(str(error)) from error
     except EndingError as error:
         raise ApiError(503, str(error), kind="server_error", code="ending") from error
     try:
@@ -311,16 +341,33 @@ def _sessions(socket: WebSocket) -> set[str]:
 
 
 async def _refuse(socket: WebSocket, error: ApiError) -> None:
-    detail = error.body.error
-    await socket.send_json({"type": "error", "error": detail.model_dump()})
     codes = {429: _TRY_AGAIN, 503: _TRY_AGAIN, 507: _TRY_AGAIN, 500: _SERVER_FAULT}
-    await socket.close(codes.get(error.status, _POLICY_VIOLATION))
+
+    async def say() -> None:
+        await socket.send_json({"type": "error", "error": error.body.error.model_dump()})
+        await socket.close(codes.get(error.status, _POLICY_VIOLATION))
+
+    with contextlib.suppress(Exception):  # the client may have gone, or take nothing
+        await asyncio.wait_for(say(), _SILENT_SECONDS)
 
 
-def _first(error: Exception) -> str:
+_NO_START = 'the first message has to be a JSON text {"type": "start", ...}'
+
+
+def _start(text: str) -> Start:
+    """What the first message says. Raises ApiError: it is no start."""
+    if text.count(":") + text.count(",") > _MOST_PARTS:
+        raise ApiError(400, "the start has more parts than any", code="bad_start")
+    try:
+        return Start.model_validate_json(text)
+    except ValidationError as error:
+        raise ApiError(400, _first(error), code="bad_start") from None
+
+
+def _first(error: ValidationError) -> str:
     """What is wrong with a start."""
-    if not isinstance(error, ValidationError):
-        return 'the first message has to be a JSON text {"type": "start", ...}'
+    if (count := error.error_count()) > _MOST_FAULTS:
+        return f"{count} fields of the start cannot be used"
     first = error.errors()[0]
     where = ".".join(str(part) for part in first["loc"])
     return f"{where}: {first['msg']}" if where else first["msg"]

@@ -272,8 +272,25 @@ async def watch_video(request: Request, job: Asked) -> Response:
         raise ApiError(429, str(error), kind="rate_limit_error", code="busy") from error
 
 
+async def _listens(request: Request, job: Asked) -> AsyncIterator[None]:
+    """One more listens, until his answer has ended. Raises ApiError: too many do already."""
+    listeners: Viewers = request.app.state.listeners
+    try:
+        go = listeners.come(job.owner)
+    except ManyWatchError as error:
+        raise ApiError(429, str(error), kind="rate_limit_error", code="busy") from error
+    try:
+        yield
+    finally:
+        go()
+
+
 @router.get(
-    "/videos/{video_id}/events", tags=["videos"], response_class=EventSourceResponse, responses=_NOT_FOUND
+    "/videos/{video_id}/events",
+    tags=["videos"],
+    response_class=EventSourceResponse,
+    responses={**_NOT_FOUND, 429: error_answer("Many watch videos in the making.")},
+    dependencies=[Depends(_listens)],
 )
 async def video_events(request: Request, job: Asked) -> AsyncIterator[ServerSentEvent]:
     """How far a video is, as it changes: events `progress`, at the end `completed`, `failed` or `cancelled`,

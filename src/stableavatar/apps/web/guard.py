@@ -1,18 +1,25 @@
-"""What is refused before the page sees it: pages of other sites, and files that there is no room for."""
+"""What is refused before the page sees it: pages of other sites, more than is taken, and files that there is
+no room for."""
 
 from collections.abc import Collection
 
+from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from stableavatar.apps.arriving import Arriving, announced_bytes
+from stableavatar.apps.arriving import Arriving, announced_bytes, counted
 from stableavatar.apps.origins import is_of_this_site
+from stableavatar.apps.web.texts import LANGUAGES, Language, Texts
 from stableavatar.jobs.store import JobStore
 
 _UPLOAD = "/gradio_api/upload"
-# Gradio takes files here too, into memory or past what looks at them. The page has no use for them.
-_UNUSED = ("/gradio_api/component_server", "/gradio_api/process_recording")
+# Gradio takes files here too, into memory or past what looks at them, or keeps what nobody removes. The page
+# has no use for them.
+_UNUSED = ("/gradio_api/component_server", "/gradio_api/process_recording", "/gradio_api/deep_link")
+_MOST_JSON = 2_000_000
+_FORM = 100_000  # that a file's form takes beside the file
+_MOST_ARRIVING = 20
 
 
 class Guard:
@@ -27,7 +34,7 @@ class Guard:
         self.app = app
         self.hosts = hosts
         self.most = most
-        self.arriving = Arriving(store)
+        self.arriving = Arriving(store, _MOST_ARRIVING)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer, unless it is another site that asks, or too much comes."""
@@ -36,15 +43,31 @@ class Guard:
             return
         request = Request(scope)
         path = request.url.path.rstrip("/")
+        texts = Texts(_language(path))
+        brings_file = request.method == "POST" and path.endswith(_UPLOAD)
+        most = self.most + _FORM if brings_file else _MOST_JSON
+        comes = announced_bytes(request, most)
+
+        def too_much() -> HTTPException:
+            return HTTPException(413, texts["too_large"])
+
         if not is_of_this_site(request, self.hosts):
-            words = "This page answers to its own name alone. Start it with --allow-host NAME for another."
-            await PlainTextResponse(words, 403)(scope, receive, send)
+            await PlainTextResponse(texts["own_name_alone"], 403)(scope, receive, send)
         elif path.endswith(_UNUSED):
             await PlainTextResponse("There is nothing here.", 404)(scope, receive, send)
-        elif request.method != "POST" or not path.endswith(_UPLOAD):
-            await self.app(scope, receive, send)
-        elif self.arriving.has_room(comes := announced_bytes(request, self.most)):
+        elif comes > most:
+            await PlainTextResponse(texts["too_large"], 413)(scope, receive, send)
+        elif not brings_file:
+            await self.app(scope, counted(receive, most, too_much), send)
+        elif self.arriving.has_room(comes):
             with self.arriving.kept(comes):
-                await self.app(scope, receive, send)
+                await self.app(scope, counted(receive, most, too_much), send)
         else:
-            await PlainTextResponse("There is no room for this file.", 507)(scope, receive, send)
+            headers = {"Retry-After": "60"}
+            await PlainTextResponse(texts["no_room_for_file"], 507, headers)(scope, receive, send)
+
+
+def _language(path: str) -> Language:
+    """Of the page that asks."""
+    first = path.split("/")[1] if path.startswith("/") else ""
+    return first if first in LANGUAGES else "en"
