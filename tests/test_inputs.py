@@ -1,6 +1,8 @@
 """Portrait and speech in every form, and what is refused before anything is written."""
 
+from collections import deque
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -102,8 +104,9 @@ class TestSpeech:
         with pytest.raises(InputError, match=f"speech cannot be {what}"):
             pipeline.stream(PICTURE, given)
 
-    def test_a_list_of_blocks_arrives(self, pipeline: AvatarPipeline) -> None:
-        blocks = [SAMPLES[:1000], torch.from_numpy(SAMPLES[1000:])]
+    @pytest.mark.parametrize("kind", [list, deque])
+    def test_a_list_of_blocks_arrives(self, pipeline: AvatarPipeline, kind: Any) -> None:
+        blocks = kind([SAMPLES[:1000], torch.from_numpy(SAMPLES[1000:])])
         assert len(list(pipeline.stream(PICTURE, blocks, **ONE_STEP))) == 5
 
     @pytest.mark.parametrize(("samples", "enough"), [(300, False), (500, False), (639, False), (640, True)])

@@ -1,5 +1,6 @@
 """The store of jobs: nothing that was taken is lost, owners take turns, nobody sees what is not his."""
 
+import contextlib
 import sqlite3
 import threading
 from pathlib import Path
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 
 from stableavatar.errors import InputError
+from stableavatar.jobs.job import State
 from stableavatar.jobs.quotas import QueueFullError, Quotas
 from stableavatar.jobs.store import MOST_CRASHES, MOST_KILLS, JobStore
 from stableavatar.unfinished import journal_folder
@@ -432,3 +434,17 @@ def test_a_folder_of_an_earlier_release_is_used_on(tmp_path: Path) -> None:
     jobs.report(job.id, {"share": 0.5}, begins=True)
     jobs.own().close()
     assert found(JobStore(tmp_path), job).state == "queued"
+
+
+@pytest.mark.parametrize("state", ["failed", "cancelled"])
+def test_what_a_run_needs_to_go_on_is_gone_with_the_run(tmp_path: Path, state: State) -> None:
+    """Where the worker ended before it removed it, at the next start."""
+    store = JobStore(tmp_path)
+    ended, waits = add(store), add(store)
+    store.take("worker-0")
+    store.finish(ended.id, state)
+    folders = [journal_folder(found(store, job).output) for job in (ended, waits)]
+    for folder in folders:
+        folder.mkdir()
+    with contextlib.closing(store.own()):
+        assert [folder.exists() for folder in folders] == [False, True]

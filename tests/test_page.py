@@ -106,10 +106,10 @@ def test_stop_stops_and_keeps_what_is_there(page: Page, long_speech: Path, tmp_p
 
 @needs_browser
 def test_two_people_queue_and_neither_sees_the_others_video(
-    page: Page, other: Page, speech: Path, served: tuple[str, JobStore]
+    page: Page, other: Page, speech: Path, long_speech: Path, served: tuple[str, JobStore]
 ) -> None:
-    for visitor, steps in ((page, 80), (other, 12)):
-        fill_in(visitor, speech, steps=steps)
+    fill_in(page, long_speech, steps=30, shown="0:30")
+    fill_in(other, speech, steps=12)
     page.locator("#make").click()
     expect(page.locator("#status")).to_contain_text("Window", timeout=60 * SECONDS)
     other.locator("#make").click()

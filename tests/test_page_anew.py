@@ -121,6 +121,35 @@ def test_what_is_deleted_in_the_gallery_is_gone_from_the_screen(page: Page, long
     expect(page.locator("#screen video")).to_have_count(0, timeout=30 * SECONDS)
     expect(page.locator("#status")).not_to_contain_text("Window")
     expect(page.locator("#stop")).to_be_disabled()
+    expect(page.locator("#make")).to_have_text("Make the video")
+
+
+@needs_browser
+def test_a_video_that_was_made_plays_on_when_another_is_refused_and_is_gone_when_it_is_deleted(
+    page: Page, tmp_path: Path
+) -> None:
+    fill_in(page, write_wav(tmp_path / "speech.wav", tone(3.0, 16000), 16000))
+    page.locator("#make").click()
+    expect(page.locator(".status.completed")).to_be_visible(timeout=120 * SECONDS)
+    video = page.locator("#screen video")
+    page.wait_for_function("document.querySelector('#screen video').ended", timeout=60 * SECONDS)
+    at = video.evaluate("video => video.currentTime")
+    page.locator("#width :is(input, textarea)").fill("50")
+    page.locator("#width :is(input, textarea)").press("Tab")
+    page.locator("#make").click()
+    expect(page.get_by_text("width 50 is not a multiple of 16")).to_be_visible(timeout=20 * SECONDS)
+    expect(page.locator(".status.completed")).to_be_visible(timeout=20 * SECONDS)
+    expect(page.locator("#make")).to_be_enabled()
+    page.wait_for_timeout(1 * SECONDS)
+    assert video.evaluate("video => video.currentTime") == at
+    page.get_by_role("tab", name="Gallery").click()
+    page.locator("#gallery .thumbnail-item").first.click()
+    page.locator("#delete").click()
+    page.locator("#delete-really").click()
+    expect(page.locator("#gallery .thumbnail-item")).to_have_count(0, timeout=20 * SECONDS)
+    page.get_by_role("tab", name="Talk").click()
+    expect(video).to_have_count(0, timeout=20 * SECONDS)
+    expect(page.locator("#status")).to_have_text("")
 
 
 @needs_browser
@@ -152,6 +181,8 @@ def test_what_a_tool_does_for_a_page_that_is_left_is_given_up(
         page.locator("#separate-button").click()
         wait(lambda: bool(set(server.children(recursive=True)) - before), 30)
     wait(lambda: not set(server.children(recursive=True)) - before, 30)
+    temporary = served[1].folder / "temporary"
+    assert not [it for it in temporary.rglob("long.wav") if "gradio" not in it.parts], "it came to its end"
 
 
 def _command(process: psutil.Process) -> list[str]:

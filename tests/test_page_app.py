@@ -14,7 +14,7 @@ from stableavatar.apps.web import talk
 from stableavatar.apps.web.downloads import Downloads
 from stableavatar.apps.web.filling import FIELDS, as_asked, as_made
 from stableavatar.apps.web.models import _table
-from stableavatar.apps.web.page import create_page
+from stableavatar.apps.web.page import _build, create_page
 from stableavatar.apps.web.studio import COOKIE, Scratch, Studio, player
 from stableavatar.apps.web.texts import Texts
 from stableavatar.apps.web.tools import _missing
@@ -72,6 +72,11 @@ def test_a_page_says_its_language_and_its_own_name(studio: Studio) -> None:
             assert re.search(r'<html lang="([^"]+)"', page)[1] == tag  # type: ignore[index]
             assert words in head
             assert "Click to try out" not in head
+
+
+def test_every_page_can_watch_its_video(studio: Studio) -> None:
+    """Each does it by an event, to the video's end; Gradio lets forty of them go on at a time."""
+    assert _build(studio, "en")._queue.max_thread_count >= 200
 
 
 def test_a_small_model_says_that_it_is_one(studio: Studio) -> None:

@@ -43,9 +43,7 @@ def test_published_weights_are_downloaded_with_progress(tmp_path: Path) -> None:
             server.seconds = 0.5
             page.locator("#get-weights").click()
             expect(said).to_contain_text("Complete.", timeout=180 * SECONDS)
-            expect(said.locator("code")).to_have_text(
-                f"stableavatar app --model {tmp_path / 'checkpoints'} --variant square"
-            )
+            expect(said.locator("code")).to_have_text(f"--model {tmp_path / 'checkpoints'} --variant square")
             expect(page.locator("#models")).to_contain_text("square, 512×512ready", timeout=20 * SECONDS)
             assert not (tmp_path / "checkpoints" / "Kim_Vocal_2.onnx").exists()
             page.locator("#get-vocals").click()

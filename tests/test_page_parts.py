@@ -6,7 +6,6 @@ import os
 import shutil
 import threading
 from collections.abc import AsyncIterator
-from contextlib import ExitStack
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
@@ -21,8 +20,8 @@ from serving import until
 from stableavatar.apps.web import gallery
 from stableavatar.apps.web.downloads import Downloads
 from stableavatar.apps.web.filling import FIELDS
-from stableavatar.apps.web.guard import _MOST_ARRIVING, Guard
-from stableavatar.apps.web.studio import Scratch, cookies_of, guarded, sent
+from stableavatar.apps.web.guard import _MOST_ARRIVING, _MOST_ARRIVING_EACH, Guard
+from stableavatar.apps.web.studio import COOKIE, Scratch, cookies_of, guarded, owner_of, sent
 from stableavatar.apps.web.texts import TEXTS, Texts, preferred
 from stableavatar.errors import InputError
 from stableavatar.jobs.intake import OPTIONS
@@ -178,13 +177,26 @@ def test_files_for_which_there_is_no_room_are_refused_before_they_are_read(
     assert client.post("/zh/gradio_api/queue/join", content=bytes(2000)).status_code == 200
     assert upload(content=b"...", headers={"content-length": "9" * 5000}).status_code == 413
     assert guard.arriving._bytes == 0
-    with ExitStack() as others:
-        for _ in range(_MOST_ARRIVING):
-            others.enter_context(guard.arriving.kept(0))
-        assert upload(content=bytes(1000)).status_code == 507
-    assert upload(content=bytes(1000)).status_code == 200
     for unused in ("component_server", "process_recording", "deep_link"):
         assert client.post(f"/en/gradio_api/{unused}", content=b"...").status_code == 404
+
+
+def test_few_files_of_a_browser_are_sent_at_a_time(tmp_path: Path) -> None:
+    guard = Guard(_application, JobStore(tmp_path / "jobs"), (), most=1000)
+    names = ["first", "second"]
+    clients = [
+        TestClient(guard, base_url="http://127.0.0.1", headers={"cookie": f"{COOKIE}={it}"}) for it in names
+    ]
+    address = "/en/gradio_api/upload"
+    guard._sending[owner_of({COOKIE: "first"})] = _MOST_ARRIVING_EACH
+    refused, taken = (client.post(address, content=b"...") for client in clients)
+    assert (refused.status_code, refused.text) == (429, Texts("en")["many_arrive"])
+    assert taken.status_code == 200
+    guard._sending["somebody"] = _MOST_ARRIVING - _MOST_ARRIVING_EACH
+    assert clients[1].post(address, content=b"...").status_code == 429
+    guard._sending.clear()
+    assert clients[0].post(address, content=b"...").status_code == 200
+    assert not guard._sending
 
 
 def test_what_nobody_foresaw_is_a_sentence() -> None:

@@ -48,6 +48,7 @@ def of_options() -> Iterator[str]:
         {"width": 2048, "height": 2048},
         {"steps": 10_000},
         {"steps": 0},
+        {"duration": 0.0},
         {"text_scale": float("nan")},
     ):
         yield raised(check_options, values, Limits())
@@ -159,6 +160,7 @@ def test_every_sentence_has_its_chinese_and_every_chinese_its_sentence(
         assert CHINESE.search(in_words(sentence, "zh")), sentence
         assert in_words(sentence, "en") == sentence
     assert in_words("text scale 99 is too large: 10 at most", "zh").startswith("描述强度 99 ")
+    assert in_words("duration 0 is too small: more than 0", "zh") == "长度 [秒] 0 太小，须大于 0"
     late = next(it for it in said if "lies after its end" in it)
     assert in_words(late, "zh") == "起点 20 秒超过了录音的结尾，录音只有 1.00 秒。请填写更早的起点。"
     assert "最多 0.4 秒" in in_words(next(it for it in said if "cut off, " in it and "recording" in it), "zh")

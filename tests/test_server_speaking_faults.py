@@ -1,5 +1,6 @@
 """What a session refuses, and what it says where something goes wrong that nobody foresaw."""
 
+import asyncio
 import json
 import sqlite3
 import threading
@@ -163,3 +164,16 @@ def test_the_portrait_of_a_video_that_was_just_removed_is_not_found(client: Test
         error = line.receive_json()["error"]
     assert (error["code"], error["param"]) == ("not_found", "portrait_from")
     until(lambda: not list((store.folder / "incoming").iterdir()))
+
+
+def test_a_connection_that_is_known_to_be_lost_is_no_fault() -> None:
+    """Servers say so in their own way between that and its end."""
+
+    async def sending() -> None:
+        raise RuntimeError("Unexpected ASGI message 'websocket.send', after sending 'websocket.close'")
+
+    async def say() -> None:
+        with pytest.raises(WebSocketDisconnect):
+            await speaking._say(sending())
+
+    asyncio.run(say())

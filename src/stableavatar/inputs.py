@@ -5,6 +5,7 @@ from array import array
 from collections.abc import Iterable, Sequence
 from fractions import Fraction
 from functools import partial
+from itertools import islice
 from numbers import Real
 from pathlib import Path
 from typing import Any
@@ -83,7 +84,7 @@ def as_live(speech: SpeechInput | None, options: GenerateOptions) -> SpeechInput
 def _check_blocks(speech: Any) -> None:
     """Raise InputError unless this may be an iterator of blocks of samples."""
     numbers = isinstance(speech, Sequence | array | memoryview) and any(
-        isinstance(value, Real) for value in speech[:1]
+        isinstance(value, Real) for value in islice(speech, 1)
     )
     if numbers or not isinstance(speech, Iterable):
         raise InputError(

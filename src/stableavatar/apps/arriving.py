@@ -20,23 +20,15 @@ _SILENT_SECONDS = 30.0
 
 
 class Arriving:
-    """Keeps room for what arrives at a time. What of it is on the disk already counts twice, to be safe.
+    """Keeps room for what arrives at a time. What of it is on the disk already counts twice, to be safe."""
 
-    Args:
-        most: requests at a time; None: as many as there is room for.
-    """
-
-    def __init__(self, store: JobStore, most: int | None = None) -> None:
+    def __init__(self, store: JobStore) -> None:
         self._store = store
-        self._most = most
-        self._requests = 0
         self._bytes = 0
 
     def has_room(self, comes: int) -> bool:
         """Whether so many bytes have room beside those that arrive already, where they arrive and where they
         are kept."""
-        if self._most is not None and self._requests >= self._most:
-            return False
         comes += self._bytes
         return self._store.free_bytes() - comes >= LEAST_ROOM and comes <= _free_to_arrive()
 
@@ -44,12 +36,10 @@ class Arriving:
     def kept(self, comes: int) -> Iterator[None]:
         """Room for them while they arrive."""
         self._bytes += comes
-        self._requests += 1
         try:
             yield
         finally:
             self._bytes -= comes
-            self._requests -= 1
 
 
 def counted(receive: Receive, most: int, too_much: Callable[[], Exception]) -> Receive:

@@ -398,11 +398,13 @@ class JobStore:
                 "UPDATE jobs SET state = 'queued', worker = NULL, kills = kills + 1 "
                 "WHERE state = 'in_progress' AND NOT deleted"
             )
-            given_up = _give_up(database)
+            _give_up(database)
+            ended = "SELECT id FROM jobs WHERE state IN ('failed', 'cancelled')"
+            without_state = [row["id"] for row in database.execute(ended).fetchall()]
             rows = database.execute("SELECT id FROM jobs WHERE deleted").fetchall()
         for row in rows:
             self._purge(row["id"], running=True)
-        self._forget_states(given_up)
+        self._forget_states(without_state)  # a worker may have ended before it did
         for folder in (self.folder / "incoming").iterdir():
             self.discard(folder)
         shutil.rmtree(self.temporary, ignore_errors=True)
@@ -425,7 +427,7 @@ class JobStore:
             shutil.rmtree(self._folder(job_id), ignore_errors=True)
 
     def _forget_states(self, job_ids: Sequence[str]) -> None:
-        """Nobody goes on with jobs that were given up."""
+        """Nobody goes on with jobs that have ended."""
         for job_id in job_ids:
             shutil.rmtree(journal_folder(self._folder(job_id) / VIDEO), ignore_errors=True)
 

@@ -104,7 +104,8 @@ def create_app(service: Service, store: JobStore) -> FastAPI:
     app.state.speaking = set()
     app.state.session_threads = anyio.CapacityLimiter(speaking.MOST_SESSIONS)
     app.state.viewers = Viewers()
-    app.state.listeners = Viewers()
+    quotas = service.limits.quotas
+    app.state.listeners = Viewers(2 * quotas.waiting, 2 * quotas.waiting_each)  # to every video that waits
     app.state.beginning = Counter()
     app.state.metrics = Metrics(store)
     app.include_router(videos.router)

@@ -12,6 +12,7 @@ import contextlib
 import json
 import logging
 import shutil
+from collections.abc import Awaitable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -263,7 +264,7 @@ async def _show(socket: WebSocket, session: Session) -> None:
     threads: anyio.CapacityLimiter = socket.app.state.session_threads
     if not await anyio.to_thread.run_sync(session.wait, _PATIENCE_SECONDS, limiter=threads):
         raise ApiError(503, "no worker is free: try again later", code="busy", kind="server_error")
-    await socket.send_json({"type": "ready"})
+    await _say(socket.send_json({"type": "ready"}))
     while True:
         message = await anyio.to_thread.run_sync(session.receive, limiter=threads)
         if message is None:
@@ -279,10 +280,18 @@ async def _show(socket: WebSocket, session: Session) -> None:
         else:
             kind = "done" if letter == DONE else "progress"
             sending = socket.send_json({"type": kind, **json.loads(content)})
-        await asyncio.wait_for(sending, _SILENT_SECONDS)
+        await _say(sending)
         if letter == DONE:
-            await socket.close()
+            await _say(socket.close())
             return
+
+
+async def _say(sending: Awaitable[None]) -> None:
+    """Send. Raises WebSocketDisconnect, TimeoutError: the client has gone, or takes nothing."""
+    try:
+        await asyncio.wait_for(sending, _SILENT_SECONDS)
+    except RuntimeError as error:  # of a connection that is known to be lost, and not yet closed
+        raise WebSocketDisconnect(1006) from error
 
 
 def _options(chosen: BaseModel, limits: Limits) -> tuple[GenerateOptions, int]:

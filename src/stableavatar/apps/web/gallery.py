@@ -13,7 +13,15 @@ from PIL import Image
 
 from stableavatar.apps.watching import small, thumbnail
 from stableavatar.apps.web.filling import as_made
-from stableavatar.apps.web.studio import Studio, download_link, empty_player, guarded, owner, player
+from stableavatar.apps.web.studio import (
+    Studio,
+    download_link,
+    empty_player,
+    folder_for_page,
+    guarded,
+    owner,
+    player,
+)
 from stableavatar.apps.web.texts import TEXTS, Texts
 from stableavatar.errors import InputError
 from stableavatar.jobs.job import Job
@@ -86,7 +94,7 @@ def gallery_tab(studio: Studio, texts: Texts, tab: gr.Tab, tabs: gr.Tabs, fields
             return (gr.skip(),) * (2 + len(fields))
         gr.Info(texts["used_again"])
         nothing = ""  # the video would go on talking where it is not seen
-        return gr.Tabs(selected="talk"), nothing, *as_made(job, studio.scratch.folder())
+        return gr.Tabs(selected="talk"), nothing, *as_made(job, folder_for_page())
 
     @guarded(texts)
     def end(request: gr.Request, job_id: str | None) -> Any:

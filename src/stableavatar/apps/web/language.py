@@ -43,7 +43,7 @@ class InOneLanguage:
             if message.get("more_body"):
                 return
             headers = MutableHeaders(scope=start)
-            if "text/html" in headers.get("content-type", ""):
+            if "text/html" in headers.get("content-type", "") and "content-encoding" not in headers:
                 body = in_language(body.decode(), language).encode()
                 headers["content-length"] = str(len(body))
             await send(start)

@@ -88,8 +88,7 @@ def _weights(downloads: Downloads, texts: Texts, tab: gr.Tab, page: gr.Blocks) -
         if not downloads.choice:
             return texts["vocals_done"]
         folder = shlex.quote(str(downloads.folder.resolve()))
-        command = f"stableavatar app --model {folder} --variant {downloads.choice[0]}"
-        return texts("download_done", command=command)
+        return texts("download_done", options=f"--model {folder} --variant {downloads.choice[0]}")
 
     quiet: dict[str, Any] = {"api_visibility": "private"}
     tab.select(show, None, here, **quiet)
@@ -98,8 +97,9 @@ def _weights(downloads: Downloads, texts: Texts, tab: gr.Tab, page: gr.Blocks) -
         button.click(get, variant, said, **unlimited, **quiet),
         voices.click(get_vocals, None, said, **unlimited, **quiet),
     ):
-        begun.then(show, None, here, **quiet)
-    page.load(find, None, [said, here], **unlimited, **quiet)
+        begun.success(show, None, here, **quiet)
+        begun.failure(show, None, here, **quiet)
+    page.load(find, None, [said, here], show_progress_on=said, **unlimited, **quiet)
     stop.click(downloads.stop, None, None, queue=False, **quiet)
 
 

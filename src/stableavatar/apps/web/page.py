@@ -23,7 +23,8 @@ from stableavatar.apps.web.tools import audio_tab, vocals_tab
 from stableavatar.jobs.job import Job
 
 _HOUR = 3600
-_MOST_WAITING = 1000  # events of all open pages; each of them watches its video by one
+_MOST_WAITING = 1000  # events of all open pages
+_MOST_GOING = 200  # of them at a time: each page watches its video by one
 _STYLE = Path(__file__).with_name("style.css")
 
 
@@ -106,8 +107,8 @@ def _build(studio: Studio, language: Language) -> gr.Blocks:
             padding=False,
         )
         with gr.Tabs(selected="talk") as tabs:
-            with gr.Tab(texts["tab_talk"], id="talk", elem_id="tab-talk"):
-                talk = talk_tab(studio, texts, page)
+            with gr.Tab(texts["tab_talk"], id="talk", elem_id="tab-talk") as front:
+                talk = talk_tab(studio, texts, front, page)
             with gr.Tab(texts["tab_gallery"], id="gallery") as gallery:
                 gallery_tab(studio, texts, gallery, tabs, talk)
             with gr.Tab(texts["tab_audio"], id="audio"):
@@ -117,6 +118,7 @@ def _build(studio: Studio, language: Language) -> gr.Blocks:
             with gr.Tab(texts["tab_models"], id="models") as models:
                 models_tab(studio, texts, models, page)
         gr.HTML(f'<p class="consent">{texts["consent"]}</p>', padding=False)
+    page.max_threads = _MOST_GOING
     page.queue(default_concurrency_limit=8, max_size=_MOST_WAITING, api_open=False)
     page.has_launched = True  # else Gradio takes any file of this machine that a request names
     return page

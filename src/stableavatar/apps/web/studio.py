@@ -89,6 +89,14 @@ def sent(path: str, texts: Texts) -> Path:
     return found
 
 
+def folder_for_page() -> Path:
+    """An empty one for files that a page is shown, where Gradio neither hashes nor copies them, and removes
+    them after a while."""
+    root = Path(get_upload_folder())
+    root.mkdir(parents=True, exist_ok=True)
+    return Path(tempfile.mkdtemp(dir=root))
+
+
 @dataclass(frozen=True)
 class Studio:
     """What tabs are made with.

@@ -2,6 +2,7 @@
 
 import asyncio
 import math
+import sqlite3
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -13,7 +14,17 @@ import gradio as gr
 from stableavatar.apps.web.filling import FIELDS, as_asked
 from stableavatar.apps.web.portrait import Portrait
 from stableavatar.apps.web.sentences import in_words
-from stableavatar.apps.web.studio import Studio, empty_player, guarded, line, owner, player, sent, status
+from stableavatar.apps.web.studio import (
+    Studio,
+    empty_player,
+    folder_for_page,
+    guarded,
+    line,
+    owner,
+    player,
+    sent,
+    status,
+)
 from stableavatar.apps.web.texts import Texts
 from stableavatar.choices import Fit, GuidanceRule, OverlapWeights, SpeechNormalisation
 from stableavatar.errors import InputError, is_out_of_room
@@ -35,7 +46,7 @@ _EXAMPLE = ("portrait.png", "speech.flac")
 _WHOLE = ("steps", "overlap", "seed", "width", "height")
 
 
-def talk_tab(studio: Studio, texts: Texts, page: gr.Blocks) -> list[Any]:
+def talk_tab(studio: Studio, texts: Texts, tab: gr.Tab, page: gr.Blocks) -> list[Any]:
     """Build it, to be called within its tab; the fields of its form, which `gallery` fills in again."""
     with gr.Row(equal_height=False):
         with gr.Column(scale=5, min_width=300):
@@ -64,10 +75,18 @@ def talk_tab(studio: Studio, texts: Texts, page: gr.Blocks) -> list[Any]:
     @guarded(texts)
     def take_back(request: gr.Request, job_id: str | None) -> Any:
         """Nothing was begun: the page shows again what it showed."""
-        found = None if job_id is None else studio.store.get(owner(request), job_id)
-        if found is None:
-            return gr.skip(), "", gr.update(interactive=True), gr.update(interactive=False)
-        return _views(studio, texts, found)
+        try:
+            found = None if job_id is None else studio.store.get(owner(request), job_id)
+        except sqlite3.Error:  # for which nothing was begun, too; the button has to work again
+            return gr.skip(), "", gr.update(interactive=True), gr.skip()
+        return (gr.skip(), *_nothing_asked(texts)[1:]) if found is None else _views(studio, texts, found)
+
+    @guarded(texts)
+    def look_again(request: gr.Request, job_id: str | None) -> Any:
+        """What was shown may have been deleted in the gallery."""
+        if job_id is None or studio.store.get(owner(request), job_id) is not None:
+            return gr.skip(), *_nothing()
+        return None, *_nothing_asked(texts)
 
     @guarded(texts)
     async def begin(request: gr.Request, *values: Any) -> Any:
@@ -110,9 +129,9 @@ def talk_tab(studio: Studio, texts: Texts, page: gr.Blocks) -> list[Any]:
         if found.is_finished and found.video is not None:
             views[0] = player(found, texts, plays=False)
         try:
-            values = await anyio.to_thread.run_sync(lambda: as_asked(found, studio.scratch.folder()))
-        except OSError:  # deleted meanwhile
-            return None, *_nothing(), *(gr.skip(),) * len(FIELDS)
+            values = await anyio.to_thread.run_sync(lambda: as_asked(found, folder_for_page()))
+        except OSError:  # it was deleted meanwhile, or the disk is full
+            values = [gr.skip()] * len(FIELDS)
         return found.id, *views, *values
 
     @guarded(texts)
@@ -128,10 +147,12 @@ def talk_tab(studio: Studio, texts: Texts, page: gr.Blocks) -> list[Any]:
     heard = make.click(hear, None, [state, make], queue=False, **hidden)
     begun = heard.then(begin, fields, [job, *shown], **unlimited)
     begun.success(watch, job, shown, **watching)
-    begun.failure(take_back, job, shown, **unlimited).then(watch, job, shown, **watching)
+    taken_back = begun.failure(take_back, job, shown, queue=False, **hidden)
+    taken_back.then(watch_found, job, shown, **watching)
     opened = page.load(find, None, [job, *shown, *fields], **unlimited)
     opened.success(watch_found, job, shown, **watching)
     stop.click(end, job, None, **unlimited)
+    tab.select(look_again, job, [job, *shown], queue=False, **hidden)
     return fields
 
 
@@ -194,7 +215,7 @@ def _form(studio: Studio, texts: Texts) -> dict[str, Any]:
 
     @guarded(texts)
     def fill_in() -> tuple[str, str, str]:
-        folder = studio.scratch.folder()
+        folder = folder_for_page()
         for file in _EXAMPLE:
             copied(_EXAMPLE_FOLDER / file)(folder / file)
         portrait, speech = (str(folder / file) for file in _EXAMPLE)
@@ -368,7 +389,7 @@ async def _watch(
     while job_id is not None:
         job = await anyio.to_thread.run_sync(studio.store.get, who, job_id)
         if job is None:  # deleted in the gallery
-            yield empty_player(texts), "", gr.update(interactive=True), gr.update(interactive=False)
+            yield _nothing_asked(texts)
             return
         plays, found = plays or (found and job.is_finished), False
         anew = not plays and job.state != "queued"
@@ -384,6 +405,12 @@ async def _watch(
 def _nothing() -> tuple[Any, ...]:
     """What is shown stays as it is."""
     return (gr.skip(),) * 4
+
+
+def _nothing_asked(texts: Texts) -> tuple[Any, ...]:
+    """A page on which no video was asked for."""
+    make = gr.update(interactive=True, value=texts["make"])
+    return empty_player(texts), "", make, gr.update(interactive=False)
 
 
 def _views(studio: Studio, texts: Texts, job: Job, anew: bool = False) -> tuple[Any, ...]:

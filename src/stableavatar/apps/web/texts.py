@@ -299,8 +299,8 @@ TEXTS: dict[str, tuple[str, str]] = {
         "下载中断。请重新开始，已完整的文件会保留。",
     ),
     "download_done": (
-        "Complete. Start the page again with these weights:\n\n`{command}`",
-        "完成。请用这些权重重新启动页面：\n\n`{command}`",
+        "Complete. Start the page as before, with these options added:\n\n`{options}`",
+        "完成。请按原来的方式重新启动页面，并加上：\n\n`{options}`",
     ),
     # Refusals before the page.
     "own_name_alone": (
@@ -308,6 +308,10 @@ TEXTS: dict[str, tuple[str, str]] = {
         "本页面只接受自己的名称。如需其他名称，请用 --allow-host NAME 启动。",
     ),
     "no_room_for_file": ("There is no room for this file.", "没有空间存放此文件。"),
+    "many_arrive": (
+        "Many files are being sent. Try again in a moment.",
+        "正在上传的文件较多，请稍后再试。",
+    ),
     "too_large": ("This is more than the page takes.", "超出本页面可接收的大小。"),
 }
 
