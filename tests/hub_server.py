@@ -9,8 +9,12 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
+
+import pytest
+from huggingface_hub import constants
 
 import published_toy as toy
 from stableavatar.checkpoints import hub
@@ -144,3 +148,15 @@ def hub_with_published() -> Iterator[Hub]:
     yield server
     server.shutdown()
     server.server_close()
+
+
+@contextmanager
+def hub_for(monkeypatch: pytest.MonkeyPatch, cache: Path) -> Iterator[Hub]:
+    """The only hub that this process asks, which has the published files; what comes of it lies in `cache`."""
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_PROGRESS_BARS", True)
+    for proxy in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.delenv(proxy, raising=False)
+    with hub_with_published() as server:
+        monkeypatch.setenv("HF_ENDPOINT", server.address)
+        yield server

@@ -10,12 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from huggingface_hub import constants
 from safetensors.torch import save_file
 
 import published_toy as toy
 from command_line import run
-from hub_server import COMMIT, Hub, hub_with_published, published_files
+from hub_server import COMMIT, Hub, hub_for, published_files
 from stableavatar.checkpoints import hub, hub_cache
 from stableavatar.checkpoints.defaults import read_defaults
 from stableavatar.checkpoints.layout import find_published
@@ -25,12 +24,7 @@ from toy import toy_pipeline
 
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_PROGRESS_BARS", True)
-    for proxy in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
-        monkeypatch.delenv(proxy, raising=False)
-    with hub_with_published() as server:
-        monkeypatch.setenv("HF_ENDPOINT", server.address)
+    with hub_for(monkeypatch, tmp_path / "cache") as server:
         yield server
 
 

@@ -1,6 +1,7 @@
 """What the page is guarded from: more than it takes, wherever that would lie."""
 
 import functools
+import os
 import shutil
 import tempfile
 from pathlib import Path
@@ -12,6 +13,7 @@ from fastapi.testclient import TestClient
 from gradio.utils import get_upload_folder
 
 from stableavatar.apps.arriving import Arriving, upload_folder
+from stableavatar.apps.running import _remove_broken_uploads
 from stableavatar.apps.web.guard import _FORM, _MOST_JSON, Guard
 from stableavatar.apps.web.texts import LANGUAGES, Texts
 from stableavatar.jobs.quotas import LEAST_ROOM
@@ -64,3 +66,14 @@ def test_it_is_known_where_gradio_has_what_it_is_sent(
     assert arriving.has_room(1000)
     assert not arriving.has_room(1001)
     assert set(looked_at) == {tmp_path}
+
+
+def test_what_was_sent_and_left_is_removed_with_folders_that_are_empty(tmp_path: Path) -> None:
+    for name in ("full", "empty", "fresh"):
+        (tmp_path / name).mkdir()
+    for file in (tmp_path / "broken", tmp_path / "arriving", tmp_path / "full" / "portrait.png"):
+        file.write_bytes(b"...")
+    for name in ("full", "empty", "broken"):
+        os.utime(tmp_path / name, (0, 0))
+    _remove_broken_uploads(tmp_path)
+    assert sorted(it.name for it in tmp_path.iterdir()) == ["arriving", "fresh", "full"]

@@ -7,10 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from huggingface_hub import constants
 
 import stableavatar
-from hub_server import Hub, hub_with_published
+from hub_server import Hub, hub_for
 from stableavatar import pipeline as module
 from stableavatar.checkpoints import hub
 from stableavatar.config import SIZES, is_published_size
@@ -29,12 +28,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_PROGRESS_BARS", True)
-    for proxy in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
-        monkeypatch.delenv(proxy, raising=False)
-    with hub_with_published() as server:
-        monkeypatch.setenv("HF_ENDPOINT", server.address)
+    with hub_for(monkeypatch, tmp_path / "cache") as server:
         yield server
 
 

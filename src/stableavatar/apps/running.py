@@ -155,9 +155,10 @@ def _open_many_files() -> None:
 
 
 def _remove_broken_uploads(folder: Path) -> None:
-    """Gradio knows nothing of files that were being sent to it when their sender went away."""
+    """Gradio knows nothing of files that were being sent to it when their sender went away, and leaves the
+    folders of those that it removes."""
     before = time.time() - _UPLOAD_SECONDS
     for path in folder.glob("*"):
         with contextlib.suppress(OSError):
-            if path.is_file() and path.stat().st_mtime < before:
-                path.unlink()
+            if path.stat().st_mtime < before:
+                path.rmdir() if path.is_dir() else path.unlink()  # folders, where they are empty

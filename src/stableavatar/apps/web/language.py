@@ -9,7 +9,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from stableavatar.apps.web.texts import LANGUAGES, Language, Texts
 
 _TAGS: dict[Language, str] = {"en": "en", "zh": "zh-CN"}
-_PAGES = {f"/{language}/": language for language in LANGUAGES}
+PAGES: dict[str, Language] = {f"/{language}/": language for language in LANGUAGES}
 _SCRIPT = """<script>
 for (const [name, value] of [["language", "{tag}"], ["languages", ["{tag}"]]])
   Object.defineProperty(navigator, name, {{get: () => value}});
@@ -24,7 +24,7 @@ class InOneLanguage:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer; a page as a whole, since it is another one then."""
-        language = _PAGES.get(scope["path"]) if scope["type"] == "http" else None
+        language = PAGES.get(scope["path"]) if scope["type"] == "http" else None
         if language is None:
             await self.app(scope, receive, send)
             return

@@ -23,8 +23,9 @@ from starlette.requests import HTTPConnection
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from stableavatar.apps.web.downloads import Downloads
+from stableavatar.apps.web.language import PAGES
 from stableavatar.apps.web.sentences import in_words
-from stableavatar.apps.web.texts import LANGUAGES, Texts
+from stableavatar.apps.web.texts import Texts
 from stableavatar.jobs.intake import FileChecker, Limits
 from stableavatar.jobs.job import Job
 from stableavatar.jobs.quotas import LEAST_ROOM
@@ -40,7 +41,6 @@ _YEAR = 365 * 86400
 _NAME = re.compile(r"[\w-]{32}")
 # Autoplay alone waits until all of it is sure to play through; some browsers refuse before a click.
 _PLAYS = 'oncanplay="this.oncanplay=null;this.play().catch(()=>{})"'
-_PAGES = tuple(f"/{language}/" for language in LANGUAGES)
 _TRY_AGAIN_MILLISECONDS = 3000
 _TRIES = 1200  # an hour of them
 
@@ -186,7 +186,7 @@ class NamedBrowsers:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer, with a cookie for who has none, or opens the page."""
         name = cookies_of(scope).get(COOKIE) if scope["type"] == "http" else None
-        opens = scope["type"] == "http" and scope["path"] in _PAGES and name and _NAME.fullmatch(name)
+        opens = scope["type"] == "http" and scope["path"] in PAGES and name and _NAME.fullmatch(name)
         if scope["type"] != "http" or (name and not opens):
             await self.app(scope, receive, send)
             return
