@@ -1,10 +1,13 @@
 import pytest
 import torch
+import torch.nn.functional as F
 from diffusers import PyramidAttentionBroadcastConfig, WanTransformer3DModel
+from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
 from peft import LoraConfig
 from torch import nn
 
-from stableavatar.models.attention import ContextCache, CrossAttention, KeyValue
+from stableavatar.config import SIZES
+from stableavatar.models.attention import ContextCache, CrossAttention, KernelProcessor, KeyValue
 from stableavatar.models.audio_adapter import slot_bounds, slot_indices
 from stableavatar.models.rope import rotary_table, rotate
 from stableavatar.models.transformer import StableAvatarTransformer3DModel, timestep_features
@@ -337,3 +340,25 @@ def test_the_defaults_are_the_published_model() -> None:
         model = StableAvatarTransformer3DModel()
     assert len(model.state_dict()) == 1143
     assert sum(p.numel() for p in model.parameters()) == pytest.approx(1.8e9, rel=0.2)
+
+
+def test_wide_heads_are_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of the published adapters are wider than the kernels that one may choose can be."""
+
+    def narrow(query: torch.Tensor, **rest: object) -> torch.Tensor:
+        raise ValueError(f"heads of {query.shape[-1]}")
+
+    backends = _AttentionBackendRegistry._backends
+    monkeypatch.setitem(backends, AttentionBackendName.SAGE, narrow)
+    monkeypatch.setitem(_AttentionBackendRegistry._supported_arg_names, AttentionBackendName.SAGE, {"query"})
+    processor = KernelProcessor()
+    processor._attention_backend = AttentionBackendName.SAGE
+    with pytest.raises(ValueError, match="heads of 128"):
+        processor(*torch.randn(3, 1, 4, 8, 128))
+    for sizes in SIZES.values():
+        config = sizes.transformer
+        whole = config["audio_hidden_dim"] or config["num_attention_heads"] * config["attention_head_dim"]
+        width = whole // config["audio_heads"]
+        query, key, value = torch.randn(3, 1, 4, 2, width)
+        expected = F.scaled_dot_product_attention(*(it.transpose(1, 2) for it in (query, key, value)))
+        torch.testing.assert_close(processor(query, key, value), expected.transpose(1, 2))

@@ -11,7 +11,7 @@ from stableavatar.sampling.denoiser import Schedule
 from stableavatar.sampling.orders import Cell
 from stableavatar.sampling.step_cache import StepCache, steps_to_run
 from stableavatar.training.tiny.assemble import SAMPLING_DEFAULTS
-from toy import toy_pipeline
+from toy import toy_pipeline, toy_transformer
 
 SAMPLES = np.random.default_rng(0).standard_normal(70 * 640).astype(np.float32)
 POLYNOMIAL = (0.1, 0.0)  # a tenth of the change: the toy model's embeddings move far from step to step
@@ -133,6 +133,14 @@ def test_weights_that_come_piece_by_piece(pipeline: AvatarPipeline) -> None:
         assert np.array_equal(frames(pipeline, step_cache=threshold), whole)
     finally:
         remove_hook_from_module(pipeline.transformer, recurse=True)
+
+
+def test_weights_that_come_at_the_first_call() -> None:
+    """diffusers' model offloading: until then they lie on the CPU, whatever the device."""
+    transformer = toy_transformer()
+    timesteps = torch.tensor([900.0, 500.0, 100.0])
+    expected = StepCache(transformer, timesteps, 0.1, [1.0, 0.0]).runs
+    assert StepCache(transformer, timesteps, 0.1, [1.0, 0.0], torch.device("lazy:0")).runs == expected
 
 
 def test_tiny_has_its_own_polynomial() -> None:

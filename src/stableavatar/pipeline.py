@@ -11,7 +11,7 @@ import contextlib
 import inspect
 import logging
 import secrets
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
 from itertools import islice
 from pathlib import Path
@@ -23,12 +23,13 @@ from PIL import Image
 from transformers import CLIPVisionModel, PreTrainedTokenizerBase, UMT5EncoderModel, Wav2Vec2Model
 
 from stableavatar.checkpoints import hub
-from stableavatar.checkpoints.arguments import HUB_ARGUMENTS, check_arguments, chosen_dtype
+from stableavatar.checkpoints.arguments import HUB_ARGUMENTS, check_arguments, chosen_dtype, unusable
 from stableavatar.checkpoints.layout import OWN_PARTS, find_published, is_own, model_folder
 from stableavatar.checkpoints.lora import LoraChoice, chosen_loras
 from stableavatar.checkpoints.lora_loading import AvatarLoraLoaderMixin
 from stableavatar.checkpoints.own import check_own
 from stableavatar.checkpoints.published import load_published
+from stableavatar.choices import Offload
 from stableavatar.conditioning.image import picture_tensor
 from stableavatar.config import is_published_size
 from stableavatar.errors import CheckpointError, InputError
@@ -56,6 +57,7 @@ from stableavatar.models.transformer import StableAvatarTransformer3DModel
 from stableavatar.options import GenerateOptions, OutputOptions, SamplingDefaults, Settings, generate_options
 from stableavatar.placement.autoencoder import bring_autoencoder, decoder_device
 from stableavatar.placement.device import choose_device, choose_dtype
+from stableavatar.placement.offload import check_offload, put_on
 from stableavatar.placement.precision import keeping_float32
 from stableavatar.placement.processes import Processes
 from stableavatar.placement.slow_kernels import avoid_slow_kernels
@@ -178,7 +180,7 @@ class AvatarPipeline(DiffusionPipeline, AvatarLoraLoaderMixin):
         if not folder.is_dir():
             places = {name: kwargs.pop(name) for name in HUB_ARGUMENTS if name in kwargs}
             if kwargs and hub.is_published(str(source), **places):
-                raise _unusable(kwargs, source)
+                raise unusable(kwargs, source)
             folder = hub.resolve(str(source), **published, **places)
             if places.get("revision"):
                 origin["revision"] = places["revision"]
@@ -192,13 +194,12 @@ class AvatarPipeline(DiffusionPipeline, AvatarLoraLoaderMixin):
             # The features of speech feed every window, and what makes them is small.
             dtypes = {"speech_encoder": torch.float32, "default": dtype}
             pipeline = super().from_pretrained(folder, dtype=dtypes, **kwargs)
-            pipeline.origin = origin
-            pipeline._merge(loras)
-            return pipeline
-        if kwargs:
-            raise _unusable(kwargs, folder)
-        pipeline = cls(**load_published(find_published(folder), dtype=dtype, **published))
-        pipeline.origin = {**origin, "variant": published["variant"], "model_size": published["size"]}
+        elif kwargs:
+            raise unusable(kwargs, folder)
+        else:
+            pipeline = cls(**load_published(find_published(folder), dtype=dtype, **published))
+            origin |= {"variant": published["variant"], "model_size": published["size"]}
+        pipeline.origin = origin
         pipeline._merge(loras)
         return pipeline
 
@@ -363,14 +364,12 @@ class AvatarPipeline(DiffusionPipeline, AvatarLoraLoaderMixin):
             noise: Noise = PositionalNoise(options.seed, *shape)
         elif not isinstance(plan, WindowPlan):
             raise InputError("latents cannot be given for speech that is still arriving: give a seed")
-        elif latents.shape == (shape[0], plan.latent_frames, *shape[1:]):
+        elif latents.shape == (wanted := (shape[0], plan.latent_frames, *shape[1:])):
             noise = GivenNoise(latents)
         else:
-            wanted = (shape[0], plan.latent_frames, *shape[1:])
             raise InputError(f"latents of shape {tuple(latents.shape)} do not fit: {wanted} is needed")
-        fitted = fit_picture(picture, options.width, options.height, options.fit)
-        picture_values = picture_tensor(fitted)
-        return Run(self, options, plan, frames, fps, picture_values, recording, noise, progress, processes)
+        values = picture_tensor(fit_picture(picture, options.width, options.height, options.fit))
+        return Run(self, options, plan, frames, fps, values, recording, noise, progress, processes)
 
     def generate(
         self,
@@ -437,10 +436,8 @@ class AvatarPipeline(DiffusionPipeline, AvatarLoraLoaderMixin):
             refuse_unfinished(path)
         with contextlib.closing(Journal(path, anew=resume is False)) as journal:
             if resume and not journal.has_state and path.exists():
-                raise InputError(
-                    f"output {output}: is there, and no unfinished run of it. Add --overwrite to make it "
-                    "anew."
-                )
+                anew = "Add --overwrite to make it anew (from Python: resume=False)."
+                raise InputError(f"output {output}: is there, and no unfinished run of it. {anew}")
             if resume and given.seed is None and "seed" in journal.settings:
                 given = replace(given, seed=journal.settings["seed"])
             run = self._open(portrait, speech, given, latents, progress, processes)
@@ -450,7 +447,12 @@ class AvatarPipeline(DiffusionPipeline, AvatarLoraLoaderMixin):
 
 
 def load(
-    source: str | Path = "tiny", *, device: str = "auto", dtype: str = "auto", **kwargs: Any
+    source: str | Path = "tiny",
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    offload: Offload = "none",
+    **kwargs: Any,
 ) -> AvatarPipeline:
     """Load a model and put it on a device.
 
@@ -459,15 +461,18 @@ def load(
             `kwargs`.
         device: "auto" (CUDA, then Apple's MPS, then the CPU) or a torch device.
         dtype: "auto" (bfloat16 on CUDA, float32 elsewhere), "float32", "bfloat16" or "float16".
+        offload: what stays in main memory and comes to the device a layer at a time: "none", the "encoders"
+            of prompt and portrait, which act once a video, or all "layers", which is slower.
 
     Raises:
-        InputError: an unknown argument, device or dtype, or a device that is not there.
+        InputError: an unknown argument, device, dtype or way of offloading, or a device that is not there.
         CheckpointError: see `from_pretrained`.
     """
+    check_offload(offload)
     chosen = choose_device(device)
     if dtype != "auto" or "torch_dtype" not in kwargs:
         kwargs["dtype"] = choose_dtype(dtype, chosen)
-    return AvatarPipeline.from_pretrained(source, **kwargs).to(chosen)
+    return put_on(AvatarPipeline.from_pretrained(source, **kwargs), chosen, offload)
 
 
 def generate(
@@ -478,19 +483,16 @@ def generate(
     model: str | Path = "tiny",
     device: str = "auto",
     dtype: str = "auto",
+    offload: Offload = "none",
     variant: str | None = None,
     size: str | None = None,
     lora: LoraChoice | Sequence[LoraChoice] = (),
     **options: Any,
 ) -> GeneratedVideo:
     """Write the portrait saying the speech as an MP4 with sound: `load`, whose are model, device, dtype,
-    variant, size and lora, then `AvatarPipeline.generate`. For several videos load once: each call here loads
-    the model."""
+    offload, variant, size and lora, then `AvatarPipeline.generate`. For several videos load once: each call
+    here loads the model."""
     others = inspect.signature(AvatarPipeline.generate).parameters
     generate_options({name: value for name, value in options.items() if name not in others})
-    pipeline = load(model, device=device, dtype=dtype, variant=variant, size=size, lora=lora)
+    pipeline = load(model, device=device, dtype=dtype, offload=offload, variant=variant, size=size, lora=lora)
     return pipeline.generate(portrait, speech, output, **options)
-
-
-def _unusable(names: Iterable[str], source: str | Path) -> InputError:
-    return InputError(f"{', '.join(names)} cannot be used with the published checkpoints in {source}")

@@ -34,7 +34,7 @@ from stableavatar.apps.data_commands import (
 )
 from stableavatar.apps.progress import display, duration
 from stableavatar.apps.training_commands import cache_latents, export, train
-from stableavatar.choices import Dtype, ModelSize, StoredDtype, Variant
+from stableavatar.choices import Dtype, ModelSize, Offload, StoredDtype, Variant
 from stableavatar.errors import InputError
 from stableavatar.logs import log_to_stderr, quieten_libraries
 from stableavatar.options import FILE, PICTURE, TIME, GenerateOptions, OutputOptions
@@ -89,7 +89,7 @@ Verbose = Annotated[
     ),
 ]
 _VARIANT = typer.Option(
-    help="Which of the published transformers: square (512x512, the default) or rec-vec (also 480x832 and "
+    help="Which of the published transformers: square (512x512, the default) or rec-vec (480x832 and "
     "832x480).",
     rich_help_panel=MODEL,
 )
@@ -197,6 +197,14 @@ def generate(
             help="Of the weights; auto: bfloat16 on CUDA, float32 elsewhere.", rich_help_panel=MODEL
         ),
     ] = "auto",
+    offload: Annotated[
+        Offload,
+        typer.Option(
+            help="For little GPU memory, the same frames: what stays in main memory and comes to the GPU a "
+            "layer at a time: the encoders of prompt and portrait, or all layers, which is slower.",
+            rich_help_panel=MODEL,
+        ),
+    ] = "none",
     verbose: Verbose = 0,
 ) -> None:
     """Make the person in PORTRAIT say what is heard in SPEECH.
@@ -211,10 +219,20 @@ def generate(
         quieten_libraries(verbose)
         from stableavatar.pipeline import load
         from stableavatar.placement.device import choose_device
+        from stableavatar.placement.offload import check_offload
 
         if generation.decoder_device is not None:
             choose_device(generation.decoder_device)
-        return load(model, device=device, dtype=dtype, variant=variant, size=model_size, lora=lora or ())
+        check_offload(offload, generation.decoder_device)
+        return load(
+            model,
+            device=device,
+            dtype=dtype,
+            offload=offload,
+            variant=variant,
+            size=model_size,
+            lora=lora or (),
+        )
 
     if not leads():
         with together(device) as (processes, device), stop_between_cells():

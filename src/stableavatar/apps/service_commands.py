@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from stableavatar.choices import Dtype, ModelSize, Variant
+from stableavatar.choices import Dtype, ModelSize, Offload, Variant
 from stableavatar.errors import InputError, extra_missing
 from stableavatar.options import GenerateOptions
 
@@ -24,6 +24,9 @@ LoraOption = Annotated[
     typer.Option(metavar="FILE[:SCALE]", help="A LoRA, as for generate.", rich_help_panel=_MODEL),
 ]
 DtypeOption = Annotated[Dtype, typer.Option(help="Of the weights.", rich_help_panel=_MODEL)]
+OffloadOption = Annotated[
+    Offload, typer.Option(help="For little GPU memory, as for generate.", rich_help_panel=_MODEL)
+]
 
 
 def _as_of_generate(name: str) -> Any:
@@ -84,6 +87,7 @@ def serve(
         ),
     ] = None,
     dtype: DtypeOption = "auto",
+    offload: OffloadOption = "none",
     window: WindowOption = None,
     batch_windows: BatchWindowsOption = 1,
     decoder_device: DecoderDeviceOption = None,
@@ -151,6 +155,7 @@ def serve(
             model,
             device=it,
             dtype=dtype,
+            offload=offload,
             variant=variant,
             size=model_size,
             lora=tuple(lora or ()),
@@ -192,6 +197,7 @@ def app(
     lora: LoraOption = None,
     device: Annotated[str, typer.Option(help="As for generate.", rich_help_panel=_MODEL)] = "auto",
     dtype: DtypeOption = "auto",
+    offload: OffloadOption = "none",
     window: WindowOption = None,
     batch_windows: BatchWindowsOption = 1,
     decoder_device: DecoderDeviceOption = None,
@@ -242,6 +248,7 @@ def app(
             model,
             device=device,
             dtype=dtype,
+            offload=offload,
             variant=variant,
             size=model_size,
             lora=tuple(lora or ()),

@@ -1,6 +1,7 @@
 """What `AvatarPipeline.from_pretrained` may be given by keyword beside its own arguments."""
 
 from collections.abc import Iterable
+from pathlib import Path
 
 import torch
 
@@ -52,3 +53,8 @@ def chosen_dtype(dtype: torch.dtype | None, torch_dtype: torch.dtype | None) -> 
     if dtype is not None and torch_dtype is not None:
         raise InputError("torch_dtype is the former name of dtype: give one of them, not both")
     return dtype or torch_dtype or torch.float32
+
+
+def unusable(names: Iterable[str], source: str | Path) -> InputError:
+    """What to raise where arguments are given that published checkpoints do not take."""
+    return InputError(f"{', '.join(names)} cannot be used with the published checkpoints in {source}")

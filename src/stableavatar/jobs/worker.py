@@ -17,6 +17,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
+from stableavatar.choices import Offload
 from stableavatar.errors import GO_ON, StableAvatarError, StoppedError, StorageError, is_out_of_memory
 from stableavatar.jobs.intake import without_folder
 from stableavatar.jobs.job import Job
@@ -68,6 +69,7 @@ class ModelChoice:
     source: str = "tiny"
     device: str = "auto"
     dtype: str = "auto"
+    offload: Offload = "none"
     variant: str | None = None
     size: str | None = None
     lora: tuple[str, ...] = ()
@@ -105,13 +107,16 @@ class ModelChoice:
         """
         from stableavatar.pipeline import load
         from stableavatar.placement.device import choose_device
+        from stableavatar.placement.offload import check_offload
 
         if self.sampling.get("decoder_device") is not None:
             choose_device(self.sampling["decoder_device"])
+        check_offload(self.offload, self.sampling.get("decoder_device"))
         return load(
             self.source,
             device=self.device,
             dtype=self.dtype,
+            offload=self.offload,
             variant=self.variant,
             size=self.size,
             lora=self.lora,

@@ -1,7 +1,7 @@
 """Attention of the video transformer: the one entry to the kernels, and the two layers that use it.
 
 The kernel is diffusers' choice (`dispatch_attention_fn`), so `set_attention_backend("flash")` and its kind
-work on the model.
+work on the model. Heads wider than kernels take, those of the published audio adapters, are PyTorch's own.
 """
 
 from dataclasses import dataclass
@@ -9,10 +9,13 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 from diffusers.models.attention import AttentionModuleMixin
-from diffusers.models.attention_dispatch import dispatch_attention_fn
+from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
 from torch import nn
 
 from stableavatar.models.rope import RotaryTable, rotate
+
+# What every kernel takes: SageAttention ends here. The published adapters have 192 (1.3B) and 256 (14B).
+WIDEST_HEAD = 128
 
 
 class KernelProcessor:
@@ -23,7 +26,9 @@ class KernelProcessor:
 
     def __call__(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         """Attention of `[B, N, heads, d]` over `[B, M, heads, d]`, unmasked; returns `[B, N, heads, d]`."""
-        return dispatch_attention_fn(query, key, value, backend=self._attention_backend)
+        wide = query.shape[-1] > WIDEST_HEAD
+        backend = AttentionBackendName.NATIVE if wide else self._attention_backend
+        return dispatch_attention_fn(query, key, value, backend=backend)
 
 
 class _Attention(nn.Module, AttentionModuleMixin):
@@ -88,14 +93,15 @@ class ContextCache:
     def open(self, prompt: torch.Tensor, portrait: torch.Tensor, blocks: int) -> None:
         """Begin a call of a model of so many blocks.
 
-        Raises ValueError where these are not the very tensors of the first call, or gradients are on."""
+        Raises ValueError where these are not those of the first call, or gradients are on."""
         if torch.is_grad_enabled():
             raise ValueError("kept keys and values cannot be trained through: use torch.no_grad()")
         if self._owners is None:
             self._owners = prompt, portrait
             self.blocks = [BlockContext() for _ in range(blocks)]
-        if self._owners[0] is not prompt or self._owners[1] is not portrait:
-            raise ValueError("this context cache belongs to another prompt or portrait: make a new one")
+        for first, now in zip(self._owners, (prompt, portrait), strict=True):
+            if now is not first and not torch.equal(now, first):  # hooks of offloading may hand on copies
+                raise ValueError("this context cache belongs to another prompt or portrait: make a new one")
 
 
 class CrossAttention(_Attention):

@@ -45,7 +45,8 @@ class StepCache:
     Args:
         transformer: whose timestep embeddings decide. timesteps: of all steps `[steps]`.
         threshold, coefficients: see `steps_to_run`; at a threshold of 0 every step runs.
-        device: where the transformer computes, by default where its weights lie.
+        device: where the embeddings are computed of weights that lie nowhere until then (sequential
+            offloading); others are computed where they lie, which hooks may change at the first call.
     """
 
     def __init__(
@@ -56,10 +57,11 @@ class StepCache:
         coefficients: Sequence[float],
         device: torch.device | None = None,
     ) -> None:
+        place = transformer.device
+        if place.type == "meta" and device is not None:
+            place = device
         with torch.no_grad():
-            _, modulation = transformer.condition_embedder.embed_timestep(
-                timesteps.to(device or transformer.device)
-            )
+            _, modulation = transformer.condition_embedder.embed_timestep(timesteps.to(place))
         self.runs = steps_to_run(modulation, threshold, coefficients)
         self._residuals: dict[int, torch.Tensor] = {}
 
