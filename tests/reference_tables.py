@@ -69,7 +69,7 @@ def of_recipes() -> str:
             values = _alternatives(types[f.name]) or ("see below" if inner else _plain(types[f.name]))
             given = f.default is not dataclasses.MISSING or f.default_factory is not dataclasses.MISSING
             default = _shown(f.default) if given and not inner else "" if given else "to be given"
-            rows.append(f"| `{f.name}` | {values} | {default} | {said[f.name]} |")
+            rows.append(f"| `{f.name}` | {values} | {default} | {_in_yaml(said[f.name])} |")
         parts.append("\n".join(rows))
     return "\n\n".join(parts)
 
@@ -90,6 +90,11 @@ def _attributes(kind: type[Any]) -> dict[str, str]:
         if isinstance(section, griffe.DocstringSectionAttributes):
             found |= {it.name: " ".join(it.description.split()) for it in section.value}
     return {name: re.sub(r" \(spec [^)]*\)", "", text) for name, text in found.items()}
+
+
+def _in_yaml(text: str) -> str:
+    """With the word that a recipe has for a value of None."""
+    return re.sub(r"\bNone(?=:)", "`null`", text)
 
 
 def _members(hint: Any) -> list[Any]:
