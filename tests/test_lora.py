@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from command_line import QUICK, portrait, run, speech, toy_model
@@ -28,6 +28,7 @@ from stableavatar.journal import weights_fingerprint
 from stableavatar.media.reading import read_frames
 from stableavatar.models.transformer import StableAvatarTransformer3DModel
 from stableavatar.pipeline import AvatarPipeline
+from stableavatar.training.lora import LoraSettings, save_lora
 from toy import toy_pipeline, toy_transformer
 
 RANK = 3
@@ -158,6 +159,17 @@ class TestAlpha:
         file = tmp_path / "pytorch_lora_weights.safetensors"
         save_file(NAMINGS["diffusers"](random_lora(model)), file, metadata)
         assert {it.scale for it in read_lora(tmp_path, model).layers.values()} == {2}
+
+    def test_of_a_training_acts_where_it_is_not_read(
+        self, model: StableAvatarTransformer3DModel, tmp_path: Path
+    ) -> None:
+        down, up = torch.randn(RANK, 32), torch.randn(32, RANK)
+        layer = "blocks.0.attn1.to_q"
+        factors = {f"{layer}.lora_A.default.weight": down, f"{layer}.lora_B.default.weight": up}
+        file = save_lora(factors, LoraSettings(rank=RANK, alpha=4.0 * RANK), tmp_path)
+        for found in (read_lora(file, model), lora_from_state(load_file(file), model)):
+            delta = found.delta(f"{layer}.weight", torch.device("cpu"))
+            torch.testing.assert_close(delta, 4 * up @ down)
 
 
 def distilled(model: nn.Module) -> State:

@@ -2,7 +2,9 @@
 
 import json
 import logging
+import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +15,7 @@ import torch
 from fitting import Fit, Points, assert_same_run, losses, make, settings
 from stableavatar.errors import CheckpointError, InputError
 from stableavatar.training.checkpoints import list_checkpoints
+from stableavatar.training.loader import open_batches
 from stableavatar.training.log import read_log, tracker_arguments
 from stableavatar.training.trainer import Trainer
 
@@ -34,6 +37,50 @@ def test_what_a_reader_cannot_read_is_a_sentence(tmp_path: Path, workers: int) -
     with pytest.raises(InputError) as raised:
         trainer.train()
     assert str(raised.value) == "clips/00003/audio.wav: there is no such file"
+
+
+class Killed(Points):
+    """Whose reader is killed at clip 3."""
+
+    def __getitem__(self, key: tuple[int, int]) -> torch.Tensor:
+        if key[0] == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().__getitem__(key)
+
+
+def test_a_reader_that_is_killed_is_a_sentence(tmp_path: Path) -> None:
+    trainer = Trainer(Fit(), Killed(), torch.stack, settings(workers=1), tmp_path)
+    with pytest.raises(
+        InputError, match=r"was lost, .*\n.*trainer\.workers, now 1.*--shm-size.*--resume latest"
+    ):
+        trainer.train()
+
+
+@pytest.mark.parametrize(
+    ("said", "kind"),
+    [
+        # A container's 64 MB: said by a reader, whose traceback comes first, and by the kernel.
+        (
+            "Caught RuntimeError in DataLoader worker process 0.\nTraceback:\nRuntimeError: unable to allocate "
+            "shared memory(shm) for file </torch_7>: No space left on device (28)",
+            InputError,
+        ),
+        ("DataLoader worker (pid 7) is killed by signal: Bus error. ", InputError),
+        (
+            "Caught RuntimeError in DataLoader worker process 0.\nTraceback:\nRuntimeError: a fault",
+            RuntimeError,
+        ),
+        ("a fault", RuntimeError),
+    ],
+)
+def test_what_torch_says_of_lost_readers(said: str, kind: type[Exception], tmp_path: Path) -> None:
+    sampler = make(tmp_path).sampler
+    with (
+        pytest.raises(kind) as raised,
+        open_batches(Points(), torch.stack, sampler, step=0, seed=0, readers=0),
+    ):
+        raise RuntimeError(said)
+    assert "Traceback" not in str(raised.value) or kind is RuntimeError
 
 
 @pytest.mark.parametrize("where", ["weights", "average"])
@@ -90,10 +137,30 @@ def test_a_damaged_state_is_named(tmp_path: Path) -> None:
         make(tmp_path).resume("latest")
 
 
-def test_another_optimizer_is_named(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["muon", "adamw-8bit"])
+def test_another_optimizer_is_refused(tmp_path: Path, kind: str) -> None:
+    if kind == "adamw-8bit":
+        pytest.importorskip("torchao", reason="in the extra large; see make test-large")
+    for before, after in (("adamw", kind), (kind, "adamw")):
+        make(tmp_path / before, kind=before, steps=1).train()
+        for new_data in (False, True):
+            with pytest.raises(
+                InputError, match="step-00000001 was trained with another optimizer; it cannot"
+            ):
+                make(tmp_path / before, kind=after).resume("latest", new_data=new_data)
+
+
+def test_another_optimizer_of_a_checkpoint_that_does_not_say_which_is_named(tmp_path: Path) -> None:
     make(tmp_path, steps=5).train()
+    file = tmp_path / "step-00000005" / "state.json"
+    state = json.loads(file.read_text())
+    del state["identity"]["optimizer"]
+    file.write_text(json.dumps(state))
     with pytest.raises(CheckpointError, match="step-00000005 is of another optimizer"):
         make(tmp_path, kind="muon").resume("latest")
+    again = make(tmp_path)
+    again.resume("latest")
+    assert again.step == 5
 
 
 def test_a_log_that_a_power_cut_damaged_is_gone_on_with(
@@ -187,11 +254,13 @@ def test_values_that_cannot_be_are_refused(values: dict[str, object], what: str)
 PAIR = """
 import sys
 sys.path.insert(0, {tests!r})
+import logging
 import os
 from pathlib import Path
 import torch
 from fitting import Fit, Points, settings
 from stableavatar.errors import InputError
+from stableavatar.training.run import Training
 from stableavatar.training.trainer import Trainer
 
 def say(line):
@@ -200,9 +269,20 @@ def say(line):
 class Other(Points):
     fingerprint = "six points" if os.environ["RANK"] == "1" and sys.argv[1] == "clips" else Points.fingerprint
 
+    def fail(*_):
+        raise InputError("no such clip")
+
 trainer = None
 try:
     trainer = Trainer(Fit(), Other(), torch.stack, settings(), Path(sys.argv[2]))
+    if sys.argv[1] == "error":
+        handler = logging.Handler()
+        handler.emit = lambda record: say(f"{{os.environ['RANK']}} {{record.getMessage()}}")
+        logging.getLogger("stableavatar.training.run").addHandler(handler)
+        trainer.prepare = Other.fail
+        close = trainer.close
+        trainer.close = lambda: (say(os.environ["RANK"] + " closes"), close())
+        Training(None, None, trainer).run()
     if sys.argv[1] == "random":
         rank, folder = int(os.environ["RANK"]), Path(sys.argv[2])
         for name, steps in (("whole", 12), ("parts", 7), ("parts", 12)):
@@ -245,6 +325,14 @@ def pair(tmp_path: Path, what: str) -> str:
 
 def test_processes_with_other_clips_are_refused(tmp_path: Path) -> None:
     assert pair(tmp_path, "clips").count("refused: process 1 has other clips than the first") == 2
+
+
+def test_an_error_is_told_before_a_process_leaves_the_others(tmp_path: Path) -> None:
+    said = pair(tmp_path, "error").splitlines()
+    for rank in range(2):
+        assert [line for line in said if line.startswith(f"{rank} ")] == [
+            f"{rank} ends: no such clip", f"{rank} closes", f"{rank} closes",
+        ]  # fmt: skip
 
 
 def test_every_process_goes_on_with_its_own_random_numbers(tmp_path: Path) -> None:

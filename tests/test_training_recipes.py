@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -25,6 +26,7 @@ from stableavatar.config import SIZES
 from stableavatar.errors import InputError
 from stableavatar.media.reading import probe, read_frames, read_metadata
 from stableavatar.models.transformer import StableAvatarTransformer3DModel
+from stableavatar.training import run as training_run
 from stableavatar.training.avatar import Avatar
 from stableavatar.training.checkpoints import list_checkpoints
 from stableavatar.training.log import read_log
@@ -235,6 +237,15 @@ def test_validation_that_could_not_be_made_is_refused_at_once(
         prepare_training(load_recipe(SQUARE, toy(data, tmp_path, f"validation={json.dumps(change)}")))
 
 
+def test_validation_where_accelerate_spreads_the_model_is_refused_at_once(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    recipe = load_recipe(SQUARE, toy(data, tmp_path, 'validation={"cases": []}'))
+    with pytest.raises(InputError, match=r"validation: .*--set trainer.sharding=fsdp2"):
+        prepare_training(recipe)
+
+
 def test_validation_as_the_documentation_asks_for_it(data: Path, tmp_path: Path) -> None:
     document = RECIPES[0].parents[1] / "docs" / "training.md"
     asked = yaml.safe_load(document.read_text().split("```yaml\n")[1].split("```")[0])
@@ -312,6 +323,15 @@ def test_a_training_resumes_beside_the_same_frozen_weights_alone(data: Path, tmp
             prepare_training(
                 load_recipe(path, toy(data, tmp_path / "run", *more, change)), resume="latest", new_data=True
             )
+    AcceleratorState._reset_state(True)  # without alpha, which is the rank
+    prepare_training(load_recipe(path, toy(data, tmp_path / "run", *more[:2])), resume="latest")
+
+
+@pytest.mark.parametrize("path", sorted(SQUARE.parent.glob("*-lora.yaml")), ids=lambda path: path.stem)
+def test_a_lora_of_another_rank_acts_at_the_same_strength(path: Path) -> None:
+    lora = load_recipe(path, ["lora.rank=2"]).lora
+    assert lora is not None
+    assert lora.alpha is None
 
 
 def train_whole_and_spread(recipe: Path, data: Path, folder: Path, *more: str, way: str = "fsdp2") -> None:
@@ -414,6 +434,19 @@ class TestCommands:
             done = run("train", *arguments)
             assert done.exit_code == 2
             assert what in done.output.replace("\n", " ")
+
+    @pytest.mark.parametrize("command", ["train", "cache-latents"])
+    def test_too_little_memory_names_keys_that_there_are(
+        self, command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(training_run, "check_folder", lambda _: torch.empty(1 << 45))
+        done = run(command, SQUARE, *(["-o", tmp_path] if command == "cache-latents" else []))
+        assert done.exit_code == 2
+        assert "too little memory" in done.output
+        assert "--dtype" not in done.output
+        keys = re.findall(r"((?:trainer|model|data)(?:\.[a-z_]+)+)(?:=([\w-]+))?", done.output)
+        assert ("model.offload_encoders", "true") in keys
+        load_recipe(SQUARE, [f"{name}={value or repr('9')}" for name, value in keys])
 
     def test_a_signal_to_all_processes_ends_it_with_a_checkpoint(self, data: Path, tmp_path: Path) -> None:
         folder = tmp_path / "run"

@@ -18,7 +18,7 @@ from stableavatar.models.transformer import StableAvatarTransformer3DModel
 from stableavatar.pipeline import AvatarPipeline
 from stableavatar.training.recipes import ModelChoice, load_recipe
 from stableavatar.training.run import cache_latents, prepare_training
-from stableavatar.training.start import load_start, start_device
+from stableavatar.training.start import load_start, open_clips, start_device
 from toy import toy_transformer
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerator")
@@ -178,3 +178,14 @@ def test_a_cache_of_other_encoders_is_refused_by_a_training_that_loads_none(
         else:
             with pytest.raises(InputError, match="made with other encoders than those of model"):
                 prepare_training(recipe)
+
+
+def test_a_clip_that_is_named_twice_comes_once(
+    data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """By two lists, or by a list and the folder that it lies in."""
+    (tmp_path / "again").symlink_to(data.parent / "speech")
+    recipe = load_recipe(SQUARE, [*toy(data, tmp_path), f"data.folders=[{tmp_path}]"])
+    clips = open_clips(recipe.data).clips
+    assert [clip.name for clip in clips] == [str(data.parent / "speech" / f"{k:05d}") for k in range(4)]
+    assert "4 of 8 clips are named more than once" in caplog.text

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from stableavatar.errors import StableAvatarError, StoppedError, is_out_of_memory, is_out_of_room
+from stableavatar.errors import InputError, StableAvatarError, StoppedError, is_out_of_memory, is_out_of_room
 
 if TYPE_CHECKING:
     from stableavatar.placement.processes import Processes
@@ -46,10 +46,26 @@ def plain_errors() -> Iterator[None]:
         if not is_out_of_memory(error):
             raise
         _fail(
-            "there is too little memory for this. Choose fewer pixels (--size), a shorter --window, "
-            "--dtype bfloat16, or another --device",
+            "there is too little memory for this. Of a GPU's: --dtype bfloat16, then --offload encoders, "
+            "--decoder-tiling, --offload layers. Of any: --batch-windows 1, fewer pixels (--size), a shorter "
+            "--window",
             FAULT,
         )
+
+
+@contextmanager
+def memory_advice(advice: str) -> Iterator[None]:
+    """Around a command with other options than `generate`: what to do where there is too little memory.
+
+    Raises:
+        InputError: memory, of the machine or of a device, did not suffice.
+    """
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, StableAvatarError) or not is_out_of_memory(error):
+            raise
+        raise InputError(f"there is too little memory for this. {advice}") from error
 
 
 def one_of_several() -> bool:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from stableavatar.apps.console import memory_advice
 from stableavatar.errors import InputError
 
 if TYPE_CHECKING:
@@ -20,6 +21,7 @@ StartOption = Annotated[int, typer.Option(min=0, help="The first number.")]
 EndOption = Annotated[int, typer.Option(min=0, help="The number after the last.")]
 
 
+@memory_advice("Give fewer --workers, or videos of fewer pixels")
 def prepare(
     raw: Annotated[Path, typer.Argument(metavar="RAW_FOLDER", help="Videos, sub-folders included.")],
     data: Annotated[Path, typer.Argument(metavar="DATA_FOLDER", help="Made if need be.")],

@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
+from stableavatar.apps.console import memory_advice
 from stableavatar.choices import StoredDtype
 from stableavatar.errors import InputError, extra_missing
 from stableavatar.logs import log_to_stderr, quieten_libraries
@@ -21,6 +22,11 @@ SetOption = Annotated[
 ]
 
 
+@memory_advice(
+    "Give --set trainer.gradient_checkpointing=true or --set model.offload_encoders=true. A run that begins "
+    "anew can have a data.cache, trainer.batch_size=1 with more trainer.accumulation, "
+    "trainer.optimizer.kind=adamw-8bit, and on several GPUs trainer.sharding=fsdp2; see docs/scaling.md"
+)
 def train(
     recipe: RecipeArgument,
     settings: SetOption = None,
@@ -65,6 +71,7 @@ def train(
         typer.echo(f"{made}: after {result.step} of {chosen.trainer.steps} steps{skipped}")
 
 
+@memory_advice("Give --set model.offload_encoders=true, fewer data.clips.frames, or clips of fewer pixels")
 def cache_latents(
     recipe: RecipeArgument,
     output: Annotated[Path, typer.Option("--output", "-o", help="The folder, made if need be.")],
@@ -94,6 +101,7 @@ def cache_latents(
         typer.echo(f"{output}: {count} samples; train with --set data.cache={output}")
 
 
+@memory_advice("It needs main memory for the whole model")
 def export(
     source: Annotated[
         Path,

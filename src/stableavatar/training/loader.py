@@ -10,10 +10,14 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from stableavatar.data.sampler import ClipKey, GroupedSampler
-from stableavatar.errors import StableAvatarError
+from stableavatar.errors import InputError, StableAvatarError
 from stableavatar.lifetimes import end_with_parent
+from stableavatar.training.devices import everywhere
 
 SampleOut = TypeVar("SampleOut", covariant=True)
+
+# What torch says of a reader that was killed, or that found no room in shared memory.
+_LOST = ("killed by signal", "exited unexpectedly", "shared memory")
 
 
 class SampleSource(Protocol[SampleOut]):
@@ -34,6 +38,17 @@ class SampleSource(Protocol[SampleOut]):
         ...
 
 
+def check_same_clips(source: SampleSource[Any]) -> None:
+    """A clip that one process alone could not open would shift all others there. Raises InputError."""
+    each = everywhere(source.fingerprint)
+    other = next((rank for rank, theirs in enumerate(each) if theirs != each[0]), None)
+    if other is not None:
+        raise InputError(
+            f"process {other} has other clips than the first: all need the same files, and clips that "
+            "cannot be opened have to be out of the lists"
+        )
+
+
 @contextlib.contextmanager
 def open_batches(
     source: SampleSource[Any],
@@ -48,6 +63,9 @@ def open_batches(
 
     Readers take no notice of SIGTERM and Ctrl-C, which whoever ends a run may send to all of its processes:
     they read on until the block is left, however it is left.
+
+    Raises:
+        InputError: a reader was killed; torch says so wherever the block then is.
     """
     others = set(multiprocessing.active_children())
     reading = _Reading(source, collate)
@@ -64,6 +82,15 @@ def open_batches(
     started = set(multiprocessing.active_children()) - others
     try:
         yield _readable(batches)
+    except RuntimeError as error:
+        said = str(error).strip()
+        if "DataLoader worker" not in said or not any(words in said for words in _LOST):
+            raise
+        raise InputError(
+            f"a process that reads clips was lost, as where memory runs short: {said.splitlines()[-1]}\n"
+            f"Have fewer of them (trainer.workers, now {readers}) or, in a container, more shared memory "
+            "(docker run --shm-size 8g). --resume latest goes on from the last checkpoint"
+        ) from error
     finally:
         # The loader ends its workers when nothing refers to it, but an error's traceback does, and at its end
         # Python would wait for them for ever, having sent a SIGTERM. There is no public way to end them.

@@ -107,14 +107,17 @@ def without_lora(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 def save_lora(factors: Mapping[str, torch.Tensor], settings: LoraSettings, folder: Path) -> Path:
     """Write trained factors in diffusers' format, as `pytorch_lora_weights.safetensors` in a folder.
 
+    The second is multiplied by alpha / rank, so that they act alike in programs that do not read alpha.
+
     Args:
         factors: by the transformer's parameter names; what is none is left out.
 
     Returns:
         The file, which is complete under its name or not there.
     """
+    scale = (settings.alpha or settings.rank) / settings.rank
     state = {
-        name.replace(f".{_ADAPTER}.", "."): value.contiguous()
+        name.replace(f".{_ADAPTER}.", "."): (value * scale if ".lora_B." in name else value).contiguous()
         for name, value in factors.items()
         if is_factor(name)
     }
@@ -125,7 +128,7 @@ def save_lora(factors: Mapping[str, torch.Tensor], settings: LoraSettings, folde
             transformer_lora_layers=state,
             transformer_lora_adapter_metadata={
                 "r": settings.rank,
-                "lora_alpha": settings.alpha or settings.rank,
+                "lora_alpha": settings.rank,
                 "target_modules": list(settings.targets),
             },
             weight_name=partial.name,

@@ -13,11 +13,11 @@ from typing import Any, Literal
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, parse_flag_from_env
 
 from stableavatar.data.cache import CacheWriter
 from stableavatar.data.encoding import Encoders, stack_samples
-from stableavatar.errors import InputError
+from stableavatar.errors import InputError, StableAvatarError
 from stableavatar.media.files import check_folder
 from stableavatar.models.transformer import StableAvatarTransformer3DModel
 from stableavatar.training.avatar import Avatar
@@ -61,6 +61,10 @@ class Training:
                 with _stopped_by_signals(self.trainer):
                     result = self.trainer.train()
                 return result, self.export()
+        except Exception as error:
+            if self.trainer.accelerator.num_processes > 1:  # which closing may wait for
+                logger.error("ends: %s", error, exc_info=not isinstance(error, StableAvatarError))
+            raise
         finally:  # after an error too: a process that hung at its end would keep the others
             self.trainer.close()
 
@@ -88,6 +92,11 @@ def prepare_training(
         InputError, CheckpointError: a file that is missing, damaged or does not fit.
     """
     check_folder(recipe.output)  # what would be found out after hours
+    if recipe.validation is not None and parse_flag_from_env("ACCELERATE_USE_FSDP"):
+        raise InputError(
+            "validation: no videos can be made where accelerate's own FSDP spreads the model: use torchrun "
+            "and --set trainer.sharding=fsdp2, or leave validation out"
+        )
     torch.manual_seed(recipe.trainer.seed)
     device = process_device(recipe.trainer)
     leads = PartialState().is_main_process
@@ -121,7 +130,7 @@ def prepare_training(
     frozen = [frozen_digest(avatar, avatar.never_acts) if leads else ""]
     identity = {"frozen weights": broadcast_object_list(frozen)[0]}
     if recipe.lora is not None:
-        identity["lora"] = f"rank {recipe.lora.rank}, alpha {recipe.lora.alpha or recipe.lora.rank}"
+        identity["lora"] = f"rank {recipe.lora.rank}, alpha {float(recipe.lora.alpha or recipe.lora.rank)}"
     trainer: Trainer[Any] = Trainer(
         avatar,
         source,

@@ -2,6 +2,7 @@
 them."""
 
 import hashlib
+import logging
 from collections.abc import Mapping
 from dataclasses import asdict
 from functools import partial
@@ -34,6 +35,8 @@ from stableavatar.training.parameters import freeze_others, trained_by_recipe
 from stableavatar.training.recipes import DataChoice, ModelChoice, Recipe
 from stableavatar.training.tiny.avatar import TinyAvatar
 from stableavatar.training.tiny.feature_memory import use_training_kernels
+
+logger = logging.getLogger(__name__)
 
 TRANSFORMER = "transformer"
 ENCODERS = ("vae", "speech_encoder", "text_encoder", "image_encoder")
@@ -229,13 +232,22 @@ def open_clips(choice: DataChoice) -> ClipDataset:
     """The clips of a recipe. Raises InputError for what cannot be read."""
     folders = [folder for path in choice.lists for folder in read_path_list(path)]
     folders += [folder for root in choice.folders for folder in find_clips(root)]
+    once: dict[Path, Path] = {}
+    for folder in folders:
+        once.setdefault(folder.resolve(), folder)
+    if len(once) < len(folders):
+        logger.warning(
+            "%d of %d clips are named more than once: each is taken once",
+            len(folders) - len(once),
+            len(folders),
+        )
     puppets = (
         (str(folder), partial(store.__getitem__, index))
         for store in map(ClipStore, choice.puppets)
         for index, folder in enumerate(store.folders)
     )
     return ClipDataset.from_folders(
-        folders, choice.clips, others=puppets, sizes=choice.pixel_sizes, share=_Processes()
+        once.values(), choice.clips, others=puppets, sizes=choice.pixel_sizes, share=_Processes()
     )
 
 

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from accelerate.utils import DistributedType, broadcast_object_list
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 
 from stableavatar.data.sampler import GroupedSampler
 from stableavatar.errors import CheckpointError, InputError
@@ -38,7 +39,7 @@ from stableavatar.training.devices import anywhere, everywhere
 from stableavatar.training.efficiency import compile_blocks, enable_gradient_checkpointing
 from stableavatar.training.ema import MovingAverage
 from stableavatar.training.launching import configure_deepspeed, follow_clip_rules, make_accelerator
-from stableavatar.training.loader import SampleSource, open_batches
+from stableavatar.training.loader import SampleSource, check_same_clips, open_batches
 from stableavatar.training.log import (
     JsonLog,
     LossMeter,
@@ -86,7 +87,8 @@ class Trainer(Generic[Sample]):
             same.
         callbacks: called with the number of steps done every `settings.callback_every` steps, with the
             averaged weights in place where there are any; they cannot disturb the run's random numbers. Where
-            the model is spread over processes all of them call, else the first.
+            the model is spread over processes all of them call, else the first. Those of a checkpoint's step
+            that a kill cut off are called when the run goes on from it.
         record: all settings of the training, for trackers and checkpoints: a run that goes on with others
             says so. The trainer's alone, if None.
 
@@ -124,7 +126,7 @@ class Trainer(Generic[Sample]):
         check_trackers(settings.trackers)
         self.accelerator = make_accelerator(settings, folder)
         self.run_folder = RunFolder(folder, leads=self.accelerator.is_main_process)
-        self._refuse_different_clips()
+        check_same_clips(source)
         if settings.gradient_checkpointing:
             enable_gradient_checkpointing(module)
         if settings.compile:
@@ -141,16 +143,6 @@ class Trainer(Generic[Sample]):
         self.parameters = trained_parameters(self.accelerator.unwrap_model(self.module))
         self.ema = MovingAverage(self.parameters, settings.ema_decay) if settings.ema_decay else None
         self._state = self._run_state()
-
-    def _refuse_different_clips(self) -> None:
-        """A clip that one process alone could not open would shift all others there."""
-        each = everywhere(self.source.fingerprint)
-        other = next((rank for rank, theirs in enumerate(each) if theirs != each[0]), None)
-        if other is not None:
-            raise InputError(
-                f"process {other} has other clips than the first: all need the same files, and clips that "
-                "cannot be opened have to be out of the lists"
-            )
 
     @property
     def deepspeed(self) -> bool:
@@ -199,13 +191,13 @@ class Trainer(Generic[Sample]):
         """Go on from a checkpoint of this run's folder, or from a given one.
 
         Args:
-            new_data: the data set, the batch and the number of processes may be others (the seed and the
-                `identity` may not, nor with DeepSpeed the number of processes); the order begins anew at the
-                step's number.
+            new_data: the data set, the batch and the number of processes may be others (the seed, the kind of
+                optimizer and the `identity` may not, nor with DeepSpeed the number of processes); the order
+                begins anew at the step's number.
 
         Raises:
             CheckpointError: there is none, it is damaged, or it belongs to another model.
-            InputError: the seed, the batch or the data set are not the checkpoint's.
+            InputError: the seed, the optimizer, the batch or the data set are not the checkpoint's.
         """
         if checkpoint == "latest":
             found = self.checkpoints()
@@ -218,10 +210,11 @@ class Trainer(Generic[Sample]):
             logger.warning("goes on from %s with other settings: %s", checkpoint, "; ".join(changes))
         stored = counters["identity"]
         different = [name for name, value in self._identity().items() if stored.get(name, value) != value]
-        if different and not (new_data and not {"seed", *self.identity} & set(different)):
+        never = bool({"seed", "optimizer", *self.identity} & set(different))
+        if different and (never or not new_data):
             raise InputError(
                 f"{checkpoint} was trained with another {', '.join(different)}; it cannot be resumed exactly "
-                + ("" if {"seed", *self.identity} & set(different) else "(--new-data goes on all the same)")
+                + ("" if never else "(--new-data goes on all the same)")
             )
         if self.deepspeed and stored["processes"] != self.accelerator.num_processes:
             raise InputError(f"{checkpoint} is of {stored['processes']} processes: DeepSpeed needs as many")
@@ -295,6 +288,10 @@ class Trainer(Generic[Sample]):
         # A run that stands at its checkpoint need not write that again.
         saved = self.step if self.step in map(checkpoint_step, self.checkpoints()) else -1
         begun = self.step
+        if begun and self._must_call_back() and not self.run_folder.callbacks_ended(begun):
+            if isinstance(self.module, FSDPModule):  # else the part that a callback runs would be the root
+                self.module._get_fsdp_state()._lazy_init()
+            self._call_back()
         trained, log_time = 0, time.monotonic()
         while self.step < settings.steps:
             late = deadline is not None and time.monotonic() >= deadline
@@ -322,9 +319,7 @@ class Trainer(Generic[Sample]):
             if self.step // every > max(saved, begun) // every and not self._bad_in_a_row:
                 self.save()
                 saved = self.step
-            # Only the first process may have callbacks; the others wait for it all the same.
-            several = self.accelerator.num_processes > 1
-            if (self.callbacks or several) and self.step % settings.callback_every == 0:
+            if self._must_call_back():
                 self._call_back()
             log_time += time.monotonic() - aside
         if saved != self.step:
@@ -471,6 +466,11 @@ class Trainer(Generic[Sample]):
         words = np.random.SeedSequence((self.settings.seed, self.step, piece)).generate_state(2)
         return torch.Generator().manual_seed(int(words[0]) << 32 | int(words[1]))
 
+    def _must_call_back(self) -> bool:
+        # Only the first process may have callbacks; the others wait for it all the same.
+        several = self.accelerator.num_processes > 1
+        return (bool(self.callbacks) or several) and self.step % self.settings.callback_every == 0
+
     def _call_back(self) -> None:
         kept = random_state()
         self.module.eval()
@@ -483,12 +483,14 @@ class Trainer(Generic[Sample]):
         finally:
             self.module.train()
             set_random_state(kept)
+        self.run_folder.note_callbacks(self.step)
 
     def _identity(self) -> dict[str, Any]:
         """What must be the same for a resumed run to be the same run."""
         settings = self.settings
         return {
             "seed": settings.seed,
+            "optimizer": settings.optimizer.kind,
             "batch_size": settings.batch_size,
             "accumulation": settings.accumulation,
             "clips": self.source.fingerprint,
