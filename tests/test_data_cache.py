@@ -5,6 +5,7 @@ import json
 import pickle
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,8 +20,8 @@ from stableavatar.conditioning.speech import speech_features
 from stableavatar.data import cache as cache_module
 from stableavatar.data.cache import CachedWindows, CacheWriter, LatentCache, read_manifest
 from stableavatar.data.clips import normalized_speech
-from stableavatar.data.dataset import ClipDataset, ClipDatasetSettings, ClipSample
-from stableavatar.data.encoding import Encoders, stack_samples
+from stableavatar.data.dataset import ClipDataset, ClipDatasetSettings, ClipSample, OnError
+from stableavatar.data.encoding import EncodedSample, Encoders, stack_samples
 from stableavatar.errors import InputError, StorageError
 from toy_encoders import toy_encoder_pair
 
@@ -187,7 +188,8 @@ def test_a_full_disk_leaves_a_cache_that_goes_on(
         patch.setattr(cache_module, "save_file", full_disk)
         with pytest.raises(StorageError, match="No space left"):
             writer.write(KEYS)
-    assert [path.name for path in folder.iterdir()] == ["manifest.json"]
+    assert sorted(path.name for path in folder.iterdir()) == [".lock", "manifest.json"]
+    del writer
     fill(CacheWriter(dataset, folder, Encoders(*encoders), shard_samples=3), KEYS)
     assert len(LatentCache(folder)) == 3
 
@@ -293,3 +295,47 @@ def test_a_cache_is_told_by_what_it_holds_and_knows_its_encoders(
         other.quant_conv.bias += 1
     with pytest.raises(InputError, match="another vae"):
         LatentCache(folder).check_encoders(Encoders(other, encoders[1]))
+
+
+@pytest.mark.parametrize("on_error", ["raise", "skip"])
+def test_what_is_not_finite_is_not_kept(
+    root: Path,
+    encoders: tuple[AutoencoderKLWan, Wav2Vec2Model],
+    monkeypatch: pytest.MonkeyPatch,
+    on_error: OnError,
+) -> None:
+    folders = [write_clip(root / "speech" / f"{k:05d}", frames=12) for k in range(2)]
+    dataset = ClipDataset.from_folders(folders, ClipDatasetSettings(frames=9, on_error=on_error))
+    encode = Encoders.encode_samples
+
+    def overflowing(
+        self: Encoders, samples: Sequence[ClipSample], window: int | None = None
+    ) -> list[EncodedSample]:
+        made = encode(self, samples, window)
+        if samples[0].clip.name == str(folders[0]):
+            made[1] = replace(made[1], speech=made[1].speech + 1e5)  # of float16 too large
+        return made
+
+    monkeypatch.setattr(Encoders, "encode_samples", overflowing)
+    keys = [(0, 0), (0, 1), (1, 0)]
+    writer = CacheWriter(dataset, root / "cache", Encoders(*encoders), torch.float16)
+    if on_error == "raise":
+        with pytest.raises(InputError, match="00000: values of its speech are not finite in float16"):
+            writer.write(keys)
+        return
+    fill(writer, keys)
+    assert list(writer.manifest["skipped"]) == [str(folders[0])]
+    cache = LatentCache(root / "cache")
+    assert torch.equal(cache[0, 1].latents, cache[0, 0].latents)  # of the pass that is there
+    assert len(cache) == 2
+    for key in keys:
+        assert cache[key].speech.isfinite().all()
+
+
+def test_a_cache_is_one_run_s_at_a_time(root: Path, encoders: tuple[AutoencoderKLWan, Wav2Vec2Model]) -> None:
+    dataset, folder = three_clips(root), root / "cache"
+    first = CacheWriter(dataset, folder, Encoders(*encoders))
+    with pytest.raises(InputError, match="another run writes this cache"):
+        CacheWriter(dataset, folder, Encoders(*encoders))
+    fill(first, KEYS)
+    fill(CacheWriter(dataset, folder, Encoders(*encoders)), KEYS)

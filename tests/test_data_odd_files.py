@@ -156,3 +156,48 @@ def test_a_damaged_network_is_named(tmp_path: Path) -> None:
     (tmp_path / "face.tflite").write_bytes(b"nothing of the kind")
     with pytest.raises(CheckpointError, match=r"face\.tflite is damaged"):
         Network(tmp_path / "face.tflite")
+
+
+@pytest.mark.parametrize(
+    ("transfer", "flags", "what"),
+    [("arib-std-b67", 0, r"HDR \(HLG\)"), ("smpte2084", 0, r"HDR \(PQ\)"), ("bt709", 1 << 18, "interlaced")],
+)
+def test_pictures_that_are_not_to_be_learned_as_they_are(
+    tmp_path: Path, transfer: str, flags: int, what: str
+) -> None:
+    path = tmp_path / "a.mp4"
+    with av.open(str(path), "w") as container:
+        options = {"x264-params": f"transfer={transfer}{':tff=1' if flags else ''}"}
+        stream: Any = container.add_stream("libx264", rate=25, options=options)
+        stream.width = stream.height = 64
+        stream.codec_context.flags |= flags
+        for k in range(5):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.full((64, 64, 3), 9 * k, np.uint8))))
+        container.mux(stream.encode(None))
+    with pytest.raises(InputError, match=what):
+        next(read_frames_at(path, Fraction(25)))
+    assert len(list(read_frames(path))) == 5  # a portrait may be taken out of it
+
+
+def test_of_two_sounds_picture_and_sound_count_from_the_same(tmp_path: Path) -> None:
+    """The better one begins with the picture; the other one began half a second before."""
+    path = tmp_path / "a.mkv"
+    with av.open(str(path), "w") as container:
+        sounds: list[Any] = [container.add_stream("pcm_s16le", rate=rate) for rate in (8000, 48_000)]
+        picture: Any = container.add_stream("libx264", rate=25)
+        picture.width = picture.height = 64
+        for sound in sounds:
+            sound.codec_context.layout = "mono"
+        for sound, begin in zip(sounds, (0.0, 0.5), strict=True):
+            block = av.AudioFrame.from_ndarray(np.zeros((1, sound.rate), np.int16), "s16", "mono")
+            block.sample_rate, block.time_base = sound.rate, Fraction(1, sound.rate)
+            block.pts = round(begin * sound.rate)
+            container.mux(sound.encode(block))
+        for k in range(25):
+            frame = av.VideoFrame.from_ndarray(np.full((64, 64, 3), 9 * k, np.uint8))
+            frame.pts, frame.time_base = 500 + 40 * k, Fraction(1, 1000)
+            container.mux(picture.encode(frame))
+        container.mux(picture.encode(None))
+    with Speech.open(path) as speech:
+        assert speech.seconds == pytest.approx(1, abs=0.03)
+    assert next(read_frames_at(path, Fraction(25)))[0] <= 1  # and not 12 frames later than its sound

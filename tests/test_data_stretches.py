@@ -1,6 +1,7 @@
 """Stretches of raw videos: what is one shot of one person before a still background, and what is not."""
 
 import errno
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 import av
 import numpy as np
 import pytest
+from PIL import Image
 
 from raw_videos import SHORT, SIZE, Frames, empty, needs_networks, puppet, video
 from stableavatar.data.landmarks import FaceLandmarker
@@ -42,7 +44,7 @@ def spans(found: list[Stretch]) -> list[tuple[int, int, str | None]]:
 
 def test_shots_and_what_shows_no_face(tmp_path: Path, landmarker: FaceLandmarker) -> None:
     path = video(
-        tmp_path / "a.mp4", [puppet(950_000, 1.0), puppet(950_001, 0.8), empty(0.4), puppet(950_002, 0.2)]
+        tmp_path / "a.mp4", [puppet(950_000, 1.0), puppet(950_004, 0.8), empty(0.4), puppet(950_002, 0.2)]
     )
     found = spans(stretches(path, landmarker))
     assert found == [(0, 25, None), (25, 45, None), (45, 55, "no face"), (55, 60, "only 0.2 s")]
@@ -58,7 +60,7 @@ def test_people_before_one_backdrop_and_what_was_taken_out(
         room[:, :, left : left + SIZE] = person
         return room
 
-    one, other = puppet(950_000, 1.6), puppet(950_001, 0.8)
+    one, other = puppet(950_000, 1.6), puppet(950_004, 0.8)
     shots = [
         before_the_wall(one[:20], 2 * SIZE),
         before_the_wall(other, 2 * SIZE),  # another person in the same place
@@ -177,3 +179,70 @@ def test_what_a_disk_does_not_give_just_now_is_not_the_video_s_doing() -> None:
     refuse_passing(failed(errno.EINVAL))
     with pytest.raises(PassingError, match=r"a\.mp4"):
         refuse_passing(failed(errno.EIO))
+
+
+def test_photographs_and_a_picture_that_hangs(tmp_path: Path, landmarker: FaceLandmarker) -> None:
+    """They would be learned as faces that are still while they talk."""
+    person = puppet(950_000, 2.0)
+    photograph = np.repeat(person[:1], 50, axis=0)
+    hangs = [person[:25], np.repeat(person[24:25], 25, axis=0), person[25:]]
+    paths = [video(tmp_path / f"{k}.mp4", parts) for k, parts in enumerate([[photograph], hangs])]
+    assert spans(stretches(paths[0], landmarker)) == [(0, 50, "the picture stands still")]
+    first, still, last = stretches(paths[1], landmarker)
+    assert (first.start, first.reason, last.stop, last.reason) == (0, None, 75, None)
+    assert still.reason == "the picture stands still"
+    assert 24 <= still.start <= 36  # the encoder mends its picture for a while
+    assert still.stop == pytest.approx(50, abs=1)
+    assert (first.stop, last.start) == (still.start, still.stop)
+
+    large = np.asarray(Image.fromarray(person[0]).resize((2 * SIZE, 2 * SIZE)))
+    nearer = [large[k : 2 * SIZE - k, k : 2 * SIZE - k] for k in range(40)]
+    shown = [np.asarray(Image.fromarray(it).resize((SIZE, SIZE))) for it in nearer]
+    (moved,) = stretches(video(tmp_path / "moved.mp4", [np.stack(shown)]), landmarker)
+    assert moved.reason == "the mouth does not move"
+    dancing = replace(SHORT, kind="dancing")  # where nobody needs to speak
+    heard = SoundTape(tmp_path / "moved.mp4", SPEECH_RATE)
+    assert judge(replace(moved, reason=None), heard, dancing).reason is None
+
+
+def test_a_hole_in_the_picture_is_none_of_a_clip(tmp_path: Path, landmarker: FaceLandmarker) -> None:
+    """As of a camera that gave nothing for a while, and whose sound went on."""
+    path = tmp_path / "a.mkv"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=25)
+        stream.width = stream.height = SIZE
+        for k, picture in enumerate(puppet(950_000, 2.0)):
+            frame = av.VideoFrame.from_ndarray(picture)
+            frame.pts, frame.time_base = k if k < 25 else k + 25, Fraction(1, 25)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    found = spans(list(find_stretches(path, landmarker, SHORT)))
+    still = "the picture stands still"
+    assert found == [(0, 24, None), (24, 38, still), (38, 51, still), (51, 75, None)]
+
+
+def test_of_joined_recordings_the_first_is_kept(tmp_path: Path, landmarker: FaceLandmarker) -> None:
+    """Their time stamps begin again: the sound of what comes then is not that of its picture."""
+    parts = [video(tmp_path / f"{k}.ts", [puppet(950_003 + k, 1.6)]) for k in (0, 1)]
+    joined = tmp_path / "joined.ts"
+    joined.write_bytes(b"".join(path.read_bytes() for path in parts))
+    first, rest = stretches(joined, landmarker)
+    assert first.reason is None
+    assert first.stop == pytest.approx(40, abs=2)
+    assert rest.start == rest.stop == first.stop
+    assert "its time stamps go back at 1.6 s" in str(rest.reason)
+
+
+def test_frames_that_are_a_little_out_of_order_are_shown(tmp_path: Path) -> None:
+    path = tmp_path / "a.mkv"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mjpeg", rate=25, options={"qmin": "1"})
+        stream.width, stream.height, stream.pix_fmt = 32, 32, "yuvj420p"
+        for k in range(20):
+            for packet in stream.encode(av.VideoFrame.from_ndarray(np.full((32, 32, 3), 10 * k, np.uint8))):
+                packet.pts, packet.dts = (k ^ 1) + 1, k
+                container.mux(packet)
+    with av.open(str(path)) as container:
+        stamps = [packet.pts for packet in container.demux() if packet.size]
+    assert stamps != sorted(stamps)
+    assert [number for number, _ in read_frames_at(path, Fraction(25))][:18] == list(range(18))

@@ -13,9 +13,10 @@ import json
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -27,7 +28,7 @@ from stableavatar.data.dataset import ClipDataset
 from stableavatar.data.encoding import EncodedSample, Encoders
 from stableavatar.data.sampler import ClipKey
 from stableavatar.errors import InputError, StorageError
-from stableavatar.media.files import reason_of, to_disk, write_file
+from stableavatar.media.files import locked, reason_of, to_disk, unlock, write_file
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +40,7 @@ TENSORS = ("latents", "reference", "portrait", "speech", "face_mask", "lip_mask"
 _BYTES = ("portrait",)
 # Passes of a clip that are read at once, to share the encoding of its portrait: their frames are in memory.
 _TOGETHER = 4
+_LOCK = ".lock"
 
 
 @dataclass
@@ -57,9 +59,12 @@ class CacheWriter:
             all of them before the first writes, and when all have written they `finish`.
         encoder_files: what tells the encoders' files from others, for trainings that load no encoder.
 
+    What the encoders make of a clip has to be finite: otherwise it is as one that cannot be read, which
+    `on_error` of the data set's settings raises, or skips: the cache is then complete without it.
+
     Raises:
         InputError: the folder holds a cache of other encoders, of another data set or of other settings, or
-            one that the first process has not begun.
+            one that the first process has not begun, or that another run writes.
         StorageError: it cannot be written, now or later.
     """
 
@@ -75,6 +80,7 @@ class CacheWriter:
     manifest: dict[str, Any] = field(init=False)
     _before: int = field(default=0, init=False)
     _missing: int = field(default=0, init=False)
+    _lock: IO[bytes] | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
         frames, window = self.dataset.settings.frames, self.window_frames
@@ -82,6 +88,16 @@ class CacheWriter:
             raise InputError(f"window_frames must be 4n+1, from 5 to the {frames} of a sample, not {window}")
         with self._errors():
             self.folder.mkdir(parents=True, exist_ok=True)
+            if self.process == 0:
+                self._lock = self._locked()
+        try:
+            self._begin()
+        except BaseException:
+            self._unlock()
+            raise
+
+    def _begin(self) -> None:
+        """Take up what the folder holds, or make a manifest."""
         origin = {
             "dataset": asdict(self.dataset.settings),
             "clips": self.dataset.clips_digest(),
@@ -131,7 +147,10 @@ class CacheWriter:
                 for some in _parts(list(same_clip), _TOGETHER):
                     read = [self.dataset[key] for key in some]
                     encoded = self.encoders.encode_samples(read, self.window_frames)
-                    samples += zip(some, encoded, strict=True)
+                    for key, clip, sample in zip(some, (it.clip for it in read), encoded, strict=True):
+                        check = partial(_finite, sample, clip.name, self.dtype)
+                        if self.dataset.guarded(clip.name, check) is not None:
+                            samples.append((key, sample))
             samples.sort(key=lambda pair: _shapes(pair[1]))
             block = first + number
             shards = [
@@ -159,7 +178,8 @@ class CacheWriter:
             return
         self._gather()
         there = {tuple(key) for shard in self.manifest["shards"] for key in shard["keys"]}
-        lacking = sum(key not in there for key in keys)
+        skipped = {k for k, clip in enumerate(self.dataset.clips) if clip.name in self.manifest["skipped"]}
+        lacking = sum(key not in there and key[0] not in skipped for key in keys)
         if lacking:
             raise InputError(
                 f"{self.folder} lacks {lacking} of {len(keys)} samples, which another process was to write: "
@@ -167,6 +187,18 @@ class CacheWriter:
             )
         self.manifest["complete"] = True
         self._write_manifest()
+        self._unlock()
+
+    def _locked(self) -> IO[bytes]:
+        try:
+            return locked(self.folder / _LOCK)
+        except BlockingIOError as error:
+            raise InputError(f"{self.folder}: another run writes this cache: wait for its end") from error
+
+    def _unlock(self) -> None:
+        if self._lock is not None:
+            unlock(self._lock)
+            self._lock = None
 
     def _gather(self) -> None:
         """Notes become entries of the manifest. Those of another cache, which was interrupted in this folder
@@ -234,6 +266,18 @@ class CacheWriter:
                 f"the cache {self.folder} cannot be written ({reason_of(error)}). Make room; the same "
                 "command goes on"
             ) from error
+
+
+def _finite(sample: EncodedSample, name: str, dtype: torch.dtype) -> EncodedSample:
+    """A sample as it is. Raises InputError: in this dtype not all of its values are finite."""
+    for key in (*TENSORS, "prompt_embeddings"):
+        values = getattr(sample, key)
+        if values is not None and key not in _BYTES and not values.to(dtype).isfinite().all():
+            raise InputError(
+                f"{name}: values of its {key} are not finite in {str(dtype).removeprefix('torch.')}: look at "
+                "it; float16 holds no large values, other dtypes do"
+            )
+    return sample
 
 
 def _parts(keys: Sequence[ClipKey], size: int) -> Iterator[Sequence[ClipKey]]:

@@ -9,6 +9,7 @@
 
 import contextlib
 import hashlib
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
@@ -270,6 +271,27 @@ def read_path_list(path: Path) -> list[Path]:
     return folders
 
 
+def folders_below(root: Path, *, hidden: bool = True) -> Iterator[tuple[Path, list[str]]]:
+    """A folder and its sub-folders, each once, with the names of their files. Links to folders are followed
+    after all else, so that what lies in the folder itself has its own name.
+
+    Args:
+        hidden: also those whose names begin with a dot.
+    """
+    seen = set()
+    links = [root]
+    for link in links:  # grows meanwhile
+        for folder, names, files in os.walk(link):
+            real = os.path.realpath(folder)
+            if real in seen:
+                names.clear()
+                continue
+            seen.add(real)
+            names[:] = sorted(name for name in names if hidden or not name.startswith("."))
+            links += (path for name in names if (path := Path(folder, name)).is_symlink())
+            yield Path(folder), files
+
+
 def find_clips(root: Path) -> list[Path]:
     """Every folder below `root` that holds a `sub_clip.mp4`, sorted; none in hidden folders, where clips
     are made.
@@ -277,11 +299,8 @@ def find_clips(root: Path) -> list[Path]:
     Raises:
         InputError: there is none.
     """
-    folders = sorted(
-        path.parent
-        for path in root.rglob("sub_clip.mp4")
-        if not any(part.startswith(".") for part in path.relative_to(root).parts)
-    )
+    found = folders_below(root, hidden=False)
+    folders = sorted(folder for folder, files in found if "sub_clip.mp4" in files)
     if not folders:
         raise InputError(f"no clip (a folder with sub_clip.mp4) was found below {root}")
     return folders

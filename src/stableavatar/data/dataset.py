@@ -284,7 +284,7 @@ class ClipDataset(Dataset[ClipSample]):
     def _sample(self, index: int, rng: np.random.Generator) -> ClipSample | None:
         clip = self.clips[index]
         window = draw_window(clip, self.settings, rng)
-        return self._guarded(clip.name, partial(read_sample, clip, window, self.settings))
+        return self.guarded(clip.name, partial(read_sample, clip, window, self.settings))
 
     def _begin(self, settings: ClipDatasetSettings, sizes: Collection[tuple[int, int]] | None = None) -> None:
         self.settings = settings
@@ -354,7 +354,8 @@ class ClipDataset(Dataset[ClipSample]):
             raise InputError(f"{clip.name} is {width}x{height} pixels: both must be multiples of 16")
         return clip
 
-    def _guarded(self, name: str, read: Callable[[], Result]) -> Result | None:
+    def guarded(self, name: str, read: Callable[[], Result]) -> Result | None:
+        """What is read of a clip; None where it raises InputError and `on_error` is "skip"."""
         try:
             return read()
         except InputError as error:

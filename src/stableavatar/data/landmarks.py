@@ -48,6 +48,7 @@ FACE = (
     10, 338, 297, 332, 284, 251, 389, 356, 454, 323, 361, 288, 397, 365, 379, 378, 400, 377, 152, 148, 176,
     149, 150, 136, 172, 58, 132, 93, 234, 127, 162, 21, 54, 103, 67, 109,
 )  # fmt: skip
+INNER_LIPS = (13, 14)  # the middles of the upper and of the lower one
 OUTER_EYES = (33, 263)
 # Outer and inner corner of each.
 EYES = ((33, 133), (263, 362))

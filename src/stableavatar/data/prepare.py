@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from stableavatar.data.clips import PROMPTS, SHAPES, Shape
+from stableavatar.data.clips import PROMPTS, SHAPES, Shape, folders_below
 from stableavatar.data.landmarks import FaceLandmarker, face_mask, lip_mask
 from stableavatar.data.prepare_report import places, report, thumbnail
 from stableavatar.data.prepare_state import THUMBNAILS, PrepareState
@@ -212,7 +212,8 @@ def prepare(
         raise InputError(f"{data}: is a file: name a folder for the clips")
     data = data.absolute()
     own = data.resolve()
-    files = sorted(path for path in raw.rglob("*") if _is_file(path) and own not in path.resolve().parents)
+    paths = (folder / name for folder, names in folders_below(raw) for name in names)
+    files = sorted(path for path in paths if _is_file(path) and own not in path.resolve().parents)
     videos = [path for path in files if path.suffix.lower() in VIDEO_SUFFIXES]
     if not videos:
         raise InputError(f"{raw}: holds no video ({', '.join(sorted(VIDEO_SUFFIXES))})")

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from stableavatar.data.clips import PROMPTS
-from stableavatar.data.landmarks import FaceLandmarker, Points
+from stableavatar.data.landmarks import INNER_LIPS, FaceLandmarker, Points
 from stableavatar.errors import InputError
 from stableavatar.media.audio import SoundTape
 from stableavatar.media.reading import Frame, read_frames_at
@@ -37,6 +37,14 @@ _JUMP = 0.15  # of its height: how far a face's middle may move from frame to fr
 _GROWS = 1.2  # so many times as high, or as low, a face may become
 _FACES_EVERY = 12  # frames between looks for further faces: who comes and goes between two is not seen
 _OTHER_FACE = 0.5  # of the largest one's size: a smaller face is somebody in the background
+# Of 255: mean difference of two neighbouring frames, where the face is, below which the picture stands still.
+# Measured: of people 0.13 and more; puppets are below it for 4 frames at most, photographs in videos from one
+# key frame to the next.
+_STILL = 0.02
+_STANDS = 8  # frames for which it may
+# Standard deviation of the mouth's opening, in heights of the face. Measured over 3.24 s: of people 0.011 to
+# 0.052, of puppets 0.021 to 0.048, of photographs, also moved ones, up to 0.005 (strongly compressed 0.009).
+_MOUTH = 0.006
 _SILENT = 1e-3  # root mean square of a stretch without sound
 
 
@@ -78,7 +86,8 @@ class PrepareSettings:
 class Stretch:
     """Frames `start` to `stop` of a video, and why they are not kept, if they are not.
 
-    `centre` is the middle of the face in widths and heights of the picture, `face` its height in those.
+    `centre` is the middle of the face in widths and heights of the picture, `face` its height in those,
+    `mouth` the standard deviation of the mouth's opening in heights of the face.
     """
 
     start: int
@@ -86,6 +95,7 @@ class Stretch:
     reason: str | None = None
     centre: tuple[float, float] = (0.5, 0.4)
     face: float = 0.0
+    mouth: float = 0.0
 
     @property
     def seconds(self) -> float:
@@ -103,12 +113,18 @@ class _Run:
     heights: float = 0.0
     count: int = 0
     motion: float = 0.0
+    opening: float = 0.0
+    opening_squared: float = 0.0
 
     def take(self, small: NDArray[np.float32], points: Points, width: int, height: int) -> None:
         """The next frame."""
         low, high = points.min(axis=0), points.max(axis=0)
         self.centres += (low + high) / 2 / np.array([width, height], np.float32)
         self.heights += float(high[1] - low[1]) / height
+        upper, lower = points[list(INNER_LIPS)]
+        opening = float(np.hypot(*(lower - upper)) / (high[1] - low[1]))
+        self.opening += opening
+        self.opening_squared += opening**2
         self.count += 1
         still = _background(points, width, height)
         if still.any():
@@ -120,18 +136,25 @@ class _Run:
         x, y = (float(value) for value in self.centres / self.count)
         moves = self.motion > settings.most_motion
         reason = f"the background moves (by {self.motion:.0f} of 255)" if moves else None
-        return Stretch(self.start, stop, reason, (x, y), self.heights / self.count)
+        mean, squared = self.opening / self.count, self.opening_squared / self.count
+        mouth = math.sqrt(max(squared - mean**2, 0.0))
+        return Stretch(self.start, stop, reason, (x, y), self.heights / self.count, mouth)
 
 
 @dataclass
 class _Cuts:
     """Whether a frame begins another shot: the whole picture changes at once, or the face in it is another
-    one, or elsewhere, as where two people stand before one backdrop or a sentence was taken out."""
+    one, or elsewhere, as where two people stand before one backdrop or a sentence was taken out.
+
+    `still` counts the frames since the picture has last changed where the face is, as it does all the time
+    but in photographs and where it hangs.
+    """
 
     picture: NDArray[np.float32] | None = None
     face: tuple[Points, NDArray[np.float32]] | None = None
     usual: float = 0.0
     usual_of_face: float = 0.0
+    still: int = 0
 
     def begins(self, frame: Frame, small: NDArray[np.float32], points: Points | None) -> bool:
         """Take the next frame, its small picture and its face."""
@@ -141,6 +164,9 @@ class _Cuts:
             cut = change > _CUT and change > _CUT_RATIO * self.usual
             self.usual = _followed(self.usual, change, _CUT)
         self.picture = small
+        self.still += 1
+        if self.face is None or np.abs(_face_square(frame, self.face[0]) - self.face[1]).mean() > _STILL:
+            self.still = 0
         face = None if points is None else (points, _face_square(frame, points))
         if face is not None and self.face is not None:
             change = float(np.abs(face[1] - self.face[1]).mean())
@@ -204,8 +230,13 @@ def find_stretches(video: Path, landmarker: FaceLandmarker, settings: PrepareSet
         if cut or number % _FACES_EVERY == 0:
             several = _faces(landmarker, frame) > 1
             sole = sole if several else number
-        reason = "no face" if points is None else "more than one face" if several else None
+        still = cuts.still >= _STANDS
+        reason = "the picture stands still" if still else None
+        reason = "no face" if points is None else "more than one face" if several else reason
         begin = number
+        if run is not None and still:
+            begin = max(run.start, number - cuts.still)
+            run = run if begin > run.start else None
         if run is not None and points is not None and several and not cut:  # since when is not known
             known = sure is not None and sure.start == run.start
             run, begin = (sure, sole + 1) if known else (None, run.start)
@@ -247,6 +278,8 @@ def judge(stretch: Stretch, speech: SoundTape, settings: PrepareSettings) -> Str
         return replace(stretch, reason=f"only {stretch.seconds:.1f} s")
     if stretch.face < settings.least_face:
         return replace(stretch, reason=f"the face is small ({stretch.face:.0%} of the height)")
+    if stretch.mouth < _MOUTH and settings.kind != "dancing":
+        return replace(stretch, reason="the mouth does not move")
     length, energy, cut_off = 0, 0.0, False
     try:
         for block in speech.stretch(float(stretch.start / FPS), stretch.seconds):

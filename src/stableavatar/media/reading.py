@@ -27,6 +27,8 @@ Frame = NDArray[np.uint8]
 METADATA_KEY = "stableavatar"
 # FFmpeg's number for a file that does not say its matrix.
 _UNSPECIFIED = 2
+# Its numbers for transfers of more light than a screen of today shows (ITU-R BT.2100).
+_HDR = {16: "PQ", 18: "HLG"}
 # SWS_BICUBIC | SWS_ACCURATE_RND | SWS_FULL_CHR_H_INT | SWS_FULL_CHR_H_INP, which PyAV names only from version
 # 18 on. Without them colours are about one level too dark: 43 dB after yuv420p and back instead of 51.
 SWS_ACCURATE = 0x4 | 0x40000 | 0x2000 | 0x4000
@@ -88,15 +90,17 @@ def read_frames_at(
     """A video at another frame rate: pairs of k and the frame that is nearest to k/fps seconds, k in order.
 
     Time 0 is the start of picture or sound, whichever comes first, as for `media.audio.Speech`; where the
-    picture begins later, so does k. Frames as in `read_frames`; raises InputError as it does.
+    picture begins later, so does k. Frames as in `read_frames`; raises InputError as it does, and where its
+    time stamps go back, so that nobody knows which sound belongs to a picture, or the picture is HDR or
+    interlaced, which would be learned as flat colours and combs.
     """
     with open_media(path, role) as container:
         stream = video_stream(container, path, role)
         stream.thread_type = "AUTO"
         starts = [
-            Fraction(it.start_time) * it.time_base
-            for it in (stream, *container.streams.audio[:1])
-            if it.start_time is not None
+            Fraction(it.start_time) * Fraction(it.time_base or 0)
+            for it in (stream, container.streams.best("audio"))
+            if it is not None and it.start_time is not None
         ]
         origin = min(starts, default=Fraction(0))
         usual = 1 / Fraction(stream.average_rate or stream.guessed_rate or 25)
@@ -113,6 +117,12 @@ def read_frames_at(
                         number = max(math.ceil(time * fps), 0)
                     elif not known:
                         time = before[0] + usual
+                    elif time < before[0] - usual:
+                        raise InputError(
+                            f"{role} {path}: its time stamps go back at {float(before[0]):.1f} s, as where "
+                            "recordings were joined. Prepare these one by one, or encode it anew with ffmpeg."
+                        )
+                    _refuse_unfit(stream, frame, f"{role} {path}")
                     while before is not None and number / fps <= (before[0] + time) / 2:
                         yield number, before[1]
                         number += 1
@@ -196,6 +206,15 @@ def _check_whole(container: Any, stream: Any, count: int, hidden: int, what: str
         promised = min(promised, shown + hidden)
     if count == 0 or count + hidden < 0.98 * promised:
         raise InputError(f"{what}: cut off, only {count} of its frames can be read. Fetch the whole file.")
+
+
+def _refuse_unfit(stream: Any, frame: "av.VideoFrame", what: str) -> None:
+    """Raise InputError for a frame that is not to be learned as it is."""
+    transfer = _HDR.get(stream.codec_context.color_trc)
+    if transfer is not None:
+        raise InputError(f"{what}: HDR ({transfer}). Convert it to SDR (BT.709) first.")
+    if frame.interlaced_frame:
+        raise InputError(f"{what}: interlaced. Deinterlace it first (ffmpeg's filter bwdif).")
 
 
 def _to_rgb(frame: "av.VideoFrame", aspect: Fraction | None) -> Frame:
