@@ -271,6 +271,16 @@ def test_the_autoencoder_goes_where_it_is_to_decode() -> None:
     assert {parameter.device for parameter in vae.parameters()} == {META}
 
 
+def test_an_autoencoder_that_was_sent_away_comes_back() -> None:
+    """As when another video of the same pipeline ends: diffusers then sends all parts to the CPU."""
+    vae = toy_vae()
+    accelerate.cpu_offload_with_hook(vae, META)
+    decoder = StreamDecoder(vae, META)
+    assert vae.device == CPU
+    assert decoder.decode(random_latents(1)[:, 0])[0].device == META
+    assert vae.device == META
+
+
 def test_the_hook_of_offloading_is_told_of_the_device() -> None:
     """By itself it would take the autoencoder to its own device, and the picture's latents with it."""
     clip = torch.rand(1, 3, 1, 16, 16)

@@ -127,6 +127,12 @@ class TestSpeech:
                 with pytest.raises(InputError, match="shorter than a frame"):
                     way()
 
+    def test_lengths_are_said_as_they_are(self, pipeline: AvatarPipeline) -> None:
+        speech = np.pad(SAMPLES, (0, 640))[:639]
+        for given in (speech, [speech]):
+            with pytest.raises(InputError, match=r"\(0\.0399375 s\) is shorter than a frame \(0\.04 s\)"):
+                list(pipeline.stream(PICTURE, given, **ONE_STEP))
+
     def test_a_cut_is_exact(self, pipeline: AvatarPipeline) -> None:
         half = 0.00015625  # as a float a little more than 2.5 samples; times 16000 in floats exactly that
         assert np.array_equal(_cut(SAMPLES, GenerateOptions(start=half)), SAMPLES[3:])

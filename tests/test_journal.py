@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import time
@@ -14,6 +15,7 @@ import pytest
 import torch
 
 from command_line import QUICK, Nursery, portrait, run, speech, start, toy_model
+from media_files import tone, write_wav
 from stableavatar.apps.command_options import stored_settings
 from stableavatar.errors import InputError, StoppedError
 from stableavatar.generation import Progress
@@ -25,7 +27,7 @@ from stableavatar.options import OutputOptions
 from stableavatar.pipeline import AvatarPipeline
 from stableavatar.unfinished import journal_index
 from stableavatar.writing import GeneratedVideo
-from toy import toy_pipeline
+from toy import toy_folder, toy_pipeline
 
 PICTURE = np.random.default_rng(1).integers(0, 255, (32, 32, 3), dtype=np.uint8)
 SAMPLES = np.random.default_rng(0).uniform(-0.5, 0.5, 70 * 640).astype(np.float32)
@@ -130,10 +132,50 @@ def test_pictures_are_not_begun_in_the_middle(pipeline: AvatarPipeline, tmp_path
         make(pipeline, tmp_path / "out.mp4", output_options=frames, resume=True)
     with pytest.raises(StoppedError):
         make(pipeline, tmp_path / "out.mp4", output_options=frames, resume=False, stop=Stop(12))
-    next((tmp_path / ".out.pictures").iterdir()).unlink()
+    next((tmp_path / ".out.out.pictures").glob("frame_*")).unlink()
     with pytest.raises(InputError, match="are missing"):
         make(pipeline, tmp_path / "out.mp4", output_options=frames, resume=True)
     assert not (tmp_path / "out").exists()
+
+
+def test_two_videos_meant_for_one_folder_of_pictures(pipeline: AvatarPipeline, tmp_path: Path) -> None:
+    """The one that is complete first gets it; the other's pictures stay, and it goes on when there is room."""
+    frames = OutputOptions(checkpoint_every=0, preset="ultrafast", frames=tmp_path / "frames")
+    with pytest.raises(StoppedError):
+        make(pipeline, tmp_path / "out.mp4", output_options=frames, stop=Stop(12))
+    made = make(pipeline, tmp_path / "other.mp4", output_options=frames, seed=4)
+    with pytest.raises(InputError, match="not empty"):
+        make(pipeline, tmp_path / "out.mp4", output_options=frames, resume=True)
+    (tmp_path / "frames").rename(tmp_path / "others")
+    make(pipeline, tmp_path / "out.mp4", output_options=frames, resume=True)
+    for number in range(made.frame_count):
+        mine, others = (
+            read_picture(tmp_path / name / f"frame_{number:06d}.png") for name in ("frames", "others")
+        )
+        assert not np.array_equal(mine, others)
+
+
+def test_a_recording_that_changes_during_a_run_is_not_its_sound(
+    pipeline: AvatarPipeline, tmp_path: Path
+) -> None:
+    recording, output = speech(tmp_path / "speech.wav", 2.0), tmp_path / "out.mp4"
+    former = recording.rename(tmp_path / "former.wav")
+    options = {"steps": 1, "seed": 3, "width": 32, "height": 32, "output_options": EVERY}
+    whole = decoded(pipeline.generate(PICTURE, former, tmp_path / "whole.mp4", **options).path)
+    shutil.copy(former, recording)
+
+    def export_again(progress: Progress) -> None:
+        if progress.frame == 1:
+            write_wav(recording, tone(2.0, 16000, 1500), 16000)
+
+    with pytest.raises(InputError, match=r"has changed since this run began\. .* --resume goes on"):
+        pipeline.generate(PICTURE, recording, output, progress=export_again, **options)
+    assert not output.exists()
+    with pytest.raises(InputError, match="the speech"):
+        pipeline.generate(PICTURE, recording, output, resume=True, **options)
+    shutil.copy(former, recording)
+    pipeline.generate(PICTURE, recording, output, resume=True, **options)
+    assert np.array_equal(decoded(output), whole)
 
 
 def test_a_video_that_was_to_be_replaced_is_gone_on_with(pipeline: AvatarPipeline, tmp_path: Path) -> None:
@@ -197,6 +239,31 @@ def test_other_inputs_and_weights_are_refused(pipeline: AvatarPipeline, tmp_path
         other.transformer.blocks[1].ffn.net[2].weight.mul_(1.01)
     with pytest.raises(InputError, match="the weights"):
         other.generate(PICTURE, SAMPLES, output, **options)
+    other = toy_pipeline()
+    other.tokenizer.add_tokens(["protagonist"])
+    with pytest.raises(InputError, match="these differ: the tokens of the prompts"):
+        other.generate(PICTURE, SAMPLES, output, **options)
+
+
+@pytest.mark.parametrize("part", ["vae", "image_encoder"])
+def test_another_configuration_of_the_same_weights_is_refused(
+    pipeline: AvatarPipeline, tmp_path: Path, part: str
+) -> None:
+    with pytest.raises(StoppedError):
+        make(pipeline, tmp_path / "out.mp4", stop=Stop(5))
+    file = toy_folder(tmp_path / "model") / part / "config.json"
+    again = AvatarPipeline.from_pretrained(tmp_path / "model")  # of another place, and saved meanwhile
+    again.vae.tile_sample_min_height = again.vae.tile_sample_min_width = 16
+    config = json.loads(file.read_text())
+    if part == "vae":
+        config["latents_std"][0] *= 1.5
+    else:
+        config["layer_norm_eps"] = 1e-3
+    file.write_text(json.dumps(config))
+    other = AvatarPipeline.from_pretrained(tmp_path / "model")
+    with pytest.raises(InputError, match="these differ: the model's configuration"):
+        make(other, tmp_path / "out.mp4", resume=True)
+    make(again, tmp_path / "out.mp4", resume=True)
 
 
 def test_what_was_begun_is_not_lost_by_accident(pipeline: AvatarPipeline, tmp_path: Path) -> None:
@@ -301,7 +368,7 @@ def test_a_damaged_journal_is_named(pipeline: AvatarPipeline, tmp_path: Path) ->
         (lambda: next(folder.glob("segment-*")).unlink(), "--overwrite"),
         (lambda: (folder / "journal.json").write_text("{"), "remove that folder"),
         (lambda: (folder / "journal.json").write_text("[]"), "remove that folder"),
-        (lambda: (folder / "journal.json").write_text('{"format": 3}'), "remove that folder"),
+        (lambda: (folder / "journal.json").write_text('{"format": 4}'), "remove that folder"),
         (lambda: without(folder / "journal.json", "rest", "segments"), "remove that folder"),
         (lambda: without(folder / "journal.json", "rest", "trajectory", "done"), "remove that folder"),
         (lambda: without(folder / "journal.json", "identity", "settings"), "remove that folder"),

@@ -157,6 +157,23 @@ def test_wav_from_a_pipe_does_not_know_its_length(tmp_path: Path) -> None:
     assert len(Speech.open(path)) == 8000
 
 
+def test_a_recording_that_has_changed_is_not_the_sound(tmp_path: Path) -> None:
+    path = write_wav(tmp_path / "a.wav", tone(0.5, 16000), 16000)
+    sound, written = Sound(path), path.stat().st_mtime_ns
+    assert len(np.concatenate(list(sound.blocks()))) == 8000
+    write_wav(path, tone(0.5, 16000, 1500), 16000)
+    os.utime(path, ns=(written, written + 10**9))
+    with pytest.raises(InputError, match=r"a\.wav: the file has changed"):
+        list(sound.blocks())
+    write_wav(path, tone(0.6, 16000), 16000)
+    os.utime(path, ns=(written, written))
+    with pytest.raises(InputError, match=r"a\.wav: the file has changed"):
+        list(sound.blocks())
+    path.unlink()
+    with pytest.raises(InputError, match="no such file"):
+        list(sound.blocks())
+
+
 def test_little_damage_is_silence_and_much_is_an_error(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

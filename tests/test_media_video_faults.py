@@ -95,6 +95,50 @@ def test_a_folder_without_rights(tmp_path: Path) -> None:
             make(tmp_path / "a.mp4")
 
 
+def test_pictures_have_their_name_when_they_are_on_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[tuple[str, bool]] = []
+    sync = os.fsync
+
+    def note(descriptor: int) -> None:
+        synced.append((Path(f"/proc/self/fd/{descriptor}").readlink().name, (tmp_path / "frames").exists()))
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", note)
+    with FrameWriter(tmp_path / "frames", partial=tmp_path / ".partial") as writer:
+        for _ in range(2):
+            writer.write(np.zeros((48, 64, 3), np.uint8))
+    pictures = [("frame_000000.png", False), ("frame_000001.png", False)]
+    assert synced == [*pictures, (".partial", False), (tmp_path.name, True)]
+
+
+def test_pictures_that_do_not_reach_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(_descriptor: int) -> None:
+        raise OSError(5, "Input/output error")
+
+    with (  # noqa: PT012
+        pytest.raises(InputError, match="cannot be written"),
+        FrameWriter(tmp_path / "frames") as writer,
+    ):
+        writer.write(np.zeros((48, 64, 3), np.uint8))
+        monkeypatch.setattr(os, "fsync", fail)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_one_process_at_a_time_makes_the_pictures_of_a_folder(tmp_path: Path) -> None:
+    there = tmp_path / ".partial"
+    with FrameWriter(tmp_path / "frames", partial=there) as writer:
+        writer.write(np.zeros((48, 64, 3), np.uint8))
+        for done in (0, 1):
+            with (
+                pytest.raises(InputError, match="another process"),
+                FrameWriter(tmp_path / "frames", partial=there, done=done),
+            ):
+                pass
+    assert [path.name for path in (tmp_path / "frames").iterdir()] == ["frame_000000.png"]
+
+
 def test_a_partial_name_that_is_taken(tmp_path: Path) -> None:
     (tmp_path / f".a.{os.getpid()}.partial.mp4").mkdir()
     with (

@@ -13,7 +13,15 @@ from stableavatar.conditioning.image import portrait_embeddings, reference_condi
 from stableavatar.conditioning.speech import WindowSpeech
 from stableavatar.conditioning.text import encode_prompts
 from stableavatar.errors import InputError, SamplingError, StoppedError
-from stableavatar.journal import SavedState, differences, speech_hash, tensor_hash, weights_fingerprint
+from stableavatar.journal import (
+    SavedState,
+    config_hash,
+    differences,
+    json_hash,
+    speech_hash,
+    tensor_hash,
+    weights_fingerprint,
+)
 from stableavatar.media.audio import SPEECH_RATE, Speech
 from stableavatar.media.live import LiveSpeech
 from stableavatar.media.reading import Frame
@@ -150,7 +158,7 @@ class Run:
 
     @cached_property
     def inputs(self) -> Mapping[str, Any]:
-        """Hashes of what a run is made of beside its settings: portrait, speech, noise and weights."""
+        """Hashes of what a run is made of beside its settings: portrait, speech, noise and model."""
         assert not isinstance(self.speech, LiveSpeech)
         modules = {
             name: part for name, part in self.pipeline.components.items() if isinstance(part, torch.nn.Module)
@@ -160,6 +168,8 @@ class Run:
             "speech": speech_hash(self.speech),
             "noise": tensor_hash(self.noise.latents) if isinstance(self.noise, GivenNoise) else None,
             "weights": weights_fingerprint(modules),
+            "model's configuration": config_hash(modules),
+            "tokens of the prompts": json_hash(self._tokens()),
             "scheduler": {
                 name: str(value)
                 for name, value in self.pipeline.scheduler.config.items()
@@ -167,6 +177,12 @@ class Run:
             },
             "step cache's coefficients": list(self.pipeline.defaults.step_cache_coefficients),
         }
+
+    def _tokens(self) -> list[list[int]]:
+        """What the tokenizer makes of the prompts."""
+        prompts = [self.options.prompt, self.options.negative_prompt]
+        length = self.pipeline.transformer.config.text_length
+        return list(self.pipeline.tokenizer(prompts, truncation=True, max_length=length)["input_ids"])
 
     def _frames(self, keeper: Keeper | None, saved: SavedState | None) -> Iterator[Frame]:
         if self.processes is not None:

@@ -203,7 +203,7 @@ def _live_latents(speech: LiveSpeech, fps: Fraction, wanted: int) -> int | None:
     """See `GrowingPlan`: waits for the first frame that needs so many latent frames."""
     if not speech.wait(math.ceil(SPEECH_RATE / fps)):
         assert speech.length is not None
-        raise _too_short(f"the speech ({speech.length / SPEECH_RATE:.3f} s)", fps)
+        raise _too_short(f"the speech ({speech.length / SPEECH_RATE:.7g} s)", fps)
     if speech.wait_frames(max(4 * (wanted - 2) + 2, 1), fps):
         return None
     assert speech.length is not None
@@ -216,7 +216,7 @@ def _frames(recording: Speech | None, options: Settings) -> int:
     if options.duration is not None:  # silence follows a shorter recording
         samples, what = round(Fraction(options.duration) * SPEECH_RATE), f"a duration of {options.duration} s"
     elif recording is not None:
-        samples, what = len(recording), f"the speech ({recording.seconds:.3f} s)"
+        samples, what = len(recording), f"the speech ({recording.seconds:.7g} s)"
     else:
         raise InputError("a video without speech needs a duration")
     if Fraction(samples, SPEECH_RATE) * fps < 1:
@@ -225,4 +225,4 @@ def _frames(recording: Speech | None, options: Settings) -> int:
 
 
 def _too_short(what: str, fps: Fraction) -> InputError:
-    return InputError(f"{what} is shorter than a frame ({float(1 / fps):.3f} s): give a longer one")
+    return InputError(f"{what} is shorter than a frame ({float(1 / fps):.7g} s): give a longer one")

@@ -2,7 +2,7 @@
 
 It holds the segments of video that are finished, and, saved every so often, the latents of the windows that
 are alive, the decoder's memory and how far everything is. What is saved names what it belongs to: settings,
-portrait, speech and weights.
+portrait, speech and model.
 """
 
 import hashlib
@@ -24,12 +24,14 @@ from stableavatar.media.files import cannot_write, locked, reason_of, to_disk
 from stableavatar.media.segments import segment_name
 from stableavatar.unfinished import journal_folder, journal_index, unfinished_video
 
-FORMAT = 3
+FORMAT = 4
 # Model and LoRAs are paths; the weights have a hash. Where a decoder ran out of memory, another device may
 # go on.
 _MAY_CHANGE = {"model", "lora", "decoder_device"}
 # Values of a tensor that are hashed, evenly spaced over it.
 _HASHED_VALUES = 4096
+# What transformers writes into a config beside it.
+_NO_CONFIG = {"architectures", "dtype", "torch_dtype", "transformers_version"}
 # What an index holds, and of which type.
 _INDEX: Mapping[str, Any] = {
     "identity": {"settings": dict},
@@ -248,6 +250,27 @@ def weights_fingerprint(modules: Mapping[str, nn.Module]) -> str:
             step = max(1, flat.numel() // _HASHED_VALUES)
             digest.update(flat[::step].float().cpu().numpy().tobytes())
     return digest.hexdigest()
+
+
+def config_hash(modules: Mapping[str, nn.Module]) -> str:
+    """A hash of how the parts of a model are configured, wherever they were loaded from and in whichever
+    dtype."""
+    configs = {}
+    for part, module in modules.items():
+        config: Any = getattr(module, "config", {})
+        entries = dict(config.to_dict() if hasattr(config, "to_dict") else config)
+        configs[part] = {
+            name: value
+            for name, value in entries.items()
+            if not name.startswith("_") and name not in _NO_CONFIG
+        }
+    return json_hash(configs)
+
+
+def json_hash(value: Any) -> str:
+    """A hash of what JSON can hold; of anything else, of its name."""
+    text = json.dumps(value, sort_keys=True, default=str)
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
 def tensor_hash(tensor: torch.Tensor) -> str:

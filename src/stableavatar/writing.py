@@ -138,11 +138,12 @@ class _VideoFile:
         return GeneratedVideo(journal.output, self.video.frames, run.frame_rate, run.options, first_frame)
 
     def _pictures(self, done: int) -> FrameWriter | None:
-        """Beside their own folder, which may lie on another file system than the video."""
+        """Beside their own folder, which may lie on another file system than the video; by both names, since
+        two videos may be meant for one folder, and only the one that is complete first gets it."""
         if self.encoding.frames is None:
             return None
         folder = self.encoding.frames.expanduser().absolute()
-        partial = folder.with_name(hidden_name(folder.name, "pictures"))
+        partial = folder.with_name(hidden_name(f"{folder.name}.{self.journal.output.stem}", "pictures"))
         return FrameWriter(
             self.encoding.frames, partial=partial, done=done, keep=lambda: self.journal.has_state
         )

@@ -20,7 +20,15 @@ from stableavatar.choices import Preset
 from stableavatar.errors import InputError
 from stableavatar.media.audio import Sound
 from stableavatar.media.encoding import SoundTrack, VideoTrack, Writable, open_mp4
-from stableavatar.media.files import cannot_write, check_frames_folder, check_output, partial_name, to_disk
+from stableavatar.media.files import (
+    cannot_write,
+    check_frames_folder,
+    check_output,
+    locked,
+    partial_name,
+    remove,
+    to_disk,
+)
 from stableavatar.media.live import LiveSound
 from stableavatar.media.reading import (
     Frame,
@@ -30,6 +38,7 @@ from stableavatar.media.timing import parse_fps
 PRESETS = get_args(Preset)
 MAX_QUALITY = 51
 STANDARD_OUTPUT = "-"
+_LOCK = "lock"  # beside the pictures while they are made
 
 
 class VideoWriter:
@@ -198,7 +207,8 @@ class VideoWriter:
 class FrameWriter:
     """A folder of PNG pictures, frame_000000.png and on, for other programs to work with.
 
-    They are written to `.NAME.PROCESS.partial` beside the folder, which is renamed when it is complete.
+    They are written to `.NAME.PROCESS.partial` beside the folder, which is renamed when it is complete and on
+    the disk.
     """
 
     def __init__(
@@ -226,25 +236,29 @@ class FrameWriter:
         return self._frames
 
     def __enter__(self) -> "FrameWriter":
-        """Make the partial folder. Raises InputError where that fails."""
+        """Make the partial folder. Raises InputError where that fails, or another process has it."""
         try:
-            if self._partial.exists() and not self._frames:
-                shutil.rmtree(self._partial)
             self._partial.mkdir(exist_ok=True)
+            self._lock = locked(self._partial / _LOCK)
             there, later = 0, []
             with os.scandir(self._partial) as entries:  # one by one: of hours there are hundreds of thousands
                 for entry in entries:
                     if _is_picture_before(self._frames, entry.name):
                         there += 1
-                    else:  # of frames that will be made again
+                    elif entry.name != _LOCK:  # of frames that will be made again
                         later.append(Path(entry))
             for path in later:
-                path.unlink()
+                remove(path)
             if there < self._frames:
+                self._lock.close()
                 raise InputError(
                     f"output {self._folder}: pictures that were made before are missing in {self._partial}. "
                     "Begin anew with --overwrite and without --resume."
                 )
+        except BlockingIOError:
+            raise InputError(
+                f"output {self._folder}: another process is making pictures for it. Name another folder."
+            ) from None
         except OSError as error:
             raise cannot_write(self._folder, error) from error
         return self
@@ -263,17 +277,19 @@ class FrameWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Rename the folder, or remove it where the body has failed."""
+        """Complete and rename the folder, or remove it. Raises InputError where it cannot be completed."""
         if kind is not None:
             self._give_up()
             return
         try:
-            if self._folder.is_dir():
-                self._folder.rmdir()
-            self._partial.replace(self._folder)
+            self._finish()
         except OSError as failure:
             self._give_up()
             raise cannot_write(self._folder, failure) from failure
+        except BaseException:
+            self._give_up()
+            raise
+        self._lock.close()
 
     def sync(self) -> None:
         """Put the pictures that were written so far on the disk. Raises InputError where that fails."""
@@ -285,9 +301,18 @@ class FrameWriter:
             raise cannot_write(self._folder, error) from error
         self._synced = self._frames
 
+    def _finish(self) -> None:
+        self.sync()
+        if self._folder.is_dir():
+            self._folder.rmdir()
+        (self._partial / _LOCK).unlink()
+        self._partial.replace(self._folder)
+        to_disk(self._folder.parent)
+
     def _give_up(self) -> None:
         if not self._keep():
             shutil.rmtree(self._partial, ignore_errors=True)
+        self._lock.close()
 
 
 def _picture_name(number: int) -> str:

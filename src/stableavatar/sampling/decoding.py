@@ -15,6 +15,7 @@ from diffusers.models.autoencoders.autoencoder_kl_wan import unpatchify
 
 from stableavatar.errors import InputError
 from stableavatar.models.latents import denormalise_latents
+from stableavatar.placement.autoencoder import bring_autoencoder
 
 
 @dataclass(frozen=True)
@@ -67,8 +68,8 @@ class StreamDecoder:
     without tiles. The encoder knows nothing of all this.
 
     Args:
-        device: where the autoencoder computes (`placement.bring_autoencoder` puts it there), by default where
-            its weights lie.
+        device: where the autoencoder computes, by default where its weights lie; it is brought there, also
+            where another video has sent it away meanwhile.
         tiling: decode in overlapping tiles, see `Tiles.of`, with blended seams.
 
     Raises:
@@ -89,6 +90,7 @@ class StreamDecoder:
         """The frames `[3, 8·H, 8·W]` of the next latent frame `[C, H, W]`, float32 in [-1, 1] on the device:
         one of the first, four of every other; not a number where it came out NaN or infinite."""
         vae = self.vae
+        bring_autoencoder(vae, self.device)
         raw = denormalise_latents(vae, latent.to(self.device, torch.float32)[None, :, None])
         frames = self._decode_tiles(vae.post_quant_conv(raw.to(vae.dtype)))
         self.taken += 1
