@@ -76,9 +76,9 @@ parity: $(STAMP) ## every parity case under PARITY=folder against our model
 	$(BIN)/python -m stableavatar.evaluation.parity $(PARITY)
 
 evaluate-tiny: $(STAMP) ## the embedded model against its bars (25 to 45 minutes; QUICK=1: a subset in minutes)
-	{ $(BIN)/stableavatar download --landmarks && $(BIN)/python -m stableavatar.evaluation.faces; } \
-	    && portraits="$(addprefix --portrait ,$(PORTRAITS))"; \
-	$(BIN)/python -m stableavatar.evaluation.tiny --model $(MODEL) --processes 2 $$portraits \
+	$(BIN)/stableavatar download --landmarks
+	$(BIN)/python -m stableavatar.evaluation.faces
+	$(BIN)/python -m stableavatar.evaluation.tiny --model $(MODEL) --processes 2 $(addprefix --portrait ,$(PORTRAITS)) \
 	    $(if $(QUICK),--quick,--out docs/tiny.md $(if $(wildcard $(WORK)),--curves $(WORK)))
 
 evaluate-lora: $(STAMP) ## what a LoRA of one unseen person gains, into docs/training.md

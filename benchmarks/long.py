@@ -7,14 +7,16 @@ process of its own, whose peak memory is read; then the mouths of a minute at it
 are measured against the opening that the speech calls for, and its pictures against the puppet's truth
 outside mouth and eyes. The two minutes have the same words, and windows are laid over them in the same way: a
 window that lies in a silent pause as a whole can make the mouth move (docs/tiny.md), wherever it is. Videos
-are kept in --folder; one that is there is not made again.
+are kept in --folder; one that is there is not made again with the same weights, versions and threads.
 """
 
 import argparse
+import hashlib
 import json
 import multiprocessing
 import time
 from collections.abc import Iterator
+from datetime import date
 from itertools import islice
 from pathlib import Path
 from typing import Any, get_args
@@ -26,7 +28,7 @@ from PIL import Image
 
 import stableavatar
 from benchmarks.inputs import write_wav
-from benchmarks.measuring import MEGABYTE, circumstances, memory, table
+from benchmarks.measuring import MEGABYTE, conditions, memory, table
 from stableavatar.choices import Order
 from stableavatar.data.puppets import EVALUATION_SEED, Identity, Renderer, articulate, make_motion
 from stableavatar.data.puppets.recordings import evaluation_speech
@@ -35,7 +37,7 @@ from stableavatar.evaluation.meter import shipped_meter
 from stableavatar.evaluation.observation import Frames
 from stableavatar.evaluation.pictures import structural_similarity
 from stableavatar.evaluation.regions import puppet_regions
-from stableavatar.evaluation.report import put_between
+from stableavatar.evaluation.report import check_document, put_between
 from stableavatar.media.reading import read_frames
 from stableavatar.sampling.windows import latent_frames_for
 from stableavatar.training.tiny.assemble import SAMPLING_DEFAULTS
@@ -44,6 +46,8 @@ RATE, FPS, SIZE = 16_000, 25, 128
 HEADINGS = (
     "order", "speech", "peak MiB", "first frame, s", "lips, start", "lips, end", "SSIM, start", "SSIM, end",
 )  # fmt: skip
+MARKERS = ("<!-- long: written by benchmarks.long -->", "<!-- end of long -->")
+WEIGHTS = Path(stableavatar.__file__).parent / "assets" / "tiny"
 STRETCH = 60.0
 """Seconds at the start and at the end that are measured."""
 WINDOW_STRIDE = 4 * (latent_frames_for(SAMPLING_DEFAULTS["window"]) - SAMPLING_DEFAULTS["overlap"])
@@ -88,11 +92,37 @@ def make(portrait: Path, speech: Path, output: Path, order: Order, steps: int | 
     """Make a video, and write beside it what it took."""
     torch.set_num_threads(threads)
     began = time.monotonic()
-    video = stableavatar.generate(portrait, speech, output, order=order, steps=steps, seed=1, resume=False)
+    made = stableavatar.generate(portrait, speech, output, order=order, steps=steps, seed=1, resume=False)
     took = time.monotonic() - began
     peak = memory(peak=True) / MEGABYTE
-    figures = {"peak": peak, "took": took, "first_frame": video.first_frame_seconds}
+    figures = {
+        "date": str(date.today()), "peak": peak, "took": took, "first_frame": made.first_frame_seconds,
+        **made_with(threads),
+    }  # fmt: skip
     output.with_suffix(".json").write_text(json.dumps(figures), encoding="utf-8")
+
+
+def made_with(threads: int) -> dict[str, str]:
+    """What the figures of a video depend on."""
+    digest = hashlib.sha256()
+    for file in sorted(WEIGHTS.rglob("*")):
+        if file.is_file():
+            digest.update(file.read_bytes())
+    return {
+        "version": stableavatar.__version__,
+        "weights": digest.hexdigest(),
+        "conditions": conditions(threads, "float32"),
+    }
+
+
+def kept(output: Path, threads: int) -> dict[str, Any] | None:
+    """What a video took that was made in the same way; None where there is none."""
+    file = output.with_suffix(".json")
+    if not file.exists() or not output.exists():
+        return None
+    figures: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    same = made_with(threads).items() <= figures.items()
+    return figures if same else None
 
 
 def write_inputs(seed: int, seconds: float, portrait: Path, speech: Path) -> None:
@@ -119,19 +149,27 @@ def measure(path: Path, seed: int, seconds: float) -> Iterator[dict[str, float]]
         yield {"lips": score.correlation, "lag": score.lag, "likeness": float(likeness)}
 
 
-def row(folder: Path, seed: int, seconds: float, order: Order, steps: int | None, threads: int) -> list[str]:
-    """A row of the table; the video is made if it is not there."""
+def video(
+    folder: Path, seed: int, seconds: float, order: Order, steps: int | None, threads: int
+) -> tuple[Path, dict[str, Any]]:
+    """A video and what it took; it is made if it is not there."""
     output = folder / f"{order}_{seconds:g}s_{steps or 'default'}_puppet{seed - EVALUATION_SEED}.mp4"
-    if not output.with_suffix(".json").exists():
+    figures = kept(output, threads)
+    if figures is None:
         portrait, speech = folder / f"puppet{seed - EVALUATION_SEED}.png", folder / f"{seconds:g}s.wav"
         write_inputs(seed, seconds, portrait, speech)
         arguments = (portrait, speech, output, order, steps, threads)
         child = multiprocessing.get_context("spawn").Process(target=make, args=arguments)
         child.start()
         child.join()
-        if child.exitcode:
-            raise SystemExit(f"{output} was not made")
-    figures: dict[str, Any] = json.loads(output.with_suffix(".json").read_text(encoding="utf-8"))
+        figures = None if child.exitcode else kept(output, threads)
+    if figures is None:
+        raise SystemExit(f"{output} was not made")
+    return output, figures
+
+
+def row(output: Path, figures: dict[str, Any], seed: int, seconds: float, order: Order) -> list[str]:
+    """A row of the table."""
     start, end = measure(output, seed, seconds)
     return [
         order, f"{seconds:g} s", f"{figures['peak']:.1f}", f"{figures['first_frame']:.1f}",
@@ -152,13 +190,17 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, help="a document to put the table into")
     given = parser.parse_args()
+    if given.out is not None:
+        check_document(given.out, *MARKERS)
     given.folder.mkdir(parents=True, exist_ok=True)
     seed = EVALUATION_SEED + given.puppet
-    rows = [
-        row(given.folder, seed, seconds, order, given.steps, given.threads)
-        for order in given.orders
-        for seconds in given.seconds
-    ]
+    rows: list[list[str]] = []
+    dates: set[str] = set()
+    for order in given.orders:
+        for seconds in given.seconds:
+            output, figures = video(given.folder, seed, seconds, order, given.steps, given.threads)
+            rows.append(row(output, figures, seed, seconds, order))
+            dates.add(figures["date"])
     steps = given.steps or SAMPLING_DEFAULTS["steps"]
     text = "\n\n".join(
         [
@@ -166,13 +208,12 @@ def main() -> None:
             "start and at the end (half of a shorter video), with the same words under the same windows; "
             "SSIM: of one frame a second there.",
             table(HEADINGS, rows),
-            circumstances(given.threads, "float32"),
+            f"{' and '.join(sorted(dates))}, {conditions(given.threads, 'float32')}",
         ]
     )
     print(text)
     if given.out is not None:
-        start, end = "<!-- long: written by benchmarks.long -->", "<!-- end of long -->"
-        put_between(given.out, text, start, end, title="Speed and memory")
+        put_between(given.out, text, *MARKERS, title="Speed and memory")
 
 
 if __name__ == "__main__":

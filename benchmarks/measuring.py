@@ -151,8 +151,13 @@ def megabytes(size: int) -> str:
 
 def circumstances(threads: int, dtypes: str) -> str:
     """When, with what and on which kind of processor, in a sentence."""
+    return f"{date.today()}, {conditions(threads, dtypes)}"
+
+
+def conditions(threads: int, dtypes: str) -> str:
+    """The rest of that sentence."""
     versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "diffusers"))
-    return f"{date.today()}, {versions}, threads: {threads}, processor: {_processor()}, {dtypes}."
+    return f"{versions}, threads: {threads}, processor: {_processor()}, {dtypes}."
 
 
 def _processor() -> str:

@@ -15,7 +15,7 @@ from benchmarks.inputs import PORTRAIT, write_speech
 from benchmarks.measuring import BenchmarkError, Times, interleaved, run_command, table
 from benchmarks.sizes import Sizes
 
-_THREADS = 1
+THREADS = 1
 _TWO = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 LAUNCHES: dict[str, tuple[str, ...]] = {"one process": (), "two processes": _TWO}
 
@@ -34,7 +34,7 @@ def measure(sizes: Sizes, threads: int) -> str:
             write_speech(folder / f"{seconds}.wav", seconds)
             for launch in LAUNCHES:
                 command = _command(folder, launch, seconds, sizes.process_steps)
-                calls[_key(launch, seconds)] = partial(run_command, command, _THREADS)
+                calls[_key(launch, seconds)] = partial(run_command, command, THREADS)
         times = interleaved(calls, sizes.rounds, warm_up=False)
         frames = {seconds: _same_frames(folder, seconds) for seconds in lengths}
     one, two = (_added(times, launch, lengths) for launch in LAUNCHES)

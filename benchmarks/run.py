@@ -19,7 +19,7 @@ from benchmarks import decode, first_frame, generate, peak, processes, training,
 from benchmarks.measuring import BenchmarkError, circumstances, show_no_progress
 from benchmarks.sizes import FULL, QUICK, Sizes
 from stableavatar.errors import InputError
-from stableavatar.evaluation.report import put_between
+from stableavatar.evaluation.report import check_document, put_between
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "performance.md"
 Part = Callable[[Sizes, int], str]
@@ -34,6 +34,13 @@ PARTS: dict[str, tuple[Part, str]] = {
     "processes": (processes.measure, "float32"),
     "training": (training.measure, "bfloat16"),
 }
+
+# Of those that take no number.
+THREADS = {"processes": processes.THREADS}
+
+
+def _markers(name: str) -> tuple[str, str]:
+    return f"<!-- {name}: written by make bench -->", f"<!-- end of {name} -->"
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -70,6 +77,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"there is no part {', '.join(unknown)}: choose of {', '.join(PARTS)}")
     try:
         sizes, threads = _sizes(options), options["threads"]
+        if not options["quick"]:
+            for name in options["parts"]:
+                check_document(options["out"], *_markers(name))
     except InputError as error:
         parser.error(str(error))
     torch.set_num_threads(threads)
@@ -78,11 +88,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         part, dtypes = PARTS[name]
         print(f"\n{name}:\n", flush=True)
         try:
-            text = f"{part(sizes, threads)}\n\n{circumstances(threads, dtypes)}"
+            text = f"{part(sizes, threads)}\n\n{circumstances(THREADS.get(name, threads), dtypes)}"
             print(text, flush=True)
             if not options["quick"]:
-                start, end = f"<!-- {name}: written by make bench -->", f"<!-- end of {name} -->"
-                put_between(options["out"], text, start, end, title="Speed and memory")
+                put_between(options["out"], text, *_markers(name), title="Speed and memory")
         except (BenchmarkError, InputError) as error:
             print(f"benchmarks, part {name}: {error}", file=sys.stderr)
             return 1

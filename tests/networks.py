@@ -1,5 +1,6 @@
 """MDX networks that are small enough to be made in a test."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -10,9 +11,15 @@ onnx = pytest.importorskip("onnx")
 BINS, FRAMES, N_FFT = 600, 16, 2048
 
 
-def network(path: Path, cut: int | None = None, shape: tuple[int | str, ...] = (1, 4, BINS, FRAMES)) -> Path:
-    """One that keeps all it is given, or the frequencies below a bin."""
-    mask = np.ones((1, 1, int(shape[2]), 1), np.float32)
+def network(
+    path: Path,
+    cut: int | None = None,
+    shape: tuple[int | str, ...] = (1, 4, BINS, FRAMES),
+    kept: Sequence[float] = (1,),
+) -> Path:
+    """One that keeps all it is given, or the frequencies below a bin; `kept`: the share of each
+    channel, or of all."""
+    mask = np.ones((1, len(kept), int(shape[2]), 1), np.float32) * np.reshape(np.float32(kept), (1, -1, 1, 1))
     if cut is not None:
         mask[:, :, cut:] = 0
     helper = onnx.helper

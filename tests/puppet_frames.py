@@ -26,9 +26,7 @@ def talking_photograph(opening: np.ndarray) -> Frames:
         gap = 14 * float(value)
         inside = ((x - 62) / 17) ** 2 + ((y - 91 - gap / 2) / max(gap / 2, 0.01)) ** 2 <= 1
         near = np.abs(x - 62) < 30
-        source = np.where(
-            near & (y > 91), np.maximum(y - gap * np.clip(1 - (y - 91 - gap) / 40, 0, 1), 91), y
-        )
+        source = np.where(near & (y > 91), np.maximum(y - gap * np.clip((116 - y) / (25 - gap), 0, 1), 91), y)
         frame = portrait[source.round().astype(int).clip(0, 127), x]
         frame = np.where(inside[..., None], (40, 12, 14), frame)
         frames.append(frame.astype(np.uint8))

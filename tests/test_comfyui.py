@@ -208,6 +208,61 @@ def test_what_saves_memory_reaches_the_package(pack: ModuleType, given: dict[str
     assert (latents.options.window, latents.options.decoder_tiling) == (9, True)
 
 
+@pytest.mark.parametrize(
+    ("fields", "arguments"),
+    [
+        (
+            ("folder", "square", "bfloat16", " a.pt \n\nb.pt:0.5\n", "14b", "layers"),
+            {"dtype": "bfloat16", "lora": ["a.pt", "b.pt:0.5"], "variant": "square", "size": "14b", "offload": "layers"},
+        ),
+        (("folder", "default", "auto"), {"dtype": "auto", "lora": [], "offload": "none"}),
+    ],
+)  # fmt: skip
+def test_what_is_asked_of_a_model_reaches_the_package(
+    pack: ModuleType, monkeypatch: pytest.MonkeyPatch, fields: tuple[str, ...], arguments: dict[str, Any]
+) -> None:
+    monkeypatch.setattr(pack.nodes, "load", lambda *model, **given: (model, given))
+    ((model, given),) = pack.NODE_CLASS_MAPPINGS["LoadStableAvatar"]().load(*fields)
+    assert model == ("folder",)
+    assert given == {"device": "cpu", **arguments}
+
+
+@pytest.mark.parametrize(
+    ("conditions", "fields", "options"),
+    [
+        (
+            {"width": 48, "height": 32, "fps": 29.97, "duration": 0.5, "negative_prompt": "blurry"},
+            {"seed": 7, "steps": 3, "text_scale": 1.5, "audio_scale": 2.5, "overlap": 2, "order": "causal", "window": 9,
+             "decoder_tiling": True},
+            {},
+        ),
+        (
+            {"width": 0, "height": 0, "fps": 25.0, "duration": 0.0, "negative_prompt": " "},
+            {"seed": 0, "steps": 0, "text_scale": 0.0, "audio_scale": 0.0, "overlap": 0, "order": "wavefront", "window": 0,
+             "decoder_tiling": False},
+            {"fps": 25.0, "seed": 0, "order": "wavefront"},
+        ),
+    ],
+)  # fmt: skip
+def test_what_is_asked_of_a_video_reaches_the_package(
+    pack: ModuleType,
+    given: dict[str, tuple[Any, ...]],
+    conditions: dict[str, Any],
+    fields: dict[str, Any],
+    options: dict[str, Any],
+) -> None:
+    """All of it, or of 0 and empty nothing."""
+    nodes = pack.NODE_CLASS_MAPPINGS
+    (asked,) = nodes["StableAvatarConditions"]().condition(
+        given["LoadImage"][0], "x", speech=given["LoadAudio"][0], **conditions
+    )
+    pipeline = SimpleNamespace(sample_latents=lambda *inputs, **options: (inputs, options))
+    (((picture, speech), made),) = nodes["StableAvatarSample"]().sample(pipeline, asked, **fields)
+    assert (picture.shape, picture.dtype, speech.shape) == ((40, 48, 3), np.uint8, (16_000,))
+    made.pop("progress")
+    assert made == {"prompt": "x", **(options or {**conditions, **fields})}
+
+
 def test_a_width_without_a_height_is_said(pack: ModuleType, given: dict[str, tuple[Any, ...]]) -> None:
     with pytest.raises(InputError, match="height"):
         run_workflow(pack, given, {**QUICK, "height": 0})

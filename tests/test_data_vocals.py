@@ -1,20 +1,26 @@
 """Vocals, sound and frames out of recordings and videos, and their commands."""
 
+import os
+import wave
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
+from clip_folders import write_clip
 from command_line import run
 from media_files import tone, write_video, write_wav
 from networks import BINS, FRAMES, N_FFT, network
-from stableavatar.data.extract import extract_audio, extract_frames
+from stableavatar.data.extract import extract_audio, extract_frames, extract_masks
 from stableavatar.data.vocals import HOP, SAMPLE_RATE, VocalSeparator, separate_vocals
 from stableavatar.errors import CheckpointError, InputError
 from stableavatar.media.audio import Sound, Speech
 from stableavatar.media.image import read_picture
 from stableavatar.media.reading import read_frames
+from stableavatar.media.wav import write_wav as write_wav_file
 
 
 def separator(path: Path, cut: int | None = None) -> VocalSeparator:
@@ -69,6 +75,43 @@ def test_other_frequencies_are_taken_out(tmp_path: Path) -> None:
     assert np.abs(made[inner, 1]).max() < 2e-3
 
 
+def made_of(samples: np.ndarray, file: Path, compensation: float = 1.0) -> np.ndarray:
+    """What a network gives for stereo sound, the ends left out."""
+    voice = VocalSeparator(file, n_fft=N_FFT, compensation=compensation).stream([samples])
+    return np.concatenate(list(voice))[N_FFT:-N_FFT]
+
+
+def test_what_a_network_gives_is_compensated(tmp_path: Path) -> None:
+    samples = stereo(1.0)
+    made = made_of(samples, network(tmp_path / "n.onnx"), compensation=2.0)
+    np.testing.assert_allclose(made, 2 * samples[N_FFT:-N_FFT], atol=4e-3)
+
+
+def test_what_lies_below_every_voice_is_not_heard(tmp_path: Path) -> None:
+    assert (
+        np.abs(made_of(np.full((SAMPLE_RATE, 2), 0.5, np.float32), network(tmp_path / "n.onnx"))).max() < 1e-3
+    )
+
+
+@pytest.mark.parametrize("channel", range(4))
+def test_channels_are_real_and_imaginary_of_left_then_of_right(tmp_path: Path, channel: int) -> None:
+    """Of a spectrum's real part alone sound is what is even about the middle of every window."""
+    samples = stereo(1.0)[: HOP * (FRAMES - 1)]  # one piece
+    file = network(tmp_path / "n.onnx", kept=np.eye(4)[channel])
+    made = made_of(samples, file)
+    spectra = torch.stft(
+        torch.from_numpy(samples.T.copy()), N_FFT, HOP, window=torch.hann_window(N_FFT), return_complex=True
+    )
+    parts = torch.view_as_real(spectra)
+    alone = torch.zeros_like(parts)
+    side, part = divmod(channel, 2)
+    alone[side, ..., part] = parts[side, ..., part]
+    expected = torch.istft(
+        torch.view_as_complex(alone), N_FFT, HOP, window=torch.hann_window(N_FFT), length=len(samples)
+    )
+    np.testing.assert_allclose(made, expected.T.numpy()[N_FFT:-N_FFT], atol=2e-3)
+
+
 def test_a_recording_is_not_replaced_by_its_voice(tmp_path: Path) -> None:
     recording = tmp_path / "song.wav"
     recording.write_bytes(b"whatever it is")
@@ -90,6 +133,39 @@ def test_a_file_of_another_rate_and_one_channel(tmp_path: Path) -> None:
         np.testing.assert_allclose(
             voice.samples(0, 24_000)[inner], before.samples(0, 24_000)[inner], atol=5e-3
         )
+
+
+@pytest.mark.parametrize("channels", [1, 2])
+def test_beyond_what_a_wav_can_tell_of_it_is_an_rf64(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, channels: int
+) -> None:
+    samples = stereo(0.5)[:, :channels]
+    usual, large = tmp_path / "usual.wav", tmp_path / "large.wav"
+    write_wav_file(usual, pieces(samples, 999), SAMPLE_RATE, channels)
+    assert write_wav_file(large, [samples], SAMPLE_RATE, channels) == 0.5
+    assert usual.read_bytes() == large.read_bytes()
+    with wave.open(str(usual)) as file:
+        assert (file.getparams().nframes, file.getnchannels()) == (len(samples), channels)
+    monkeypatch.setattr("stableavatar.media.wav._LARGEST_RIFF", usual.stat().st_size - 8)
+    write_wav_file(usual, [samples], SAMPLE_RATE, channels)
+    assert usual.read_bytes() == large.read_bytes()
+    monkeypatch.setattr("stableavatar.media.wav._LARGEST_RIFF", usual.stat().st_size - 9)
+    write_wav_file(large, pieces(samples, 999), SAMPLE_RATE, channels)
+    assert large.read_bytes()[:4] == b"RF64"
+    sounds = [Sound(path) for path in (usual, large)]
+    assert [(it.sample_rate, it.channels) for it in sounds] == [(SAMPLE_RATE, channels)] * 2
+    before, after = (np.concatenate(list(sound.blocks())) for sound in sounds)
+    assert np.array_equal(before, after)
+    np.testing.assert_allclose(after, samples, atol=1e-4)
+
+
+def test_a_recording_without_samples_is_refused(tmp_path: Path) -> None:
+    empty = write_wav(tmp_path / "empty.wav", np.zeros(0, np.float32), SAMPLE_RATE)
+    with pytest.raises(InputError, match="holds no sound"):
+        extract_audio(empty, tmp_path / "audio.wav")
+    with pytest.raises(InputError, match="holds no sound"):
+        separate_vocals(separator(tmp_path / "n.onnx"), empty, tmp_path / "voice.wav")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty.wav", "n.onnx"]
 
 
 def test_networks_that_cannot_be_used(tmp_path: Path) -> None:
@@ -131,6 +207,21 @@ class TestExtract:
             with pytest.raises(InputError):
                 make(video, output)
         assert sorted(path.name for path in tmp_path.iterdir()) == ["clip.mp4"]
+
+    @pytest.mark.parametrize("images", [True, False])
+    def test_masks_that_are_older_than_the_frames_are_kept_and_named(
+        self, tmp_path: Path, caplog: pytest.LogCaptureFixture, images: bool
+    ) -> None:
+        clip = write_clip(tmp_path / "00001", frames=9, images=images)
+        unused: Any = None
+        assert extract_masks(unused, clip) == 9
+        assert not caplog.records
+        newer = clip / ("images/frame_4.png" if images else "sub_clip.mp4")
+        written = (clip / "lip_masks" / "frame_8.png").stat().st_mtime
+        os.utime(newer, (written + 10, written + 10))
+        assert extract_masks(unused, clip, ["lip_masks"]) == 9
+        (record,) = caplog.records
+        assert f"{clip / 'lip_masks'}: is older than the frames, and kept" in record.getMessage()
 
     def test_commands_with_the_names_that_users_know(self, video: Path, tmp_path: Path) -> None:
         audio, vocals = tmp_path / "audio.wav", tmp_path / "vocals.wav"

@@ -273,6 +273,11 @@ def test_a_truthful_speaker_passes_every_bar(meter: MouthMeter) -> None:
     assert wrong is not None
     assert made > 0.95
     assert wrong < made - 0.5
+    heard = {it: scores.values["photograph", "photograph_lips", it][0] for it in ("made", "wrong")}
+    assert heard["wrong"] < heard["made"] - 0.3
+    alike = {it: scores.values["puppets", "similarity", it] for it in ("true", "redrawn")}
+    assert alike["true"] == pytest.approx([1, 1])
+    assert max(alike["redrawn"]) < 0.99  # another sway
     for name, group in GROUPS.items():
         for metric in group.metrics:
             for variant in metric.bars:
@@ -370,6 +375,8 @@ def test_the_bars_of_the_specification_are_in_the_registry() -> None:
     assert bar("face_lips_worst", "made") == Bar(low=0.3)
     assert bar("photograph_likeness", "made") == Bar(low=0.6)
     assert bar("photograph_drift", "made") == Bar(high=6)
+    for name in ("flicker", "face_flicker", "photograph_flicker"):
+        assert bar(name, "made") == Bar(high=5)
     names = [metric.name for group in GROUPS.values() for metric in group.metrics]
     assert len(names) == len(set(names))
     with pytest.raises(KeyError):

@@ -1,7 +1,10 @@
 """What the evaluation writes: its part of a document, plots of logs, contact sheets."""
 
 import json
+import subprocess
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,7 +14,8 @@ from puppet_frames import still
 from stableavatar.data.puppets import PuppetClip
 from stableavatar.errors import InputError
 from stableavatar.evaluation import tiny
-from stableavatar.evaluation.report import Exhibit, Exhibits, write_report
+from stableavatar.evaluation.embedded import Part
+from stableavatar.evaluation.report import END, START, Exhibit, Exhibits, write_report
 from stableavatar.evaluation.scores import Scores
 from stableavatar.evaluation.sheets import (
     contact_sheet,
@@ -53,6 +57,33 @@ def test_report_replaces_its_own_part_of_a_document(tmp_path: Path) -> None:
         write_report(document, Scores(), exhibits, "fourth")
 
 
+@pytest.mark.parametrize("text", [f"# Tiny\n\n{END}\n\n{START}\n", f"# Tiny\n\n{START}\n"])
+def test_markers_that_are_no_pair_are_refused_before_the_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], text: str
+) -> None:
+    document = tmp_path / "tiny.md"
+    document.write_text(text, encoding="utf-8")
+    monkeypatch.setattr(tiny, "measure", lambda *_: pytest.fail("it was measured"))
+    assert tiny.main(["--quick", "--out", str(document)]) == 2
+    assert "put both back" in capsys.readouterr().err
+    assert document.read_text(encoding="utf-8") == text
+
+
+def test_a_document_that_cannot_be_written_stays_as_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    document = tmp_path / "tiny.md"
+    document.write_text("# Tiny\n", encoding="utf-8")
+
+    def full(_: Path) -> None:
+        raise OSError("no space left")
+
+    monkeypatch.setattr("stableavatar.media.files.to_disk", full)
+    with pytest.raises(OSError, match="no space"):
+        write_report(document, Scores(), Exhibits(), "first")
+    assert document.read_text(encoding="utf-8") == "# Tiny\n"
+
+
 def test_logs_and_plots_take_gaps(tmp_path: Path) -> None:
     log = tmp_path / "log.jsonl"
     log.write_text(
@@ -88,3 +119,86 @@ def test_contact_sheet_shows_wide_and_shut_mouths(clip: PuppetClip) -> None:
     assert called[moments[::2]].mean() > called[moments[1::2]].mean() + 0.2
     sheet = contact_sheet({"truth": clip.frames, "still": still(clip)}, moments, scale=2)
     assert sheet.size == (96 + 6 * 256, 2 * 256)
+
+
+@pytest.mark.parametrize("option", ["--steps", "--text-scale", "--audio-scale"])
+def test_settings_of_a_model_are_none_of_an_autoencoders(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, option: str
+) -> None:
+    assert tiny.main(["--gate", str(tmp_path), option, "0"]) == 2
+    assert "leave --model" in caplog.text
+
+
+def test_settings_given_reach_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    setups: list[tiny.Setup] = []
+    calls: list[dict[str, Any]] = []
+
+    class Pipeline:
+        vae = None
+
+        def stream(
+            self, portrait: np.ndarray, samples: np.ndarray, **options: object
+        ) -> Iterator[np.ndarray]:
+            calls.append(options)
+            yield portrait
+
+    def loaded(model: str, **options: object) -> Pipeline:
+        calls.append({"model": model, **options})
+        return Pipeline()
+
+    monkeypatch.setattr(tiny, "measure", lambda setup, _: setups.append(setup) or Part())
+    monkeypatch.setattr(tiny, "load", loaded)
+    given = [
+        "--model",
+        "folder",
+        "--dtype",
+        "bfloat16",
+        "--steps",
+        "3",
+        "--text-scale",
+        "0",
+        "--audio-scale",
+        "4.5",
+    ]
+    assert tiny.main(["--quick", *given]) == 0
+    assert tiny.main(["--quick"]) == 0
+    for setup in setups:
+        speaker = setup.evaluation().speaker
+        assert speaker is not None
+        speaker(np.zeros((128, 128, 3), np.uint8), np.zeros(640, np.float32), "x", 7)
+    usual = {"prompt": "x", "seed": 7, "width": 128, "height": 128, "fps": 25}
+    assert calls == [
+        {"model": "folder", "dtype": "bfloat16"},
+        {**usual, "steps": 3, "text_scale": 0.0, "audio_scale": 4.5},
+        {"model": "tiny", "dtype": "auto"},
+        usual,
+    ]
+
+
+def test_controls_without_a_result_are_shown() -> None:
+    """As of --gate, which has bars for them."""
+    scores = Scores({("puppets", "lip_correlation", "decoded"): [0.8]})
+    ((title, result, true, decoded, *_, verdict),) = scores.rows()
+    assert (title, result, true, decoded, verdict) == ("lip correlation [r]", "-", "-", "0.80", "MISS")
+
+
+@pytest.mark.parametrize(
+    "failing", ["stableavatar download", "python -m stableavatar.evaluation.faces", "nothing"]
+)
+def test_without_the_networks_for_faces_no_page_is_made(tmp_path: Path, failing: str) -> None:
+    """Its rows of photographs would be missing."""
+    called = tmp_path / "called"
+    (tmp_path / "bin").mkdir()
+    for name in ("stableavatar", "python"):
+        tool = tmp_path / "bin" / name
+        tool.write_text(
+            f'#!/bin/sh\necho "{name} $*" >> {called}\ncase "{name} $*" in "{failing}"*) exit 1; esac\n'
+        )
+        tool.chmod(0o755)
+    (tmp_path / ".installed").touch()
+    root = Path(__file__).parents[1]
+    done = subprocess.run(
+        ["make", "evaluate-tiny", f"VENV={tmp_path}"], cwd=root, capture_output=True, check=False
+    )
+    assert (done.returncode == 0) == (failing == "nothing")
+    assert ("evaluation.tiny" in called.read_text()) == (failing == "nothing")

@@ -311,6 +311,20 @@ def test_speech_from_an_array() -> None:
 
 
 @pytest.mark.parametrize(
+    "gains", [(1, -1), (1, 0), (1, 0.2, 0, 0, 0, 0), (0, 0, 0, 1, 0, 0, 0, 0), (1, 1, 1)]
+)
+def test_channels_of_an_array_are_mixed_as_those_of_a_file(tmp_path: Path, gains: tuple[float, ...]) -> None:
+    """Of opposite phase, of one side alone, 5.1, the low frequencies of 7.1, three microphones."""
+    samples = tone(1.0, 16000)[:, None] * np.float32(gains)
+    with (
+        Speech.from_array(samples, 16000) as heard,
+        Speech.open(write_wav(tmp_path / "a.wav", samples, 16000)) as read,
+    ):
+        assert np.allclose(everything(heard), everything(read), atol=1e-4)
+        assert (np.abs(everything(heard)).max() > 0.1) == (len(gains) < 8)
+
+
+@pytest.mark.parametrize(
     "bad", [np.array([0.0, np.nan]), np.array([np.inf]), np.zeros((2, 2, 2)), np.zeros(10, dtype=np.int16)]
 )
 def test_arrays_that_are_no_sound(bad: np.ndarray) -> None:

@@ -4,7 +4,7 @@ Progress is shown on the node that works, and Cancel stops it within a step.
 """
 
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, get_args
 
 import comfy.model_management
 import comfy.utils
@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from stableavatar import load
+from stableavatar.choices import Offload
 from stableavatar.media.audio import Speech
 from stableavatar.options import GenerateOptions
 
@@ -19,6 +20,7 @@ CATEGORY = "StableAvatar"
 PIPELINE, CONDITIONS, LATENTS = "STABLEAVATAR_PIPELINE", "STABLEAVATAR_CONDITIONS", "STABLEAVATAR_LATENTS"
 _PARTS = 1000  # of a progress bar
 _ORDER = "wavefront is smoother; causal is what streams of the server make, and repeats them."
+_OFFLOAD = "What stays in main memory: the encoders, which act once a video, or all layers, which is slower."
 # Else ComfyUI's page rounds to tenths: 29.97 frames a second would be 30.
 _TO_A_THOUSANDTH = {"step": 0.001, "round": 0.001}
 _TO_A_HUNDREDTH = {"step": 0.1, "round": 0.01}
@@ -50,10 +52,19 @@ class LoadStableAvatar:
                     {"default": "", "multiline": True, "tooltip": "FILE or FILE:SCALE, one a line"},
                 ),
                 "size": (["default", "1.3b", "14b"], {"tooltip": "Of published weights alone."}),
+                "offload": (list(get_args(Offload)), {"tooltip": _OFFLOAD}),
             },
         }
 
-    def load(self, model: str, variant: str, dtype: str, lora: str = "", size: str = "default") -> tuple[Any]:
+    def load(
+        self,
+        model: str,
+        variant: str,
+        dtype: str,
+        lora: str = "",
+        size: str = "default",
+        offload: Offload = "none",
+    ) -> tuple[Any]:
         """Load it where ComfyUI computes, in place of the models that are there."""
         files = [line.strip() for line in lora.splitlines() if line.strip()]
         published = {
@@ -61,7 +72,7 @@ class LoadStableAvatar:
         }
         comfy.model_management.unload_all_models()
         device = str(comfy.model_management.get_torch_device())
-        return (load(model, device=device, dtype=dtype, lora=files, **published),)
+        return (load(model, device=device, dtype=dtype, lora=files, offload=offload, **published),)
 
 
 class StableAvatarConditions:

@@ -1,6 +1,7 @@
 """Single steps from a video to a clip folder: its sound, its frames, masks of face and lips."""
 
 import contextlib
+import logging
 import math
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -16,6 +17,8 @@ from stableavatar.media.decoding import picture_delay, stream_sound
 from stableavatar.media.files import cannot_write, check_parent, refuse_source, replacing
 from stableavatar.media.reading import Frame, read_frames
 from stableavatar.media.wav import write_wav
+
+logger = logging.getLogger(__name__)
 
 
 def extract_audio(video: Path, output: Path, *, most_seconds: float = math.inf) -> float:
@@ -62,7 +65,8 @@ def extract_masks(
     landmarker: FaceLandmarker, clip: Path, kinds: Sequence[MaskKind] = ("face_masks", "lip_masks")
 ) -> int:
     """Write the masks of a clip folder (`data.clips`) as `frame_0.png` and on, beside its frames; how many a
-    kind. Kinds that are complete already are kept.
+    kind. Kinds that are complete already are kept, and where the frames are newer it is said: they may be of
+    other frames, or drawn by hand.
 
     Raises:
         InputError: the clip cannot be read, a frame shows no face, or the folder cannot be written.
@@ -71,6 +75,11 @@ def extract_masks(
     if count < 1:
         raise InputError(f"clip {clip}: holds no frame")
     missing = [kind for kind in kinds if not _complete(clip / kind, count)]
+    for kind in kinds:
+        if kind not in missing and _newest(clip / kind) < _newest(clip / "images", clip / "sub_clip.mp4"):
+            logger.warning(
+                "%s: is older than the frames, and kept; remove it to have it made anew", clip / kind
+            )
     if not missing:
         return count
     try:
@@ -125,6 +134,13 @@ def _tracked(landmarker: FaceLandmarker, clip: Path) -> Iterator[tuple[Frame, Po
 
     for points in landmarker.track(frames()):
         yield seen.popleft(), points
+
+
+def _newest(folder: Path, file: Path | None = None) -> float:
+    """When a folder's youngest file was written, or `file` where there is no such folder."""
+    if file is not None and not folder.is_dir():
+        return file.stat().st_mtime
+    return max(path.stat().st_mtime for path in folder.iterdir())
 
 
 def _complete(folder: Path, count: int) -> bool:

@@ -30,7 +30,7 @@ from stableavatar.evaluation.meter import shipped_meter
 from stableavatar.evaluation.observation import Frames
 from stableavatar.evaluation.pictures import structural_similarity
 from stableavatar.evaluation.regions import puppet_regions
-from stableavatar.evaluation.report import put_between
+from stableavatar.evaluation.report import check_document, put_between
 from stableavatar.pipeline import AvatarPipeline, load
 
 PERSON = EVALUATION_SEED + 100
@@ -159,6 +159,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.command == "data":
         print(write_dataset(options.folder, training_clips(options.clips, options.seconds)))
         return 0
+    if options.out is not None:
+        check_document(options.out, START, END)
     clips = list(measured_clips(options.clips, options.seconds))
     text, gained = compare(options.model, options.lora, clips, options.scales, options.steps)
     print(text)

@@ -22,10 +22,12 @@ from stableavatar.evaluation.sheets import (
     thin,
     write_columns,
 )
+from stableavatar.media.files import write_file
 
 logger = logging.getLogger(__name__)
 
 START, END = "<!-- figures: written by stableavatar.evaluation.tiny -->", "<!-- end of figures -->"
+TITLE = "What `tiny` shows"
 _MOMENTS = 10
 _SHOWN_SECONDS = 10
 _FPS = 25
@@ -63,7 +65,7 @@ def write_report(
             the pictures. Curves that lie there already are drawn again without it.
 
     Raises:
-        InputError: `curves` holds no log, or the document has one marker without the other.
+        InputError: `curves` holds no log, or see :func:`check_document`.
     """
     folder = document.with_suffix("")
     folder.mkdir(parents=True, exist_ok=True)
@@ -77,7 +79,7 @@ def write_report(
     if curves is not None:
         gather_curves(curves, folder)
     lines += _draw_curves(folder)
-    put_between(document, "\n".join(lines), START, END, title="What `tiny` shows")
+    put_between(document, "\n".join(lines), START, END, title=TITLE)
     logger.info("written to %s", document)
 
 
@@ -133,19 +135,31 @@ def put_between(document: Path, text: str, start: str, end: str, *, title: str) 
         document: a Markdown file, made with the heading `title` when missing.
 
     Raises:
-        InputError: the document has one marker without the other.
+        InputError: see :func:`check_document`.
     """
-    block = f"{start}\n\n{text.strip()}\n\n{end}\n"
+    before, after = check_document(document, start, end, title=title)
+    write_file(document, f"{before}{start}\n\n{text.strip()}\n\n{end}{after}".encode())
+
+
+def check_document(
+    document: Path, start: str = START, end: str = END, *, title: str = TITLE
+) -> tuple[str, str]:
+    """What stands before the two markers of a document and after them, or will; to be called before long work
+    begins.
+
+    Raises:
+        InputError: the document has one marker without the other, or the second before the first.
+    """
     if not document.exists():
-        document.write_text(f"# {title}\n\n{block}", encoding="utf-8")
-        return
+        return f"# {title}\n\n", "\n"
     old = document.read_text(encoding="utf-8")
-    if (start in old) != (end in old):
+    before, begun, rest = old.partition(start)
+    _, ended, after = rest.partition(end)
+    if begun and ended:
+        return before, after
+    if begun or end in old:
         raise InputError(
-            f"{document} has only one of the two markers around the figures; put both back, or neither."
+            f"{document} has only one of the two markers around the figures, or the second before the first; "
+            "put both back, or neither."
         )
-    if start in old:
-        before, rest = old.split(start, 1)
-        document.write_text(before + block.rstrip("\n") + rest.split(end, 1)[1], encoding="utf-8")
-    else:
-        document.write_text(old.rstrip("\n") + "\n\n" + block, encoding="utf-8")
+    return old.rstrip("\n") + "\n\n", "\n"

@@ -69,7 +69,7 @@ class Scores:
         for name, group in GROUPS.items():
             for metric in group.metrics:
                 shown = {variant: self.figure(name, metric, variant) for variant in VARIANTS}
-                if shown[group.main] is None:
+                if all(value is None for value in shown.values()):
                     continue
                 cells = [_number(shown[group.main])]
                 cells += [_number(shown[v]) if v != group.main else "" for v in VARIANTS if v != "made"]

@@ -32,7 +32,7 @@ from stableavatar.evaluation.cases import DEVELOPMENT, FULL, QUICK, Plan
 from stableavatar.evaluation.embedded import Evaluation, Part, Task, code, find_people, pipeline_speaker
 from stableavatar.evaluation.faces import FaceReader
 from stableavatar.evaluation.meter import shipped_meter
-from stableavatar.evaluation.report import find_logs, write_report
+from stableavatar.evaluation.report import check_document, find_logs, write_report
 from stableavatar.evaluation.scores import rich_table
 from stableavatar.pipeline import load
 
@@ -184,7 +184,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     given = {"steps": options.steps, "text_scale": options.text_scale, "audio_scale": options.audio_scale}
     if options.gate is not None and (
-        any(given.values()) or (options.model, options.dtype) != ("tiny", "auto")
+        any(value is not None for value in given.values())
+        or (options.model, options.dtype) != ("tiny", "auto")
     ):
         logger.error("--gate measures an autoencoder alone: leave --model, --dtype, --steps and scales out")
         return 2
@@ -201,6 +202,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     if options.curves is not None:  # not after an hour's work
         find_logs(options.curves)
+    if options.out is not None:
+        check_document(options.out)
     measured = measure(setup, options.processes)
     minutes = (time.monotonic() - started) / 60
     title = (

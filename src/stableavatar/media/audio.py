@@ -3,7 +3,7 @@
 import logging
 import tempfile
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from fractions import Fraction
 from pathlib import Path
 from types import TracebackType
@@ -18,10 +18,11 @@ from stableavatar.media.decoding import (
     Mix,
     Resampler,
     check_span,
+    mix_gains,
     sound_format,
     stream_sound,
 )
-from stableavatar.media.files import reason_of
+from stableavatar.media.files import check_file, reason_of
 
 logger = logging.getLogger(__name__)
 
@@ -73,12 +74,18 @@ class Speech:
 
     @classmethod
     def from_array(cls, samples: ArrayLike, sample_rate: int, *, speech_rate: int = SPEECH_RATE) -> "Speech":
-        """Speech from samples [n] or [n, channels] (averaged), resampled to `speech_rate` if need be.
+        """Speech from samples [n] or [n, channels], resampled to `speech_rate` if need be. Six and eight
+        channels are taken as 5.1 and 7.1.
 
         Raises InputError for samples that are NaN or infinite, or another shape.
         """
-        array = _as_channels(samples).mean(axis=1, keepdims=True, dtype=np.float32)
-        return cls._store(_resample_array(array, sample_rate, speech_rate), speech_rate)
+        array = _as_channels(samples)
+        names = ("",) * array.shape[1]
+        look = array[: round(CANCELLED_LOOK * sample_rate)]
+        mix = _uncancelled_mix([look @ mix_gains(names, "stereo")], "the recording")
+        return cls._store(
+            _resample_array(array @ mix_gains(names, mix), sample_rate, speech_rate), speech_rate
+        )
 
     @classmethod
     def _store(cls, blocks: Iterator[Samples], sample_rate: int) -> "Speech":
@@ -153,7 +160,8 @@ class Sound:
 
     `sample_rate` (samples a second) and `channels` (1 or 2; more are mixed to stereo by ITU-R BS.775) are
     known at once; `blocks` decodes from the beginning each time it is called (of `from_blocks`, it calls what
-    was given). Nothing else is changed: what is silent or of opposite phase on one side stays so.
+    was given), which may be hours later: a file that has changed by then is refused. Nothing else is changed:
+    what is silent or of opposite phase on one side stays so.
     """
 
     def __init__(self, path: str | Path, start: float = 0.0, duration: float | None = None) -> None:
@@ -162,13 +170,20 @@ class Sound:
         Raises InputError: missing, a folder, empty, not media, no sound; the rest when it is decoded.
         """
         check_span(start, duration)
+        version = _file_version(path)
         found = sound_format(path)
         self.sample_rate = output_rate(found.sample_rate)
         self.channels = min(found.channels, 2)
         mix: Mix = "mono" if self.channels == 1 else "stereo"
-        self._read: Callable[[], Iterator[Samples]] = lambda: stream_sound(
-            path, self.sample_rate, mix, start, duration
-        )
+
+        def read() -> Iterator[Samples]:
+            if _file_version(path) != version:
+                raise InputError(
+                    f"recording {path}: the file has changed since this run began. Put the former one back."
+                )
+            return stream_sound(path, self.sample_rate, mix, start, duration)
+
+        self._read: Callable[[], Iterator[Samples]] = read
 
     @classmethod
     def from_array(cls, samples: ArrayLike, sample_rate: int) -> "Sound":
@@ -192,7 +207,8 @@ class Sound:
     def blocks(self) -> Iterator[Samples]:
         """The sound in order, in blocks [n, channels] float32 clipped to [-1, 1].
 
-        Raises InputError where the file turns out to be cut off, damaged, or to hold NaN or infinite samples.
+        Raises InputError where the file has changed, or turns out to be cut off, damaged, or to hold NaN or
+        infinite samples.
         """
         for block in self._read():
             yield np.clip(block, -1.0, 1.0)
@@ -269,16 +285,27 @@ def speech_mix(path: str | Path, start: float = 0.0, duration: float | None = No
     if sound_format(path).channels == 1:
         return "mono"
     look = CANCELLED_LOOK if duration is None else min(duration, CANCELLED_LOOK)
+    return _uncancelled_mix(stream_sound(path, SPEECH_RATE, "stereo", start, look), f"recording {path}")
+
+
+def _uncancelled_mix(blocks: Iterable[Samples], name: str) -> Mix:
+    """The mean of stereo blocks, or the louder channel where they cancel each other."""
     left = right = mean = 0.0
-    for block in stream_sound(path, SPEECH_RATE, "stereo", start, look):
+    for block in blocks:
         left += _energy(block[:, 0])
         right += _energy(block[:, 1])
         mean += _energy(block.mean(axis=1))
     if mean >= CANCELLED * max(left, right):
         return "mono"
     louder: Mix = "left" if left >= right else "right"
-    logger.info("recording %s: left and right cancel each other; only the %s one is used", path, louder)
+    logger.info("%s: left and right cancel each other; only the %s one is used", name, louder)
     return louder
+
+
+def _file_version(path: str | Path) -> tuple[int, int]:
+    """What is another once a recording has been written again. Raises InputError: it cannot be read."""
+    found = check_file(path, "recording").stat()
+    return found.st_size, found.st_mtime_ns
 
 
 def output_rate(sample_rate: int) -> int:
