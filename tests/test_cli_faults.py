@@ -349,3 +349,21 @@ def test_a_disk_that_is_full_wherever_something_is_written(
     assert words in capsys.readouterr().err
     with pytest.raises(OSError, match="another"), plain_errors():
         raise OSError(errno.EIO, "another fault")
+
+
+def test_too_little_memory_names_options_that_the_command_has(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("stableavatar.media.image.read_picture", fail)
+    monkeypatch.setattr("stableavatar.data.extract.extract_frames", fail)
+    picture, sound = portrait(tmp_path / "a.png"), speech(tmp_path / "a.wav")
+    made = run("generate", picture, sound, "-o", tmp_path / "a.mp4")
+    extracted = run("extract-frames", "--video", sound, "-o", tmp_path / "images")
+    for done in (made, extracted):
+        assert done.exit_code == 2
+        assert "too little memory" in done.output
+    assert "--offload encoders" in made.output
+    assert "--" not in extracted.output

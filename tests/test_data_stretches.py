@@ -246,3 +246,18 @@ def test_frames_that_are_a_little_out_of_order_are_shown(tmp_path: Path) -> None
         stamps = [packet.pts for packet in container.demux() if packet.size]
     assert stamps != sorted(stamps)
     assert [number for number, _ in read_frames_at(path, Fraction(25))][:18] == list(range(18))
+
+
+def test_of_avi_whose_stamps_are_guessed_all_is_read(tmp_path: Path) -> None:
+    """It has no presentation times: frames between others come with stamps that go back a little."""
+    path = tmp_path / "a.avi"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=25)
+        stream.width = stream.height = SIZE
+        for picture in puppet(950_000, 2.0):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture)))
+        container.mux(stream.encode(None))
+    with av.open(str(path)) as container:
+        stamps = [float(frame.time) for frame in container.decode(video=0)]
+    assert min(np.diff(stamps)) < -1 / 25
+    assert len(list(read_frames_at(path, Fraction(25)))) == pytest.approx(50, abs=2)

@@ -218,10 +218,13 @@ class TestExtract:
         assert not caplog.records
         newer = clip / ("images/frame_4.png" if images else "sub_clip.mp4")
         written = (clip / "lip_masks" / "frame_8.png").stat().st_mtime
-        os.utime(newer, (written + 10, written + 10))
+        os.utime(newer, (written + 60, written + 60))  # as of a folder that was copied
+        assert extract_masks(unused, clip, ["lip_masks"]) == 9
+        assert not caplog.records
+        os.utime(newer, (written + 86400, written + 86400))
         assert extract_masks(unused, clip, ["lip_masks"]) == 9
         (record,) = caplog.records
-        assert f"{clip / 'lip_masks'}: is older than the frames, and kept" in record.getMessage()
+        assert f"{clip / 'lip_masks'}: kept, but older than the frames" in record.getMessage()
 
     def test_commands_with_the_names_that_users_know(self, video: Path, tmp_path: Path) -> None:
         audio, vocals = tmp_path / "audio.wav", tmp_path / "vocals.wav"

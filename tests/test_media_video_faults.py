@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from stableavatar.errors import InputError
+from stableavatar.media import video
 from stableavatar.media.files import check_output
 from stableavatar.media.video import FrameWriter, VideoWriter
 
@@ -37,6 +38,7 @@ def test_a_disk_that_fills_up(tmp_path: Path, frames: int) -> None:
 import sys, numpy as np
 from pathlib import Path
 from stableavatar.errors import InputError
+from stableavatar.media import video
 from stableavatar.media.video import VideoWriter, FrameWriter
 from stableavatar.media.audio import Sound
 noise = np.random.default_rng(0).integers(0, 256, (160, 160, 3), dtype=np.uint8)
@@ -111,6 +113,13 @@ def test_pictures_have_their_name_when_they_are_on_the_disk(
             writer.write(np.zeros((48, 64, 3), np.uint8))
     pictures = [("frame_000000.png", False), ("frame_000001.png", False)]
     assert synced == [*pictures, (".partial", False), (tmp_path.name, True)]
+
+    monkeypatch.setattr(video, "_SYNC_EVERY", 2)  # else those of hours would wait for the end
+    with FrameWriter(tmp_path / "more") as writer:
+        for written in range(5):
+            synced.clear()
+            writer.write(np.zeros((48, 64, 3), np.uint8))
+            assert len(synced) == 3 * (written % 2)
 
 
 def test_pictures_that_do_not_reach_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -269,33 +269,17 @@ def test_averaged_weights_in_callbacks_which_cannot_disturb_the_run(tmp_path: Pa
     assert_same_run(tmp_path / "alone", tmp_path / "watched")
 
 
-def test_a_callback_that_fails_does_not_take_the_checkpoint_with_it_and_is_made_up(tmp_path: Path) -> None:
-    seen: list[int] = []
+def test_a_callback_that_fails_does_not_take_the_checkpoint_with_it(tmp_path: Path) -> None:
+    def fail(_step: int) -> None:
+        raise InputError("no room for a video")
 
-    def look(step: int) -> None:
-        torch.rand(5)
-        seen.append(step)
-        if seen == [5]:
-            raise InputError("no room for a video")
-
-    def resumed(steps: int) -> Trainer[torch.Tensor]:
-        chosen = settings(callback_every=5, steps=steps)
-        trainer = Trainer(Fit(), Points(), torch.stack, chosen, tmp_path / "watched", callbacks=[look])
-        if seen:
-            trainer.resume("latest")
-        return trainer
-
-    torch.manual_seed(1)
+    made = settings(callback_every=5)
+    trainer = Trainer(Fit(), Points(), torch.stack, made, tmp_path, callbacks=[fail])
     with pytest.raises(InputError, match="no room"):
-        resumed(10).train()
-    for begun, steps in ((5, 5), (5, 10), (10, 12)):
-        again = resumed(steps)
-        assert again.step == begun
-        again.train()
-    assert seen == [5, 5, 10]
-    torch.manual_seed(1)
-    make(tmp_path / "alone").train()
-    assert_same_run(tmp_path / "alone", tmp_path / "watched")
+        trainer.train()
+    again = Trainer(Fit(), Points(), torch.stack, made, tmp_path)
+    again.resume("latest")
+    assert again.step == 5
 
 
 def test_an_error_ends_the_process_though_readers_ignore_signals(tmp_path: Path) -> None:

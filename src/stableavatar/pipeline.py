@@ -440,9 +440,9 @@ class AvatarPipeline(DiffusionPipeline, AvatarLoraLoaderMixin):
                 raise InputError(f"output {output}: is there, and no unfinished run of it. {anew}")
             if resume and given.seed is None and "seed" in journal.settings:
                 given = replace(given, seed=journal.settings["seed"])
-            run = self._open(portrait, speech, given, latents, progress, processes)
-            sound = open_sound(speech, given)
+            sound = open_sound(speech, given)  # before it is listened to: it may change meanwhile
             assert not isinstance(sound, LiveSound)
+            run = self._open(portrait, speech, given, latents, progress, processes)
             return write_video(run, sound, journal, encoding, resume=bool(resume), stop=stop)
 
 

@@ -1,7 +1,9 @@
 """A run into a file: one that is complete under its name or not there, or one that plays while it grows."""
 
 import contextlib
+import hashlib
 import json
+import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
@@ -138,12 +140,14 @@ class _VideoFile:
         return GeneratedVideo(journal.output, self.video.frames, run.frame_rate, run.options, first_frame)
 
     def _pictures(self, done: int) -> FrameWriter | None:
-        """Beside their own folder, which may lie on another file system than the video; by both names, since
-        two videos may be meant for one folder, and only the one that is complete first gets it."""
+        """Beside their own folder, which may lie on another file system than the video; by the video's
+        place too, since two may be meant for one folder, and only the one that is complete first gets it."""
         if self.encoding.frames is None:
             return None
         folder = self.encoding.frames.expanduser().absolute()
-        partial = folder.with_name(hidden_name(f"{folder.name}.{self.journal.output.stem}", "pictures"))
+        place = os.fsencode(os.path.relpath(self.journal.output, folder.parent))  # may be moved with it
+        own = hashlib.blake2b(place, digest_size=4).hexdigest()
+        partial = folder.with_name(hidden_name(folder.name, f"{own}.pictures"))
         return FrameWriter(
             self.encoding.frames, partial=partial, done=done, keep=lambda: self.journal.has_state
         )

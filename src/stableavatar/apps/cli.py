@@ -17,8 +17,10 @@ from stableavatar import __version__
 from stableavatar.apps import service_commands
 from stableavatar.apps.command_options import parse_size, repeating_command, stored_settings, with_fields
 from stableavatar.apps.console import (
+    OF_VIDEOS,
     end_on_terminate,
     leads,
+    memory_advice,
     plain_errors,
     run_to_the_end,
     stop_between_cells,
@@ -117,6 +119,7 @@ def _common(
 
 @app.command(epilog=EXAMPLES)
 @with_fields
+@memory_advice(OF_VIDEOS)
 def generate(
     portrait: Annotated[
         Path,

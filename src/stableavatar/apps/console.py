@@ -46,16 +46,20 @@ def plain_errors() -> Iterator[None]:
         if not is_out_of_memory(error):
             raise
         _fail(
-            "there is too little memory for this. Of a GPU's: --dtype bfloat16, then --offload encoders, "
-            "--decoder-tiling, --offload layers. Of any: --batch-windows 1, fewer pixels (--size), a shorter "
-            "--window",
-            FAULT,
+            "there is too little memory for this. Have less of other things running, or smaller files", FAULT
         )
+
+
+OF_VIDEOS = (
+    "Of a GPU's: --dtype bfloat16, then --offload encoders, --decoder-tiling, --offload layers. Of any: "
+    "--batch-windows 1, a shorter --window, videos of fewer pixels (the size)"
+)
+"""Advice for commands that make videos."""
 
 
 @contextmanager
 def memory_advice(advice: str) -> Iterator[None]:
-    """Around a command with other options than `generate`: what to do where there is too little memory.
+    """Around a command that has options for it: what to do where there is too little memory.
 
     Raises:
         InputError: memory, of the machine or of a device, did not suffice.

@@ -93,7 +93,7 @@ class CacheWriter:
         try:
             self._begin()
         except BaseException:
-            self._unlock()
+            self.close()
             raise
 
     def _begin(self) -> None:
@@ -187,7 +187,7 @@ class CacheWriter:
             )
         self.manifest["complete"] = True
         self._write_manifest()
-        self._unlock()
+        self.close()
 
     def _locked(self) -> IO[bytes]:
         try:
@@ -195,7 +195,8 @@ class CacheWriter:
         except BlockingIOError as error:
             raise InputError(f"{self.folder}: another run writes this cache: wait for its end") from error
 
-    def _unlock(self) -> None:
+    def close(self) -> None:
+        """Let other runs write into the folder; `finish` does so at its end."""
         if self._lock is not None:
             unlock(self._lock)
             self._lock = None

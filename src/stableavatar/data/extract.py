@@ -20,6 +20,9 @@ from stableavatar.media.wav import write_wav
 
 logger = logging.getLogger(__name__)
 
+# Seconds by which the parts of a folder that was copied may differ in age.
+_COPYING = 3600
+
 
 def extract_audio(video: Path, output: Path, *, most_seconds: float = math.inf) -> float:
     """Write the sound of a video (or any recording) as mono WAV at 16 kHz, from the first picture on; the
@@ -76,10 +79,10 @@ def extract_masks(
         raise InputError(f"clip {clip}: holds no frame")
     missing = [kind for kind in kinds if not _complete(clip / kind, count)]
     for kind in kinds:
-        if kind not in missing and _newest(clip / kind) < _newest(clip / "images", clip / "sub_clip.mp4"):
-            logger.warning(
-                "%s: is older than the frames, and kept; remove it to have it made anew", clip / kind
-            )
+        if kind in missing:
+            continue
+        if _newest(clip / "images", clip / "sub_clip.mp4") > _newest(clip / kind) + _COPYING:
+            logger.warning("%s: kept, but older than the frames; if it is of others, remove it", clip / kind)
     if not missing:
         return count
     try:

@@ -22,7 +22,7 @@ from stableavatar.media.decoding import (
     sound_format,
     stream_sound,
 )
-from stableavatar.media.files import check_file, reason_of
+from stableavatar.media.files import check_file, file_fingerprint, reason_of
 
 logger = logging.getLogger(__name__)
 
@@ -170,14 +170,14 @@ class Sound:
         Raises InputError: missing, a folder, empty, not media, no sound; the rest when it is decoded.
         """
         check_span(start, duration)
-        version = _file_version(path)
+        found_at_first = _version(path)
         found = sound_format(path)
         self.sample_rate = output_rate(found.sample_rate)
         self.channels = min(found.channels, 2)
         mix: Mix = "mono" if self.channels == 1 else "stereo"
 
         def read() -> Iterator[Samples]:
-            if _file_version(path) != version:
+            if _version(path) != found_at_first:
                 raise InputError(
                     f"recording {path}: the file has changed since this run began. Put the former one back."
                 )
@@ -302,10 +302,13 @@ def _uncancelled_mix(blocks: Iterable[Samples], name: str) -> Mix:
     return louder
 
 
-def _file_version(path: str | Path) -> tuple[int, int]:
-    """What is another once a recording has been written again. Raises InputError: it cannot be read."""
-    found = check_file(path, "recording").stat()
-    return found.st_size, found.st_mtime_ns
+def _version(path: str | Path) -> str:
+    """What is another once a recording has been written again, and not when it was touched or copied. Raises
+    InputError: it cannot be read."""
+    try:
+        return file_fingerprint(check_file(path, "recording"))
+    except OSError as error:
+        raise InputError(f"recording {path}: cannot be read ({reason_of(error)})") from error
 
 
 def output_rate(sample_rate: int) -> int:

@@ -29,6 +29,8 @@ METADATA_KEY = "stableavatar"
 _UNSPECIFIED = 2
 # Its numbers for transfers of more light than a screen of today shows (ITU-R BT.2100).
 _HDR = {16: "PQ", 18: "HLG"}
+# Seconds: time stamps that go back by less are disorder, as in AVI, which has none.
+_JOINED = 1
 # SWS_BICUBIC | SWS_ACCURATE_RND | SWS_FULL_CHR_H_INT | SWS_FULL_CHR_H_INP, which PyAV names only from version
 # 18 on. Without them colours are about one level too dark: 43 dB after yuv420p and back instead of 51.
 SWS_ACCURATE = 0x4 | 0x40000 | 0x2000 | 0x4000
@@ -117,7 +119,7 @@ def read_frames_at(
                         number = max(math.ceil(time * fps), 0)
                     elif not known:
                         time = before[0] + usual
-                    elif time < before[0] - usual:
+                    elif time < before[0] - _JOINED:
                         raise InputError(
                             f"{role} {path}: its time stamps go back at {float(before[0]):.1f} s, as where "
                             "recordings were joined. Prepare these one by one, or encode it anew with ffmpeg."
@@ -214,7 +216,9 @@ def _refuse_unfit(stream: Any, frame: "av.VideoFrame", what: str) -> None:
     if transfer is not None:
         raise InputError(f"{what}: HDR ({transfer}). Convert it to SDR (BT.709) first.")
     if frame.interlaced_frame:
-        raise InputError(f"{what}: interlaced. Deinterlace it first (ffmpeg's filter bwdif).")
+        raise InputError(
+            f"{what}: interlaced, or flagged as such. Deinterlace it first (ffmpeg's filter bwdif)."
+        )
 
 
 def _to_rgb(frame: "av.VideoFrame", aspect: Fraction | None) -> Frame:

@@ -39,6 +39,7 @@ PRESETS = get_args(Preset)
 MAX_QUALITY = 51
 STANDARD_OUTPUT = "-"
 _LOCK = "lock"  # beside the pictures while they are made
+_SYNC_EVERY = 250  # pictures
 
 
 class VideoWriter:
@@ -240,7 +241,23 @@ class FrameWriter:
         try:
             self._partial.mkdir(exist_ok=True)
             self._lock = locked(self._partial / _LOCK)
-            there, later = 0, []
+        except BlockingIOError:
+            raise InputError(
+                f"output {self._folder}: another process is making pictures for it. Name another folder."
+            ) from None
+        except OSError as error:
+            raise cannot_write(self._folder, error) from error
+        try:
+            self._begin()
+        except BaseException:
+            self._lock.close()
+            raise
+        return self
+
+    def _begin(self) -> None:
+        """Take away what is not of the frames before."""
+        there, later = 0, []
+        try:
             with os.scandir(self._partial) as entries:  # one by one: of hours there are hundreds of thousands
                 for entry in entries:
                     if _is_picture_before(self._frames, entry.name):
@@ -249,19 +266,13 @@ class FrameWriter:
                         later.append(Path(entry))
             for path in later:
                 remove(path)
-            if there < self._frames:
-                self._lock.close()
-                raise InputError(
-                    f"output {self._folder}: pictures that were made before are missing in {self._partial}. "
-                    "Begin anew with --overwrite and without --resume."
-                )
-        except BlockingIOError:
-            raise InputError(
-                f"output {self._folder}: another process is making pictures for it. Name another folder."
-            ) from None
         except OSError as error:
             raise cannot_write(self._folder, error) from error
-        return self
+        if there < self._frames:
+            raise InputError(
+                f"output {self._folder}: pictures that were made before are missing in {self._partial}. "
+                "Begin anew with --overwrite and without --resume."
+            )
 
     def write(self, frame: Frame) -> None:
         """Take the next frame, uint8 [H, W, 3] sRGB. Raises InputError where it cannot be written."""
@@ -273,6 +284,10 @@ class FrameWriter:
         except OSError as error:
             raise cannot_write(self._folder, error) from error
         self._frames += 1
+        if (
+            self._frames - self._synced >= _SYNC_EVERY
+        ):  # that the end of a long video is as short as another's
+            self.sync()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

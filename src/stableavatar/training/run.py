@@ -185,10 +185,11 @@ def cache_latents(recipe: Recipe, folder: Path, *, passes: int, dtype: torch.dty
             processes=state.num_processes,
             encoder_files=encoder_files(recipe.model),
         )
-    state.wait_for_everyone()
-    writer.write(keys)
-    state.wait_for_everyone()
-    writer.finish(keys)
+    with contextlib.closing(writer):
+        state.wait_for_everyone()
+        writer.write(keys)
+        state.wait_for_everyone()
+        writer.finish(keys)
     state.destroy_process_group()
     return len(keys) if state.is_main_process else None
 

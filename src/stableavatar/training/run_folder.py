@@ -10,11 +10,10 @@ from typing import IO
 from accelerate.utils import broadcast_object_list
 
 from stableavatar.errors import InputError
-from stableavatar.media.files import locked, reason_of, unlock, write_file
-from stableavatar.training.devices import anywhere, everywhere
+from stableavatar.media.files import locked, reason_of, unlock
+from stableavatar.training.devices import everywhere
 
 _LOCK = ".lock"
-_CALLED_BACK = ".called-back"
 # Storage that machines share may show one of them later what another has written.
 _PATIENCE_SECONDS = 60.0
 
@@ -75,16 +74,6 @@ class RunFolder:
             self._holds = False
             if lock is not None:
                 unlock(lock)
-
-    def note_callbacks(self, step: int) -> None:
-        """Those of a step have come to their end."""
-        if self.leads:
-            write_file(self.folder / _CALLED_BACK, str(step).encode())
-
-    def callbacks_ended(self, step: int) -> bool:
-        """Whether those of a step have, and no later ones since; called on every process."""
-        noted = self.folder / _CALLED_BACK
-        return anywhere(self.leads and noted.exists() and noted.read_text(encoding="utf-8") == str(step))
 
 
 def _appears(file: Path, word: str) -> bool:

@@ -237,7 +237,8 @@ def open_clips(choice: DataChoice) -> ClipDataset:
         once.setdefault(folder.resolve(), folder)
     if len(once) < len(folders):
         logger.warning(
-            "%d of %d clips are named more than once: each is taken once",
+            "%d of %d clips are named more than once: each is taken once. (Caches and runs of versions that "
+            "took it as often cannot be gone on with.)",
             len(folders) - len(once),
             len(folders),
         )

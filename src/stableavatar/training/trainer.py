@@ -20,7 +20,6 @@ import numpy as np
 import torch
 from accelerate.utils import DistributedType, broadcast_object_list
 from torch import nn
-from torch.distributed.fsdp import FSDPModule
 
 from stableavatar.data.sampler import GroupedSampler
 from stableavatar.errors import CheckpointError, InputError
@@ -87,8 +86,7 @@ class Trainer(Generic[Sample]):
             same.
         callbacks: called with the number of steps done every `settings.callback_every` steps, with the
             averaged weights in place where there are any; they cannot disturb the run's random numbers. Where
-            the model is spread over processes all of them call, else the first. Those of a checkpoint's step
-            that a kill cut off are called when the run goes on from it.
+            the model is spread over processes all of them call, else the first.
         record: all settings of the training, for trackers and checkpoints: a run that goes on with others
             says so. The trainer's alone, if None.
 
@@ -288,10 +286,6 @@ class Trainer(Generic[Sample]):
         # A run that stands at its checkpoint need not write that again.
         saved = self.step if self.step in map(checkpoint_step, self.checkpoints()) else -1
         begun = self.step
-        if begun and self._must_call_back() and not self.run_folder.callbacks_ended(begun):
-            if isinstance(self.module, FSDPModule):  # else the part that a callback runs would be the root
-                self.module._get_fsdp_state()._lazy_init()
-            self._call_back()
         trained, log_time = 0, time.monotonic()
         while self.step < settings.steps:
             late = deadline is not None and time.monotonic() >= deadline
@@ -319,7 +313,9 @@ class Trainer(Generic[Sample]):
             if self.step // every > max(saved, begun) // every and not self._bad_in_a_row:
                 self.save()
                 saved = self.step
-            if self._must_call_back():
+            # Only the first process may have callbacks; the others wait for it all the same.
+            several = self.accelerator.num_processes > 1
+            if (self.callbacks or several) and self.step % settings.callback_every == 0:
                 self._call_back()
             log_time += time.monotonic() - aside
         if saved != self.step:
@@ -466,11 +462,6 @@ class Trainer(Generic[Sample]):
         words = np.random.SeedSequence((self.settings.seed, self.step, piece)).generate_state(2)
         return torch.Generator().manual_seed(int(words[0]) << 32 | int(words[1]))
 
-    def _must_call_back(self) -> bool:
-        # Only the first process may have callbacks; the others wait for it all the same.
-        several = self.accelerator.num_processes > 1
-        return (bool(self.callbacks) or several) and self.step % self.settings.callback_every == 0
-
     def _call_back(self) -> None:
         kept = random_state()
         self.module.eval()
@@ -483,7 +474,6 @@ class Trainer(Generic[Sample]):
         finally:
             self.module.train()
             set_random_state(kept)
-        self.run_folder.note_callbacks(self.step)
 
     def _identity(self) -> dict[str, Any]:
         """What must be the same for a resumed run to be the same run."""
