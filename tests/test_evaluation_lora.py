@@ -36,7 +36,8 @@ def test_from_the_clips_to_the_table(tmp_path: Path, capsys: pytest.CaptureFixtu
         [
             f"output={tmp_path}", f"data.lists=[{listing}]", f"data.cache={tmp_path / 'latents'}",
             "data.clips.frames=13", "data.window_frames=9", "trainer.steps=2",
-            "trainer.batch_size=1", "trainer.accumulation=1", "lora.rank=2", "trainer.optimizer.learning_rate=0.1",
+            "trainer.batch_size=1", "trainer.accumulation=1", "lora.rank=2", "lora.alpha=64",
+            "trainer.optimizer.learning_rate=0.1",
         ],
     )  # fmt: skip
     assert cache_latents(recipe, tmp_path / "latents", passes=1, dtype=torch.bfloat16) == 2
