@@ -370,7 +370,10 @@ def test_a_worker_moves_at_every_step_and_while_there_is_nothing_to_do(
 @pytest.mark.usefixtures("in_this_process")
 @pytest.mark.parametrize(
     ("error", "words"),
-    [(torch.OutOfMemoryError("CUDA out of memory"), "too little memory"), (ValueError("a fault"), "a fault")],
+    [
+        (torch.OutOfMemoryError("CUDA out of memory"), "--offload encoders"),
+        (ValueError("a fault"), "a fault"),
+    ],
 )
 def test_a_model_that_cannot_be_loaded_is_said_to_be_none(
     jobs: JobStore,

@@ -57,7 +57,7 @@ from stableavatar.models.transformer import StableAvatarTransformer3DModel
 from stableavatar.options import GenerateOptions, OutputOptions, SamplingDefaults, Settings, generate_options
 from stableavatar.placement.autoencoder import bring_autoencoder, decoder_device
 from stableavatar.placement.device import choose_device, choose_dtype
-from stableavatar.placement.offload import check_offload, put_on
+from stableavatar.placement.offload import check_placement, put_on
 from stableavatar.placement.precision import keeping_float32
 from stableavatar.placement.processes import Processes
 from stableavatar.placement.slow_kernels import avoid_slow_kernels
@@ -468,7 +468,7 @@ def load(
         InputError: an unknown argument, device, dtype or way of offloading, or a device that is not there.
         CheckpointError: see `from_pretrained`.
     """
-    check_offload(offload)
+    check_placement(offload)
     chosen = choose_device(device)
     if dtype != "auto" or "torch_dtype" not in kwargs:
         kwargs["dtype"] = choose_dtype(dtype, chosen)

@@ -17,7 +17,6 @@ from stableavatar import __version__
 from stableavatar.apps import service_commands
 from stableavatar.apps.command_options import parse_size, repeating_command, stored_settings, with_fields
 from stableavatar.apps.console import (
-    OF_VIDEOS,
     end_on_terminate,
     leads,
     memory_advice,
@@ -119,7 +118,10 @@ def _common(
 
 @app.command(epilog=EXAMPLES)
 @with_fields
-@memory_advice(OF_VIDEOS)
+@memory_advice(
+    "Of a GPU's: --dtype bfloat16, then --offload encoders, --decoder-tiling, --offload layers. Of any: "
+    "--batch-windows 1, fewer pixels (--size), a shorter --window"
+)
 def generate(
     portrait: Annotated[
         Path,
@@ -221,12 +223,9 @@ def generate(
     def load_model(device: str) -> "AvatarPipeline":
         quieten_libraries(verbose)
         from stableavatar.pipeline import load
-        from stableavatar.placement.device import choose_device
-        from stableavatar.placement.offload import check_offload
+        from stableavatar.placement.offload import check_placement
 
-        if generation.decoder_device is not None:
-            choose_device(generation.decoder_device)
-        check_offload(offload, generation.decoder_device)
+        check_placement(offload, generation.decoder_device)
         return load(
             model,
             device=device,

@@ -50,13 +50,6 @@ def plain_errors() -> Iterator[None]:
         )
 
 
-OF_VIDEOS = (
-    "Of a GPU's: --dtype bfloat16, then --offload encoders, --decoder-tiling, --offload layers. Of any: "
-    "--batch-windows 1, a shorter --window, videos of fewer pixels (the size)"
-)
-"""Advice for commands that make videos."""
-
-
 @contextmanager
 def memory_advice(advice: str) -> Iterator[None]:
     """Around a command that has options for it: what to do where there is too little memory.

@@ -6,7 +6,6 @@ from typing import Annotated, Any
 
 import typer
 
-from stableavatar.apps.console import OF_VIDEOS, memory_advice
 from stableavatar.choices import Dtype, ModelSize, Offload, Variant
 from stableavatar.errors import InputError, extra_missing
 from stableavatar.options import GenerateOptions
@@ -57,7 +56,6 @@ VerboseOption = Annotated[
 ]
 
 
-@memory_advice(OF_VIDEOS)
 def serve(
     folder: Annotated[
         Path,
@@ -180,7 +178,6 @@ def serve(
     server.serve(service, host, port, lambda url: _say(f"{url}/docs describes the server; Ctrl-C ends it."))
 
 
-@memory_advice(OF_VIDEOS)
 def app(
     folder: Annotated[
         Path, typer.Option("--folder", help="Where videos are kept; a page started anew has them.")

@@ -52,6 +52,10 @@ _RETRY_SECONDS = 5.0
 # Below the server, which has to answer while videos are made.
 _NICENESS = 5
 TOO_LITTLE_MEMORY = "there is too little memory for this. Choose fewer pixels, or a shorter video."
+NO_ROOM_FOR_MODEL = (
+    "there is too little memory for the model: try --dtype bfloat16, then --offload encoders, then --offload "
+    "layers"
+)
 FAULT = "The program that makes videos has met a fault of its own; its log says more."
 
 
@@ -106,12 +110,9 @@ class ModelChoice:
             StableAvatarError: see `stableavatar.load`; or the decoder's device is not there.
         """
         from stableavatar.pipeline import load
-        from stableavatar.placement.device import choose_device
-        from stableavatar.placement.offload import check_offload
+        from stableavatar.placement.offload import check_placement
 
-        if self.sampling.get("decoder_device") is not None:
-            choose_device(self.sampling["decoder_device"])
-        check_offload(self.offload, self.sampling.get("decoder_device"))
+        check_placement(self.offload, self.sampling.get("decoder_device"))
         return load(
             self.source,
             device=self.device,
@@ -156,7 +157,7 @@ def run_worker(
     except Exception as error:
         if not isinstance(error, StableAvatarError) and not is_out_of_memory(error):
             logger.exception("the model cannot be loaded")
-        reason = "there is too little memory for the model" if is_out_of_memory(error) else error
+        reason = NO_ROOM_FOR_MODEL if is_out_of_memory(error) else error
         print(f"Error: {reason}", file=sys.stderr, flush=True)
         sys.exit(NO_MODEL)
     store = JobStore(folder)

@@ -284,9 +284,8 @@ class FrameWriter:
         except OSError as error:
             raise cannot_write(self._folder, error) from error
         self._frames += 1
-        if (
-            self._frames - self._synced >= _SYNC_EVERY
-        ):  # that the end of a long video is as short as another's
+        # On the way, or a long video would have all of it to wait for at its end.
+        if self._frames - self._synced >= _SYNC_EVERY:
             self.sync()
 
     def __exit__(

@@ -9,6 +9,7 @@ import torch
 
 from stableavatar.choices import Offload
 from stableavatar.errors import InputError
+from stableavatar.placement.device import choose_device
 
 if TYPE_CHECKING:
     from stableavatar.pipeline import AvatarPipeline
@@ -21,8 +22,15 @@ STAYING: dict[Offload, tuple[str, ...]] = {
 }
 
 
-def check_offload(offload: str, decoder_device: str | None = None) -> None:
-    """Raises InputError: an unknown name, or one that leaves no choice of the decoder's device."""
+def check_placement(offload: str, decoder_device: str | None = None) -> None:
+    """To be called before a large model is read.
+
+    Raises:
+        InputError: an unknown way of offloading, a decoder's device that is not there, or both together where
+            that leaves no choice of the device.
+    """
+    if decoder_device is not None:
+        choose_device(decoder_device)
     if offload != "none" and offload not in STAYING:
         raise InputError(f"unknown offload {offload!r}: choose none, {', '.join(STAYING)}")
     if offload == "layers" and decoder_device is not None:
